@@ -1,0 +1,119 @@
+//! Operations on the leaves of a range that leave them in place.
+//!
+//! A block that reaches over the edge of the range counts as inside it, unless the caller says otherwise.
+
+use entresol_addr::{Gfn, GfnRange};
+use entresol_machine::{Machine, TlbOp};
+
+use crate::cursor::{Cursor, Hull, Place};
+use crate::vmid::flush;
+use crate::{Entry, Format, Leaf, Permissions, Table, VmidSource};
+
+/// What happens to a block that lies in a range only in part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Straddle {
+    /// It is treated whole, the part outside included.
+    Whole,
+    /// It is left alone.
+    Skip,
+}
+
+impl<F: Format> Table<F> {
+    /// Removes permissions from the leaves of `range`, in place, and flushes. When it returns, no CPU uses one of
+    /// them any more, also where another CPU removed it just before. Returns how many leaves changed.
+    ///
+    /// Nothing is split: the next fault on a block decides that.
+    pub fn protect<M: Machine, V: VmidSource>(
+        &self,
+        machine: &M,
+        vmid: V,
+        range: GfnRange,
+        remove: Permissions,
+        straddle: Straddle,
+    ) -> u64 {
+        let (mut seen, mut changed) = (Hull::new(), 0);
+        self.each_leaf(machine, range, |place, leaf, covered| {
+            if !covered && straddle == Straddle::Skip {
+                return true;
+            }
+            let permissions = leaf.permissions.without(remove);
+            if permissions != leaf.permissions {
+                if !self.update(machine, place, &Leaf { permissions, ..leaf }) {
+                    return false;
+                }
+                changed += 1;
+            }
+            // Another CPU may have narrowed an entry and not have flushed yet.
+            seen.include(place);
+            true
+        });
+        if let Some(range) = seen.range() {
+            flush(machine, &vmid, |vmid| TlbOp::Range { vmid, range });
+        }
+        changed
+    }
+
+    /// Clears the access flag of the leaves of `range`, flushes, and returns how many were young.
+    pub fn age<M: Machine, V: VmidSource>(&self, machine: &M, vmid: V, range: GfnRange) -> u64 {
+        let mut aged = Hull::new();
+        self.each_leaf(machine, range, |place, leaf, _| {
+            if leaf.young {
+                if !self.update(machine, place, &Leaf { young: false, ..leaf }) {
+                    return false;
+                }
+                aged.include(place);
+            }
+            true
+        });
+        if let Some(range) = aged.range() {
+            flush(machine, &vmid, |vmid| TlbOp::Range { vmid, range });
+        }
+        aged.entries()
+    }
+
+    /// Whether a leaf of `range` is young.
+    pub fn test_young<M: Machine>(&self, machine: &M, range: GfnRange) -> bool {
+        let mut young = false;
+        self.each_leaf(machine, range, |_, leaf, _| {
+            young |= leaf.young;
+            true
+        });
+        young
+    }
+
+    /// Calls `f` with the first guest frame of each leaf of `range`, and the leaf, in address order. Each leaf is as it was at
+    /// some moment of the call; together they are no snapshot.
+    pub fn visit<M: Machine>(&self, machine: &M, range: GfnRange, mut f: impl FnMut(Gfn, Leaf)) {
+        self.each_leaf(machine, range, |place, leaf, _| {
+            f(place.gfn, leaf);
+            true
+        });
+    }
+
+    /// Walks the leaves of `range`. `f` gets each with its place and whether all of it is in the range, and says
+    /// whether it is done with it; if not, because the word changed, the word is looked at again.
+    fn each_leaf<M: Machine>(&self, machine: &M, range: GfnRange, mut f: impl FnMut(&Place, Leaf, bool) -> bool) {
+        let mut cursor = Cursor::new(self, machine, range);
+        while let Some(place) = cursor.peek() {
+            match place.entry {
+                Entry::Vacant => cursor.advance(),
+                Entry::Table(frame) => cursor.descend(frame),
+                Entry::Leaf(leaf) => {
+                    if f(&place, leaf, cursor.covers(&place)) {
+                        cursor.advance();
+                    }
+                }
+                Entry::Broken => {
+                    if cursor.meet(place.raw).is_some() {
+                        cursor.advance();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Replaces the leaf at `place` in place, if it is still the one that was seen there.
+    fn update<M: Machine>(&self, machine: &M, place: &Place, leaf: &Leaf) -> bool {
+        machine.compare_exchange(place.word, place.raw, self.format().leaf(leaf)).is_ok()
+    }
+}

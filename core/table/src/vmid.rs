@@ -1,0 +1,37 @@
+//! Under which VMID a translation is cached.
+
+use entresol_machine::{Machine, TlbOp, Vmid};
+use entresol_sync::atomic::{Ordering, fence};
+
+/// Tells the VMID that a table's guest runs under, each time anew.
+///
+/// A VMID can be replaced while a table operation is on its way (rollover). The table asks after the changed word is
+/// visible and behind a full barrier; whoever gives a VM a new VMID stores it, puts a full barrier, and then lets the
+/// guest run. So either the operation invalidates under the new VMID, or no translation of the old word was cached
+/// under it.
+pub trait VmidSource {
+    /// The VMID now.
+    fn vmid(&self) -> Vmid;
+}
+
+/// For VMs whose VMID never changes.
+impl VmidSource for Vmid {
+    #[inline]
+    fn vmid(&self) -> Vmid {
+        *self
+    }
+}
+
+impl<F: Fn() -> Vmid> VmidSource for F {
+    #[inline]
+    fn vmid(&self) -> Vmid {
+        self()
+    }
+}
+
+/// Invalidates and waits. Every word that the invalidation is for was changed before.
+pub(crate) fn flush<M: Machine, V: VmidSource>(machine: &M, vmid: &V, op: impl FnOnce(Vmid) -> TlbOp) {
+    fence(Ordering::SeqCst);
+    machine.tlb(op(vmid.vmid()));
+    machine.complete();
+}

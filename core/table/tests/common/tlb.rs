@@ -1,0 +1,158 @@
+//! A TLB that caches whatever it may, at once, and forgets only what it is told to.
+//!
+//! It replays a machine's log. A leaf is cached the moment it can be walked to, also through a table page that was
+//! unlinked but not yet flushed from the walk caches. When a leaf becomes reachable while a different translation of the
+//! same guest frame is still cached, break-before-make was violated (INV-2), and the replay panics.
+
+use std::collections::{BTreeMap, HashMap};
+
+use entresol_addr::{Gfn, GfnRange, Pfn, PfnRange};
+use entresol_machine::flat::Event;
+use entresol_machine::{TlbOp, Word};
+use entresol_table::{Entry, Format, Geometry, Leaf, index, level_of, shift};
+
+use super::Plain;
+
+/// A table page that a walker can reach.
+#[derive(Clone, Copy)]
+struct Link {
+    level: u8,
+    start: u64,
+    /// Unlinked, but perhaps in a walk cache.
+    lingers: bool,
+    flushing: bool,
+}
+
+/// A translation that is cached and no longer in the table.
+#[derive(Debug)]
+struct Stale {
+    start: u64,
+    leaf: Leaf,
+    flushing: bool,
+}
+
+pub struct GreedyTlb {
+    words: HashMap<Word, u64>,
+    links: HashMap<Pfn, Link>,
+    stale: Vec<Stale>,
+    /// Reachable leaves by first guest frame.
+    live: BTreeMap<u64, Leaf>,
+}
+
+impl GreedyTlb {
+    pub fn new(geometry: Geometry, root: PfnRange) -> Self {
+        let level = geometry.root_level();
+        let link = |frame: u64| Link { level, start: frame << 9 << shift(level), lingers: false, flushing: false };
+        let links = (0..root.count()).map(|frame| (root.start().offset(frame), link(frame))).collect();
+        Self { words: HashMap::new(), links, stale: Vec::new(), live: BTreeMap::new() }
+    }
+
+    /// Takes note of everything that a machine logged.
+    pub fn replay(&mut self, events: Vec<Event>) {
+        for event in events {
+            match event {
+                Event::Word(word, raw) => self.word(word, raw),
+                Event::Zero(frames) => self.words.retain(|word, _| !frames.contains(word.frame())),
+                Event::Tlb(op) => self.start(op),
+                Event::Complete => {
+                    self.stale.retain(|stale| !stale.flushing);
+                    self.links.retain(|_, link| !(link.lingers && link.flushing));
+                }
+                Event::Copy(..) | Event::Clean(_) | Event::Icache(_) => {}
+            }
+        }
+    }
+
+    /// Nothing is cached that is not in the table.
+    pub fn assert_settled(&self) {
+        assert!(self.stale.is_empty(), "cached but gone: {:x?}", self.stale);
+        assert!(!self.links.values().any(|link| link.lingers), "an unlinked table is in the walk caches");
+    }
+
+    fn word(&mut self, word: Word, raw: u64) {
+        let old = self.words.insert(word, raw).unwrap_or(0);
+        let Some(link) = self.links.get(&word.frame()).copied() else { return };
+        let start = link.start + ((word.index() as u64) << shift(link.level));
+        self.leave(start, link.level, old, link.lingers);
+        self.enter(start, link.level, raw, link.lingers);
+    }
+
+    fn leave(&mut self, start: u64, level: u8, raw: u64, lingers: bool) {
+        match Plain.decode(raw, level) {
+            Entry::Leaf(leaf) if !lingers => {
+                assert_eq!(self.live.remove(&start), Some(leaf));
+                // An entry whose access flag is clear is never cached.
+                if leaf.young {
+                    self.stale.push(Stale { start, leaf, flushing: false });
+                }
+            }
+            Entry::Table(frame) if !lingers => self.unlink(frame, start, level + 1),
+            _ => {}
+        }
+    }
+
+    fn unlink(&mut self, frame: Pfn, start: u64, level: u8) {
+        for index in 0..512 {
+            let raw = self.words.get(&Word::new(frame, index)).copied().unwrap_or(0);
+            self.leave(start + ((index as u64) << shift(level)), level, raw, false);
+        }
+        let link = self.links.get_mut(&frame).expect("it was linked");
+        link.lingers = true;
+    }
+
+    fn enter(&mut self, start: u64, level: u8, raw: u64, lingers: bool) {
+        match Plain.decode(raw, level) {
+            Entry::Leaf(leaf) => {
+                let range = GfnRange::block(Gfn::new(start), leaf.size);
+                for stale in &self.stale {
+                    let cached = GfnRange::block(Gfn::new(stale.start), stale.leaf.size);
+                    let same = leaf.same_output(&stale.leaf);
+                    assert!(same || !range.overlaps(cached), "INV-2: {leaf:x?} at {start:#x} over {stale:x?}");
+                }
+                if lingers {
+                    self.stale.push(Stale { start, leaf, flushing: false });
+                } else {
+                    assert_eq!(level, level_of(leaf.size));
+                    self.live.insert(start, leaf);
+                }
+            }
+            Entry::Table(frame) => {
+                let link = Link { level: level + 1, start, lingers, flushing: false };
+                self.links.insert(frame, link);
+                for below in 0..512 {
+                    let raw = self.words.get(&Word::new(frame, below)).copied().unwrap_or(0);
+                    self.enter(start + ((below as u64) << shift(level + 1)), level + 1, raw, lingers);
+                }
+            }
+            Entry::Vacant | Entry::Broken => {}
+        }
+    }
+
+    fn start(&mut self, op: TlbOp) {
+        let (range, leaf_only) = match op {
+            TlbOp::Ipa { vmid, gfn, size, leaf_only } => {
+                assert_eq!(vmid, super::VMID);
+                (GfnRange::block(gfn, size), leaf_only)
+            }
+            TlbOp::Range { vmid, range } => {
+                assert_eq!(vmid, super::VMID);
+                (range, false)
+            }
+            TlbOp::Vmid(_) | TlbOp::All => (super::gfns(0, u64::MAX), false),
+        };
+        for stale in &mut self.stale {
+            let cached = GfnRange::block(Gfn::new(stale.start), stale.leaf.size);
+            // By address, an invalidation finds an entry of the size it names; a range finds all it covers.
+            stale.flushing |= range.covers(cached);
+        }
+        for link in self.links.values_mut().filter(|link| link.lingers && !leaf_only) {
+            let count = 512 << shift(link.level);
+            link.flushing |= range.covers(super::gfns(link.start, count));
+        }
+    }
+}
+
+/// The word of `gfn` in a table page.
+pub fn word_in(frame: Pfn, gfn: u64, level: u8) -> Word {
+    Word::new(frame, index(Gfn::new(gfn), level))
+}

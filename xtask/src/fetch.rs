@@ -1,0 +1,98 @@
+//! What the outer machine needs and a clone does not hold: QEMU, a guest's kernel and tools, Rust targets.
+//!
+//! Protocol: everything lives in the user's cache. One lock file serialises concurrent xtasks. A folder is made under
+//! another name and renamed when it is complete, so a folder that exists is whole, and a run that was cut off leaves
+//! only a work folder that the next one removes.
+
+pub mod apt;
+pub mod guest;
+pub mod host;
+pub mod qemu;
+pub mod sources;
+pub mod toolchain;
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+pub use guest::Guest;
+pub use qemu::Qemu;
+
+use crate::progress::Step;
+use crate::workspace;
+
+/// QEMU and Debian's guest files, from the cache or the network.
+///
+/// # Errors
+/// When something is missing and cannot be fetched: the error says what to type.
+pub fn everything() -> Result<(Qemu, Guest)> {
+    let cache = workspace::cache_dir()?;
+    let _lock = lock(&cache)?;
+    Ok((qemu::ensure_qemu(&cache)?, guest::ensure_guest(&cache)?))
+}
+
+/// QEMU alone: enough when the user brings a kernel.
+///
+/// # Errors
+/// As [`everything`].
+pub fn qemu_only() -> Result<Qemu> {
+    let cache = workspace::cache_dir()?;
+    let _lock = lock(&cache)?;
+    qemu::ensure_qemu(&cache)
+}
+
+/// Held while the cache is read or changed; the operating system lets go of it however we end.
+fn lock(cache: &Path) -> Result<File> {
+    let path = cache.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => {
+            let _step = Step::start("waiting for another xtask that is fetching");
+            file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+        }
+        Err(fs::TryLockError::Error(error)) => return Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+    remove_leftovers(cache)?;
+    Ok(file)
+}
+
+/// Work folders (`.tmp…`) of runs that were cut off; the lock is held, so none is in use.
+fn remove_leftovers(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache).with_context(|| format!("cannot read {}", cache.display()))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(".tmp") {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives a complete folder its name.
+///
+/// # Errors
+/// When the rename fails.
+fn publish(complete: &Path, name: &Path) -> Result<()> {
+    fs::rename(complete, name).with_context(|| format!("cannot rename {} to {}", complete.display(), name.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_was_cut_off_leaves_nothing_that_counts() {
+        let cache = tempfile::tempdir().unwrap();
+        fs::create_dir_all(cache.path().join(".tmpab12/tree")).unwrap();
+        fs::create_dir_all(cache.path().join("guest-1")).unwrap();
+        let held = lock(cache.path()).unwrap();
+        assert!(!cache.path().join(".tmpab12").exists());
+        assert!(cache.path().join("guest-1").exists());
+        let second = File::options().write(true).open(cache.path().join("lock")).unwrap();
+        assert!(matches!(second.try_lock(), Err(fs::TryLockError::WouldBlock)));
+        drop(held);
+        second.try_lock().unwrap();
+    }
+}

@@ -1,0 +1,151 @@
+//! A QEMU that is new enough: the system's, else Debian's own packages, run from the cache through their own loader.
+//!
+//! QEMU 7.2, which Debian 12 has by default, raises MTE tag faults that the architecture does not: 10.0 is the oldest
+//! that the outer machine may be.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::apt::{self, Root};
+use super::host::{self, Os};
+use crate::progress::Step;
+
+const OLDEST: (u32, u32) = (10, 0);
+const PROGRAM: &str = "qemu-system-aarch64";
+/// Raised when what the folder holds changes, so that an older xtask's folder is not taken for ours.
+const FOLDER: &str = "qemu-1";
+
+/// How to start QEMU: a program and the arguments that come first.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    program: PathBuf,
+    first: Vec<OsString>,
+    version: (u32, u32),
+}
+
+impl Qemu {
+    /// A command to which the machine's arguments are added.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.first);
+        command
+    }
+
+    /// Major and minor version.
+    pub fn version(&self) -> (u32, u32) {
+        self.version
+    }
+
+    fn ask(program: PathBuf, first: Vec<OsString>) -> Result<Self> {
+        let output = Command::new(&program).args(&first).arg("--version").stdin(Stdio::null()).output();
+        let output = output.with_context(|| format!("cannot start {}", program.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let Some(version) = parse_version(&text) else {
+            bail!("{} --version says nothing of QEMU: {}", program.display(), String::from_utf8_lossy(&output.stderr).trim_end())
+        };
+        Ok(Self { program, first, version })
+    }
+}
+
+/// A QEMU that is new enough, fetched when it has to be.
+///
+/// # Errors
+/// When there is none and none can be fetched: the error says what to type.
+pub fn ensure_qemu(cache: &Path) -> Result<Qemu> {
+    if let Ok(system) = Qemu::ask(PathBuf::from(PROGRAM), Vec::new())
+        && system.version >= OLDEST
+    {
+        return Ok(system);
+    }
+    let folder = cache.join(FOLDER);
+    if !folder.is_dir() {
+        fetch(cache, &folder)?;
+    }
+    let qemu = unpacked(&folder)
+        .with_context(|| format!("the fetched QEMU does not start: remove {} and try again", folder.display()))?;
+    let (major, minor) = OLDEST;
+    ensure!(
+        qemu.version >= OLDEST,
+        "Debian's mirror has QEMU {}.{}, {major}.{minor} is needed: install a newer {PROGRAM} by hand",
+        qemu.version.0,
+        qemu.version.1
+    );
+    Ok(qemu)
+}
+
+fn fetch(cache: &Path, folder: &Path) -> Result<()> {
+    let step = Step::start("fetching QEMU from Debian");
+    let os = Os::here();
+    let debian = host::debian(&os, cache)?;
+    let root = Root::open(cache, os.tools_suite(), &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
+    step.say("fetching QEMU from Debian");
+    let packages = root.closure("qemu-system-arm")?;
+    let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;
+    let (packed, tree) = (work.path().join("packed"), work.path().join("tree"));
+    fs::create_dir(&packed).and_then(|()| fs::create_dir(&tree)).context("cannot make a work folder")?;
+    let listed = root.download(&packages, &packed, &step)?;
+    step.say("unpacking QEMU");
+    step.counts_to(listed.len());
+    for package in &listed {
+        apt::unpack(&packed.join(&package.file), &tree)?;
+        step.one_done();
+    }
+    super::publish(&tree, folder)
+}
+
+/// QEMU with the loader and the libraries that it was packaged with: the machine's own may be older or newer.
+fn unpacked(folder: &Path) -> Result<Qemu> {
+    let loaders = ["lib64/ld-linux-x86-64.so.2", "usr/lib64/ld-linux-x86-64.so.2", "lib/ld-linux-aarch64.so.1", "usr/lib/ld-linux-aarch64.so.1"];
+    let loader = loaders.iter().map(|name| folder.join(name)).find(|path| path.is_file()).context("there is no loader in it")?;
+    let triple = if loader.to_string_lossy().contains("x86-64") { "x86_64-linux-gnu" } else { "aarch64-linux-gnu" };
+    let mut libraries = OsString::new();
+    for dir in ["lib", "usr/lib"].map(|lib| folder.join(lib).join(triple)).iter().filter(|dir| dir.is_dir()) {
+        // Some libraries (PulseAudio's, libblkid's) live in a folder of their own below.
+        if !libraries.is_empty() {
+            libraries.push(":");
+        }
+        libraries.push(dir);
+    }
+    let first = vec![
+        "--library-path".into(),
+        libraries,
+        folder.join("usr/bin").join(PROGRAM).into_os_string(),
+        "-L".into(),
+        folder.join("usr/share/qemu").into_os_string(),
+    ];
+    Qemu::ask(loader, first)
+}
+
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let rest = text.split_once("QEMU emulator version ")?.1;
+    let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next()?, numbers.next()?) {
+        (Ok(major), Ok(minor)) => Some((major, minor)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_every_shape_that_qemu_prints() {
+        assert_eq!(parse_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright"), Some((10, 0)));
+        assert_eq!(parse_version("QEMU emulator version 7.2.19 (Debian)"), Some((7, 2)));
+        assert_eq!(parse_version("QEMU emulator version 11.1"), Some((11, 1)));
+        assert_eq!(parse_version("qemu: not found"), None);
+        assert_eq!(parse_version("QEMU emulator version x"), None);
+        assert!((10, 0) > (9, 2));
+    }
+
+    #[test]
+    fn a_folder_without_qemu_is_an_error_and_not_a_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(unpacked(dir.path()).is_err());
+    }
+}

@@ -1,0 +1,92 @@
+//! The initial file system of Entresol's own guest: busybox, an init script, the virtio drivers.
+//!
+//! With a script it runs that and powers off (what the system tests do); without, it is a shell with job control on the
+//! console that powers the machine off when it ends. [`READY`] is printed when the console takes input: whatever is
+//! typed before may be lost, because a serial driver drains its FIFO when it starts.
+
+mod modules;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::cpio::Archive;
+use crate::fetch::Guest;
+use modules::Modules;
+
+/// The line that init prints before it starts the shell.
+pub const READY: &str = "entresol-guest: console ready";
+/// What precedes a script's exit status.
+pub const SCRIPT_EXIT: &str = "entresol-script: exit ";
+
+const INIT: &str = include_str!("initrd/init.sh");
+/// Everything a guest of ours may be given; all are in Debian's kernel as modules.
+const MODULES: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "virtio_balloon"];
+
+/// What goes into an initial file system.
+#[derive(Default)]
+pub struct Initrd {
+    script: Option<String>,
+    files: Vec<(String, PathBuf)>,
+}
+
+impl Initrd {
+    /// A shell on the console.
+    pub fn interactive() -> Self {
+        Self::default()
+    }
+
+    /// Runs a shell script, prints [`SCRIPT_EXIT`] and its status, and powers off.
+    pub fn scripted(script: &str) -> Self {
+        Self { script: Some(script.to_owned()), files: Vec::new() }
+    }
+
+    /// Adds an executable file of the host as `/bin/NAME`.
+    pub fn with_program(mut self, name: &str, file: PathBuf) -> Self {
+        self.files.push((name.to_owned(), file));
+        self
+    }
+
+    /// Writes the archive.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn pack(&self, guest: &Guest) -> Result<Vec<u8>> {
+        let read = |path: &PathBuf| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+        let mut archive = Archive::default();
+        for name in ["bin", "dev", "etc", "etc/entresol", "lib", "lib/modules", "proc", "root", "run", "sys", "tmp"] {
+            archive.directory(name);
+        }
+        archive.character_device("dev/console", 5, 1);
+        archive.file("bin/busybox", 0o755, &read(&guest.busybox())?);
+        archive.symlink("bin/sh", "busybox");
+        archive.file("init", 0o755, INIT.as_bytes());
+        let mut list = String::new();
+        for file in Modules::list(&guest.modules()?)?.load_order(&MODULES)? {
+            let name = file.file_name().context("a module without a name")?.to_string_lossy().into_owned();
+            archive.file(&format!("lib/modules/{name}"), 0o644, &read(&file)?);
+            list += &format!("{name}\n");
+        }
+        archive.file("etc/entresol/modules", 0o644, list.as_bytes());
+        if let Some(script) = &self.script {
+            archive.file("etc/entresol/script", 0o644, script.as_bytes());
+        }
+        for (name, file) in &self.files {
+            archive.file(&format!("bin/{name}"), 0o755, &read(file)?);
+        }
+        Ok(archive.finish())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn init_says_what_the_harness_waits_for() {
+        assert!(INIT.contains(READY));
+        assert!(INIT.contains(SCRIPT_EXIT.trim_end()));
+        assert!(INIT.trim_end().ends_with("poweroff -f"));
+    }
+}

@@ -1,2 +1,102 @@
+//! What stands behind guest frames: memory objects, and the machine's frames that they are made of.
+//!
+//! Purpose: a slot names `(object, frame)`; this crate says which frame of the machine that is, and makes one when
+//! there is none yet ([`Object::grant`]). It owns every frame that guests, second-stage tables and its own trees use
+//! ([`FramePool`]). It knows no guest address: what shows an object to a guest is the business of slots and tables.
+//!
+//! Three kinds of object ([`Spec`]): *anonymous* memory, zero until touched, in a radix tree of pages and 2 MiB blocks
+//! (D2); a *device*, machine addresses that are not memory; and *ROM*, bytes that lie in memory already and never
+//! change through a guest (INV-13).
+//!
+//! Protocol of a fault: pin the epoch, [`Objects::get`], [`Object::grant`], publish the translation, unpin. A
+//! [`Grant`] is plain data and stays true as long as the caller is pinned, because everything that is unpublished is
+//! given back only after a grace period ([`FramePool::defer`], [`Objects::destroy`]). That the *translation* is gone
+//! before the frame is, is the caller's: it removes translations first, then punches or destroys.
+//!
+//! Invariants: INV-7 (a frame is in exactly one of these states: free, cached, taken, deferred; giving one back twice
+//! is caught in release builds too), INV-11 (a fresh page is zeroed before its word is published), INV-13. Everything
+//! that can fail is undone before it is reported: out of memory leaves a vacant word and exact counts (D8). Nothing
+//! is allocated on the heap after creation.
+//!
+//! Lock order: objects → structure of one object → deferred → a CPU's cache → buddy. A fault on memory that is present
+//! takes none; a fresh page takes its own CPU's cache.
+//!
+//! Known holes: a node stays until its object is destroyed, so a 2 MiB span that was once backed by pages is not backed
+//! by a block again, and punching keeps 1/512 of what it frees. Sharing of nodes (fork) is not here yet: the count of
+//! a shared node has its place in the link words of its [`FrameMeta`], which are idle while a frame is taken.
 #![no_std]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+mod grant;
+mod object;
+mod pool;
+mod tree;
+
+#[cfg(test)]
+mod tests;
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::fmt;
+
+use entresol_machine::Machine;
+pub use grant::{Grant, GrantError, Memory};
+pub use object::{
+    AccessError, CreateError, DestroyError, Kind, MAX_OBJECTS, Object, ObjectHandle, Objects, Policy, PopulateError,
+    PunchError, Spec, TableError,
+};
+pub use pool::{AddError, FrameMeta, FramePool, Order};
+
+/// No free frame, or none of the size asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfMemory;
+
+impl fmt::Display for OutOfMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("out of memory: the machine has no free frame")
+    }
+}
+
+impl core::error::Error for OutOfMemory {}
+
+/// The heap has no room for what is made once, at creation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfHeap;
+
+impl fmt::Display for OutOfHeap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("out of heap: no room for a table made at creation")
+    }
+}
+
+impl core::error::Error for OutOfHeap {}
+
+/// Where an operation gets frames from and what it fills them with: the machine, its pool, and the CPU it runs on.
+pub struct Supply<'a, M> {
+    /// The machine.
+    pub machine: &'a M,
+    /// The machine's frames.
+    pub pool: &'a FramePool,
+    /// The CPU that the caller runs on, below the pool's number of CPUs.
+    pub cpu: usize,
+}
+
+impl<'a, M: Machine> Supply<'a, M> {
+    /// A supply for CPU `cpu`.
+    #[inline]
+    pub const fn new(machine: &'a M, pool: &'a FramePool, cpu: usize) -> Self {
+        Self { machine, pool, cpu }
+    }
+}
+
+/// `count` values on the heap.
+fn try_boxed<T>(count: usize, value: impl FnMut() -> T) -> Result<Box<[T]>, OutOfHeap> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
+    values.resize_with(count, value);
+    Ok(values.into_boxed_slice())
+}

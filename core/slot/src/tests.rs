@@ -372,6 +372,11 @@ fn readers_never_see_a_torn_or_an_overlapping_slot() {
                 let target = SlotRequest { base: Gpa::new(u64::from(id) * 10 * PAGE_SIZE), ..made(id, round) };
                 apply(&slots, &epoch, &target, shape).unwrap();
             }
+            // Every round is watched: nothing goes away before a reader has seen some of it.
+            let before = seen.load(std::sync::atomic::Ordering::Relaxed);
+            while seen.load(std::sync::atomic::Ordering::Relaxed) == before {
+                std::thread::yield_now();
+            }
             for id in 0..6 {
                 let far = 100 + u64::from(5 - id) * 10 + round % 3;
                 let target = SlotRequest { base: Gpa::new(far * PAGE_SIZE), ..made(id, round) };
@@ -383,5 +388,4 @@ fn readers_never_see_a_torn_or_an_overlapping_slot() {
         }
         done.store(true, std::sync::atomic::Ordering::Release);
     });
-    assert!(seen.into_inner() > 0, "the readers saw something");
 }

@@ -1,0 +1,134 @@
+//! Bytes of an object, for loaders and for devices that act on guest memory.
+//!
+//! Protocol: an access is checked whole before a byte moves. Reading makes nothing: vacant memory reads as zero.
+//! Writing makes every page first, then writes (D8). The guest may run meanwhile; what it sees of a write in progress
+//! is what it would see of another CPU's.
+
+use core::fmt;
+
+use entresol_addr::{Hpa, PAGE_SHIFT, PAGE_SIZE};
+use entresol_machine::Machine;
+
+use super::{Kind, Object};
+use crate::{Grant, GrantError, OutOfMemory, Supply};
+
+/// Why no bytes moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessError {
+    /// Past the end of the object.
+    Outside {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of the object.
+        extent: u64,
+    },
+    /// Registers are not bytes.
+    Device,
+    /// A write to ROM.
+    ReadOnly,
+    /// No frame for a page that must be written. Pages made for this write stay; they are zero, as before.
+    OutOfMemory,
+}
+
+impl fmt::Display for AccessError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Outside { offset, len, extent } => {
+                write!(f, "offset {offset:#x}: with {len:#x} bytes it must end within the object's {extent:#x}")
+            }
+            Self::Device => f.write_str("object: a device cannot be read or written as bytes"),
+            Self::ReadOnly => f.write_str("write: the object is read-only"),
+            Self::OutOfMemory => OutOfMemory.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for AccessError {}
+
+/// A part of an access that lies in one frame.
+struct Piece {
+    frame: u64,
+    /// Byte in the frame.
+    within: u64,
+    /// Where it lies in the caller's buffer.
+    buffer: core::ops::Range<usize>,
+}
+
+impl Piece {
+    fn address(&self, grant: &Grant) -> Hpa {
+        Hpa::new(grant.frame(self.frame).base().get() + self.within)
+    }
+}
+
+/// The pieces of `len` bytes at `offset`, which do not wrap.
+fn pieces(offset: u64, len: usize) -> impl Iterator<Item = Piece> {
+    let mut done = 0;
+    core::iter::from_fn(move || {
+        let at = offset + done as u64;
+        let within = at & (PAGE_SIZE - 1);
+        let size = (len - done).min((PAGE_SIZE - within) as usize);
+        let piece = Piece { frame: at >> PAGE_SHIFT, within, buffer: done..done + size };
+        done += size;
+        (size != 0).then_some(piece)
+    })
+}
+
+impl Object {
+    /// Reads `to.len()` bytes at byte `offset`. The caller is pinned.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError::Outside`], [`AccessError::Device`].
+    pub fn read<M: Machine>(&self, machine: &M, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
+        self.check_bytes(offset, to.len())?;
+        for piece in pieces(offset, to.len()) {
+            let bytes = &mut to[piece.buffer.clone()];
+            match self.present(machine, piece.frame) {
+                Some(grant) => machine.read(piece.address(&grant), bytes),
+                None => bytes.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the bytes of `from` at byte `offset`. The caller is pinned.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`]; what the object reads as did not change.
+    pub fn write<M: Machine>(&self, supply: &Supply<'_, M>, offset: u64, from: &[u8]) -> Result<(), AccessError> {
+        self.check_bytes(offset, from.len())?;
+        for piece in pieces(offset, from.len()) {
+            self.grant_waiting(supply, piece.frame, true)?;
+        }
+        for piece in pieces(offset, from.len()) {
+            let grant = self.grant_waiting(supply, piece.frame, true)?;
+            supply.machine.write(piece.address(&grant), &from[piece.buffer.clone()]);
+        }
+        Ok(())
+    }
+
+    fn check_bytes(&self, offset: u64, len: usize) -> Result<(), AccessError> {
+        let (len, extent) = (len as u64, self.frames() << PAGE_SHIFT);
+        if self.kind() == Kind::Device {
+            return Err(AccessError::Device);
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= extent => Ok(()),
+            _ => Err(AccessError::Outside { offset, len, extent }),
+        }
+    }
+}
+
+impl From<GrantError> for AccessError {
+    fn from(error: GrantError) -> Self {
+        match error {
+            GrantError::OutOfMemory => Self::OutOfMemory,
+            GrantError::ReadOnly => Self::ReadOnly,
+            GrantError::Outside { .. } => unreachable!("the extent was checked"),
+            GrantError::Busy => unreachable!("waited for"),
+        }
+    }
+}

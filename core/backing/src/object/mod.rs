@@ -1,0 +1,289 @@
+//! One memory object.
+//!
+//! Purpose: what a slot's frames are, behind one interface: [`Object::grant`] for faults, [`Object::populate`] and
+//! [`Object::punch`] for the owner, [`Object::read`] and [`Object::write`] for loaders and devices.
+//!
+//! Shape: an [`Object`] never moves and is never freed, it is only made anew in the same place (see [`table`]); its
+//! fields are atomics that change only while nobody can reach it. So a reader needs a pin, not a lock.
+
+mod bytes;
+mod error;
+mod table;
+
+pub use bytes::AccessError;
+use entresol_addr::{PageSize, Pfn, PfnRange};
+use entresol_machine::Machine;
+use entresol_sync::Mutex;
+use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
+pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
+
+use crate::tree::{Counts, Tree, levels, new_node};
+use crate::{Grant, GrantError, Memory, OutOfMemory, Supply};
+
+/// What anonymous memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// 4 KiB pages only.
+    Pages,
+    /// 2 MiB blocks where one is free and lies inside the object, pages elsewhere.
+    Blocks,
+}
+
+/// An object to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spec {
+    /// Memory that is zero until it is touched.
+    Anonymous {
+        /// Its extent.
+        frames: u64,
+        /// What it is made of.
+        policy: Policy,
+    },
+    /// Machine addresses that are not memory.
+    Device {
+        /// The first.
+        first: Pfn,
+        /// How many.
+        frames: u64,
+    },
+    /// Bytes that are in memory already and that no guest changes.
+    Rom {
+        /// Where they begin.
+        first: Pfn,
+        /// How many frames they fill.
+        frames: u64,
+        /// Whether the frames become the pool's when the object is destroyed.
+        owned: bool,
+    },
+}
+
+/// What kind of object one is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Memory, zero until touched, made of what the policy says.
+    Anonymous(Policy),
+    /// Machine addresses that are not memory.
+    Device,
+    /// Bytes that no guest changes; `owned` as in [`Spec::Rom`].
+    Rom {
+        /// Whether the frames become the pool's in the end.
+        owned: bool,
+    },
+}
+
+impl Kind {
+    const fn encode(self) -> u32 {
+        match self {
+            Self::Anonymous(Policy::Pages) => 0,
+            Self::Anonymous(Policy::Blocks) => 1,
+            Self::Device => 2,
+            Self::Rom { owned: false } => 3,
+            Self::Rom { owned: true } => 4,
+        }
+    }
+
+    #[inline]
+    fn decode(raw: u32) -> Self {
+        match raw {
+            0 => Self::Anonymous(Policy::Pages),
+            1 => Self::Anonymous(Policy::Blocks),
+            2 => Self::Device,
+            3 => Self::Rom { owned: false },
+            4 => Self::Rom { owned: true },
+            _ => unreachable!("only encode writes kinds"),
+        }
+    }
+}
+
+/// A memory object. See [`Objects::get`].
+#[derive(Debug)]
+pub struct Object {
+    /// The handle that finds it, 0 if none does.
+    live: AtomicU32,
+    kind: AtomicU32,
+    levels: AtomicU32,
+    frames: AtomicU64,
+    /// The root node, or the first frame.
+    first: AtomicU64,
+    counts: Counts,
+    /// Held by whoever takes content away.
+    structure: Mutex<()>,
+}
+
+impl Object {
+    pub(crate) const fn new() -> Self {
+        Self {
+            live: AtomicU32::new(0),
+            kind: AtomicU32::new(0),
+            levels: AtomicU32::new(0),
+            frames: AtomicU64::new(0),
+            first: AtomicU64::new(0),
+            counts: Counts::new(),
+            structure: Mutex::new(()),
+        }
+    }
+
+    /// Becomes what `spec`, which was checked, says. Nobody reaches it.
+    fn make<M: Machine>(&self, supply: &Supply<'_, M>, spec: Spec) -> Result<(), OutOfMemory> {
+        let (kind, first, frames, levels) = match spec {
+            Spec::Anonymous { frames, policy } => {
+                let root = new_node(supply, &self.counts)?;
+                (Kind::Anonymous(policy), root, frames, levels(frames, policy))
+            }
+            Spec::Device { first, frames } => (Kind::Device, first, frames, 0),
+            Spec::Rom { first, frames, owned } => (Kind::Rom { owned }, first, frames, 0),
+        };
+        self.kind.store(kind.encode(), Ordering::Relaxed);
+        self.first.store(first.get(), Ordering::Relaxed);
+        self.frames.store(frames, Ordering::Relaxed);
+        self.levels.store(levels, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Gives everything back. Nobody reaches it.
+    fn unmake<M: Machine>(&self, supply: &Supply<'_, M>) {
+        match self.kind() {
+            Kind::Anonymous(policy) => self.tree(policy).destroy(supply),
+            Kind::Rom { owned: true } => {
+                supply.pool.add(self.fixed()).expect("checked when the object was made; the frames were its own since")
+            }
+            Kind::Device | Kind::Rom { owned: false } => {}
+        }
+        assert_eq!(self.resident_frames() + self.node_frames(), 0, "a destroyed object holds no frame");
+    }
+
+    /// What kind it is.
+    #[inline]
+    pub fn kind(&self) -> Kind {
+        Kind::decode(self.kind.load(Ordering::Relaxed))
+    }
+
+    /// Its extent in frames.
+    #[inline]
+    pub fn frames(&self) -> u64 {
+        self.frames.load(Ordering::Relaxed)
+    }
+
+    /// Frames of content that were made for it. 0 for devices and ROM.
+    pub fn resident_frames(&self) -> u64 {
+        self.counts.resident.load(Ordering::Relaxed)
+    }
+
+    /// Frames that hold its tree. 0 for devices and ROM.
+    pub fn node_frames(&self) -> u64 {
+        self.counts.nodes.load(Ordering::Relaxed)
+    }
+
+    /// What backs frame `frame`; made, zeroed, if nothing does yet. `write` says whether the access needs to write.
+    ///
+    /// # Errors
+    ///
+    /// [`GrantError`]; nothing changed.
+    #[inline]
+    pub fn grant<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, write: bool) -> Result<Grant, GrantError> {
+        self.check_inside(frame)?;
+        match self.kind() {
+            Kind::Anonymous(policy) => self.tree(policy).grant(supply, frame),
+            Kind::Device => Ok(self.fixed_grant(frame, Memory::Device)),
+            Kind::Rom { .. } if write => Err(GrantError::ReadOnly),
+            Kind::Rom { .. } => Ok(self.fixed_grant(frame, Memory::Normal)),
+        }
+    }
+
+    /// What backs frame `frame`, if something does: for mapping around a fault, and for looking without touching.
+    pub fn present<M: Machine>(&self, machine: &M, frame: u64) -> Option<Grant> {
+        self.check_inside(frame).ok()?;
+        match self.kind() {
+            Kind::Anonymous(policy) => self.tree(policy).present(machine, frame),
+            Kind::Device => Some(self.fixed_grant(frame, Memory::Device)),
+            Kind::Rom { .. } => Some(self.fixed_grant(frame, Memory::Normal)),
+        }
+    }
+
+    /// Whether something backs frame `frame`.
+    pub fn is_resident<M: Machine>(&self, machine: &M, frame: u64) -> bool {
+        self.present(machine, frame).is_some()
+    }
+
+    /// Makes the frames `start .. start + count`, as touching them would.
+    ///
+    /// # Errors
+    ///
+    /// [`PopulateError`] says how far it came; what was made stays.
+    pub fn populate<M: Machine>(&self, supply: &Supply<'_, M>, start: u64, count: u64) -> Result<(), PopulateError> {
+        let frames = self.frames();
+        let outside = GrantError::Outside { frame: start.max(frames), frames };
+        let end = start.checked_add(count).filter(|end| *end <= frames);
+        let end = end.ok_or(PopulateError { done: 0, error: outside })?;
+        let mut frame = start;
+        while frame < end {
+            let grant = self.grant_waiting(supply, frame, false);
+            let grant = grant.map_err(|error| PopulateError { done: frame - start, error })?;
+            frame = grant.extent_start + grant.size.frames();
+        }
+        Ok(())
+    }
+
+    /// Makes the frames `start .. start + count` vacant: they read as zero. Their frames are deferred. Returns how many
+    /// went. The caller has removed the translations to them, and keeps new ones from being made meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`PunchError`]; what the object reads as did not change.
+    pub fn punch<M: Machine>(&self, supply: &Supply<'_, M>, start: u64, count: u64) -> Result<u64, PunchError> {
+        let Kind::Anonymous(policy) = self.kind() else {
+            return Err(PunchError::Kind { kind: self.kind() });
+        };
+        let frames = self.frames();
+        let end = start.checked_add(count).filter(|end| *end <= frames);
+        let end = end.ok_or(PunchError::Outside { start, count, frames })?;
+        let _structure = self.structure.lock();
+        self.tree(policy).punch(supply, start, end).map_err(|OutOfMemory| PunchError::OutOfMemory)
+    }
+
+    /// As `grant`, but waits for whoever fills the same part.
+    fn grant_waiting<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, write: bool) -> Result<Grant, GrantError> {
+        loop {
+            match self.grant(supply, frame, write) {
+                // Filling is bounded work of a CPU that nothing interrupts.
+                Err(GrantError::Busy) => core::hint::spin_loop(),
+                answer => return answer,
+            }
+        }
+    }
+
+    #[inline]
+    fn check_inside(&self, frame: u64) -> Result<(), GrantError> {
+        let frames = self.frames();
+        if frame < frames { Ok(()) } else { Err(GrantError::Outside { frame, frames }) }
+    }
+
+    #[inline]
+    fn tree(&self, policy: Policy) -> Tree<'_> {
+        Tree {
+            root: Pfn::new(self.first.load(Ordering::Relaxed)),
+            levels: self.levels.load(Ordering::Relaxed),
+            frames: self.frames(),
+            policy,
+            counts: &self.counts,
+        }
+    }
+
+    /// The frames of a device or ROM.
+    fn fixed(&self) -> PfnRange {
+        let first = Pfn::new(self.first.load(Ordering::Relaxed));
+        PfnRange::new(first, self.frames()).expect("checked when the object was made")
+    }
+
+    /// The largest block around a frame of a device or ROM that lies wholly inside it.
+    fn fixed_grant(&self, frame: u64, memory: Memory) -> Grant {
+        let all = self.fixed();
+        let exact = all.start().offset(frame);
+        let whole = |size: &PageSize| all.covers(PfnRange::block(exact, *size));
+        let size = PageSize::ALL.into_iter().rev().find(whole).unwrap_or(PageSize::Size4K);
+        let pfn = exact.align_down(size);
+        let writable = memory == Memory::Device;
+        Grant { pfn, extent_start: pfn.since(all.start()), size, writable, memory, fresh: false }
+    }
+}

@@ -1,0 +1,227 @@
+//! What is known of each frame: its state, and links for the list that it may be on.
+//!
+//! Shape: an array by frame number, from the first frame of the machine. Lists are linked by index, so that no free
+//! frame is ever touched. Twelve bytes a frame.
+//!
+//! Invariants: a state changes only by the owner of the frame, or under the lock of the list that it is on. States
+//! outlive locks: they are atomics so that giving back can check them with one exchange.
+
+use alloc::boxed::Box;
+
+use entresol_addr::Pfn;
+use entresol_sync::atomic::{AtomicU32, Ordering};
+
+/// Base-two logarithm of a number of contiguous, naturally aligned frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Order(u8);
+
+impl Order {
+    /// One frame, 4 KiB.
+    pub const PAGE: Self = Self(0);
+    /// 512 frames, 2 MiB: the largest that the pool gives out.
+    pub const BLOCK: Self = Self(9);
+    /// How many orders there are.
+    pub(crate) const COUNT: usize = Self::BLOCK.0 as usize + 1;
+
+    /// An order of at most [`Self::BLOCK`].
+    pub const fn new(order: u8) -> Option<Self> {
+        if order <= Self::BLOCK.0 { Some(Self(order)) } else { None }
+    }
+
+    /// Frames.
+    #[inline]
+    pub const fn frames(self) -> u64 {
+        1 << self.0
+    }
+
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    pub(crate) const fn larger(self) -> Option<Self> {
+        Self::new(self.0 + 1)
+    }
+
+    /// The largest order whose blocks may start at `pfn` and hold at most `frames` frames, which is not 0.
+    pub(crate) fn fitting(pfn: Pfn, frames: u64) -> Self {
+        let aligned = pfn.get().trailing_zeros();
+        Self(aligned.min(frames.ilog2()).min(u32::from(Self::BLOCK.0)) as u8)
+    }
+
+    /// Every order from this one down to a page, but not this one.
+    pub(crate) fn below(self) -> impl Iterator<Item = Self> {
+        (0..self.0).rev().map(Self)
+    }
+}
+
+/// What a frame is. Blocks are described at their first frame; the others are `Interior`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Not the pool's.
+    Absent,
+    /// Inside a larger block, not its first frame.
+    Interior,
+    /// On the buddy's list.
+    Free(Order),
+    /// In a CPU's cache.
+    Cached,
+    /// Given out.
+    Taken(Order),
+    /// Given back, waiting for a grace period.
+    Deferred(Order),
+}
+
+impl State {
+    const fn encode(self) -> u32 {
+        match self {
+            Self::Absent => 0,
+            Self::Interior => 1 << 8,
+            Self::Free(order) => 2 << 8 | order.0 as u32,
+            Self::Cached => 3 << 8,
+            Self::Taken(order) => 4 << 8 | order.0 as u32,
+            Self::Deferred(order) => 5 << 8 | order.0 as u32,
+        }
+    }
+
+    fn decode(raw: u32) -> Self {
+        let order = Order((raw & 0xff) as u8);
+        match raw >> 8 {
+            0 => Self::Absent,
+            1 => Self::Interior,
+            2 => Self::Free(order),
+            3 => Self::Cached,
+            4 => Self::Taken(order),
+            5 => Self::Deferred(order),
+            _ => unreachable!("only encode writes states"),
+        }
+    }
+}
+
+/// The end of a list.
+pub(crate) const NONE: u32 = u32::MAX;
+
+/// What the pool knows of one frame.
+#[derive(Debug)]
+pub struct FrameMeta {
+    state: AtomicU32,
+    next: AtomicU32,
+    prev: AtomicU32,
+}
+
+impl FrameMeta {
+    /// A frame that is not the pool's yet.
+    pub const fn new() -> Self {
+        Self { state: AtomicU32::new(0), next: AtomicU32::new(NONE), prev: AtomicU32::new(NONE) }
+    }
+}
+
+impl Default for FrameMeta {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+const _: () = assert!(State::Absent.encode() == 0 && size_of::<FrameMeta>() == 12);
+
+/// The frames of a machine by index.
+pub(crate) struct Frames {
+    first: Pfn,
+    meta: Box<[FrameMeta]>,
+}
+
+impl Frames {
+    pub(crate) fn new(first: Pfn, meta: Box<[FrameMeta]>) -> Self {
+        assert!(meta.len() < NONE as usize, "frames are numbered with 32 bits");
+        Self { first, meta }
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.meta.len() as u64
+    }
+
+    pub(crate) fn first(&self) -> Pfn {
+        self.first
+    }
+
+    #[inline]
+    pub(crate) fn pfn(&self, index: u32) -> Pfn {
+        self.first.offset(index.into())
+    }
+
+    /// The index of a frame inside the machine's span.
+    #[inline]
+    pub(crate) fn index(&self, pfn: Pfn) -> Option<u32> {
+        // Below `first` the difference wraps, to more than any length.
+        let index = pfn.since(self.first);
+        (index < self.len()).then_some(index as u32)
+    }
+
+    pub(crate) fn state(&self, index: u32) -> State {
+        State::decode(self.meta[index as usize].state.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    pub(crate) fn set_state(&self, index: u32, state: State) {
+        self.meta[index as usize].state.store(state.encode(), Ordering::Relaxed);
+    }
+
+    /// Moves a frame from one state to another.
+    ///
+    /// # Panics
+    ///
+    /// If it is in neither: it was given back twice, or is not the caller's.
+    #[inline]
+    pub(crate) fn pass(&self, index: u32, from: State, to: State) {
+        let found = self.meta[index as usize].state.swap(to.encode(), Ordering::Relaxed);
+        if found != from.encode() {
+            self.misuse(index, from, found);
+        }
+    }
+
+    #[cold]
+    fn misuse(&self, index: u32, from: State, found: u32) -> ! {
+        panic!(
+            "frame {:#x} is {:?}, not {from:?}: given back twice or not its owner's",
+            self.pfn(index),
+            State::decode(found)
+        )
+    }
+
+    pub(crate) fn next(&self, index: u32) -> u32 {
+        self.meta[index as usize].next.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_next(&self, index: u32, next: u32) {
+        self.meta[index as usize].next.store(next, Ordering::Relaxed);
+    }
+
+    pub(crate) fn prev(&self, index: u32) -> u32 {
+        self.meta[index as usize].prev.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_prev(&self, index: u32, prev: u32) {
+        self.meta[index as usize].prev.store(prev, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_decode_to_what_was_encoded() {
+        let orders = (0..Order::COUNT as u8).map(|order| Order::new(order).unwrap());
+        let sized = orders.flat_map(|order| [State::Free(order), State::Taken(order), State::Deferred(order)]);
+        for state in [State::Absent, State::Interior, State::Cached].into_iter().chain(sized) {
+            assert_eq!(State::decode(state.encode()), state);
+        }
+        assert_eq!(Order::new(10), None);
+    }
+
+    #[test]
+    fn a_fitting_order_is_aligned_and_small_enough() {
+        for (pfn, frames, order) in [(0, 5000, 9), (512, 511, 8), (6, 100, 1), (7, 100, 0), (1024, 1, 0)] {
+            assert_eq!(Order::fitting(Pfn::new(pfn), frames), Order(order), "{pfn} {frames}");
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The radix tree of an anonymous object (D2).
+//!
+//! Shape: a node is a frame of 512 words ([`Entry`]). A node of level 0 spans 2 MiB of pages, of level 1 1 GiB, of level
+//! 2 512 GiB, of level 3 256 TiB; the root's level follows from the object's size. A word of level 1 may hold a 2 MiB
+//! block instead of a node.
+//!
+//! Protocol: whoever meets a vacant word claims it (`Vacant → Filling`), makes the part, zeroes it, and stores it; on
+//! failure it stores `Vacant` again. Whoever meets `Filling` gets [`GrantError::Busy`]. A node above pages is
+//! allocated first and put in with one exchange; the loser gives its own back. Words that hold something change only
+//! under the object's structure lock ([`structure`]).
+//!
+//! ```text
+//! Vacant ─claim→ Filling ─┬→ Page | Block | Node          Block ─split→ Node       (structure lock)
+//!    ↑                    └→ Vacant (out of memory)       Page | Block ─punch→ Vacant (structure lock)
+//!    └─────exchange→ Node
+//! ```
+//!
+//! Invariants: INV-7, INV-11 (zeroed before stored; the store is a release). Nodes never go away before the object
+//! does, so a pinned walker needs no lock. A walk is at most four words.
+
+mod entry;
+mod structure;
+
+use entresol_addr::{PageSize, Pfn, PfnRange};
+use entresol_machine::{Machine, Word};
+use entresol_sync::atomic::{AtomicU64, Ordering};
+pub(crate) use entry::Entry;
+
+use crate::{Grant, GrantError, Memory, Order, OutOfMemory, Policy, Supply};
+
+/// Base-two logarithm of the words in a node.
+const NODE_SHIFT: u32 = 9;
+/// Most levels.
+const LEVELS: u32 = 4;
+/// The level whose words may hold blocks.
+const BLOCK_LEVEL: u32 = 1;
+/// Frames of a block, and of a node of level 0.
+const BLOCK_FRAMES: u64 = PageSize::Size2M.frames();
+
+/// The most frames that a tree can hold: 256 TiB.
+pub(crate) const MAX_FRAMES: u64 = 1 << (NODE_SHIFT * LEVELS);
+
+const _: () = assert!(1 << NODE_SHIFT == Word::PER_FRAME as u64 && Order::BLOCK.frames() == BLOCK_FRAMES);
+
+/// Frames that an object holds.
+#[derive(Debug)]
+pub(crate) struct Counts {
+    /// Frames of content.
+    pub(crate) resident: AtomicU64,
+    /// Frames of nodes.
+    pub(crate) nodes: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) const fn new() -> Self {
+        Self { resident: AtomicU64::new(0), nodes: AtomicU64::new(0) }
+    }
+}
+
+/// A tree, as its object describes it.
+#[derive(Clone, Copy)]
+pub(crate) struct Tree<'o> {
+    pub(crate) root: Pfn,
+    pub(crate) levels: u32,
+    pub(crate) frames: u64,
+    pub(crate) policy: Policy,
+    pub(crate) counts: &'o Counts,
+}
+
+/// Levels that a tree of `frames` (at most [`MAX_FRAMES`]) needs.
+pub(crate) fn levels(frames: u64, policy: Policy) -> u32 {
+    let least = match policy {
+        Policy::Pages => 1,
+        // A block needs a word of level 1 to be in.
+        Policy::Blocks => BLOCK_LEVEL + 1,
+    };
+    (least..LEVELS).find(|levels| frames <= 1 << (NODE_SHIFT * levels)).unwrap_or(LEVELS)
+}
+
+/// The word that leads to `frame` in its node of `level`.
+#[inline]
+fn place(node: Pfn, level: u32, frame: u64) -> Word {
+    // `Word::new` takes the index modulo 512.
+    Word::new(node, (frame >> (NODE_SHIFT * level)) as u16)
+}
+
+/// An empty node that nobody can reach yet.
+pub(crate) fn new_node<M: Machine>(supply: &Supply<'_, M>, counts: &Counts) -> Result<Pfn, OutOfMemory> {
+    let node = supply.pool.take(supply.cpu, Order::PAGE)?;
+    supply.machine.zero(PfnRange::single(node));
+    counts.nodes.fetch_add(1, Ordering::Relaxed);
+    Ok(node)
+}
+
+/// Gives back a node that nobody can reach.
+fn drop_node<M: Machine>(supply: &Supply<'_, M>, counts: &Counts, node: Pfn) {
+    counts.nodes.fetch_sub(1, Ordering::Relaxed);
+    supply.pool.give(supply.cpu, node, Order::PAGE);
+}
+
+#[inline]
+fn page(pfn: Pfn, frame: u64, fresh: bool) -> Grant {
+    Grant { pfn, extent_start: frame, size: PageSize::Size4K, writable: true, memory: Memory::Normal, fresh }
+}
+
+#[inline]
+fn block(pfn: Pfn, frame: u64, fresh: bool) -> Grant {
+    let extent_start = frame & !(BLOCK_FRAMES - 1);
+    Grant { pfn, extent_start, size: PageSize::Size2M, writable: true, memory: Memory::Normal, fresh }
+}
+
+/// What became of a vacant word.
+enum Filled {
+    Content(Grant),
+    Node(Pfn),
+}
+
+impl Tree<'_> {
+    /// What backs `frame`, which lies inside; made if there is nothing yet.
+    #[inline]
+    pub(crate) fn grant<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Grant, GrantError> {
+        let mut node = self.root;
+        for level in (0..self.levels).rev() {
+            let word = place(node, level, frame);
+            node = match Entry::decode(supply.machine.load(word)) {
+                Entry::Page(pfn) => return Ok(page(pfn, frame, false)),
+                Entry::Block(pfn) => return Ok(block(pfn, frame, false)),
+                Entry::Filling => return Err(GrantError::Busy),
+                Entry::Node(next) => next,
+                Entry::Vacant => match self.fill(supply, word, level, frame)? {
+                    Filled::Content(grant) => return Ok(grant),
+                    Filled::Node(next) => next,
+                },
+            };
+        }
+        unreachable!("a word of level 0 never holds a node")
+    }
+
+    /// What backs `frame`, which lies inside, if something does.
+    pub(crate) fn present<M: Machine>(&self, machine: &M, frame: u64) -> Option<Grant> {
+        match self.locate(machine, frame).entry {
+            Entry::Page(pfn) => Some(page(pfn, frame, false)),
+            Entry::Block(pfn) => Some(block(pfn, frame, false)),
+            Entry::Vacant | Entry::Filling | Entry::Node(_) => None,
+        }
+    }
+
+    fn fill<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        word: Word,
+        level: u32,
+        frame: u64,
+    ) -> Result<Filled, GrantError> {
+        if level == 0 {
+            return self.fill_page(supply, word, frame).map(Filled::Content);
+        }
+        if level == BLOCK_LEVEL && self.may_hold_block(frame) {
+            return self.fill_block(supply, word, frame);
+        }
+        let node = new_node(supply, self.counts)?;
+        if supply.machine.compare_exchange(word, Entry::Vacant.encode(), Entry::Node(node).encode()).is_err() {
+            drop_node(supply, self.counts, node);
+            return Err(GrantError::Busy);
+        }
+        Ok(Filled::Node(node))
+    }
+
+    /// Whether the aligned 2 MiB around `frame` may be one block.
+    fn may_hold_block(&self, frame: u64) -> bool {
+        self.policy == Policy::Blocks && (frame | (BLOCK_FRAMES - 1)) < self.frames
+    }
+
+    fn claim<M: Machine>(&self, supply: &Supply<'_, M>, word: Word) -> Result<(), GrantError> {
+        let claimed = supply.machine.compare_exchange(word, Entry::Vacant.encode(), Entry::Filling.encode());
+        claimed.map(drop).map_err(|_| GrantError::Busy)
+    }
+
+    fn fill_page<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, frame: u64) -> Result<Grant, GrantError> {
+        self.claim(supply, word)?;
+        let pfn = supply.pool.take(supply.cpu, Order::PAGE).inspect_err(|_| {
+            supply.machine.store(word, Entry::Vacant.encode());
+        })?;
+        supply.machine.zero(PfnRange::single(pfn));
+        self.counts.resident.fetch_add(1, Ordering::Relaxed);
+        supply.machine.store(word, Entry::Page(pfn).encode());
+        Ok(page(pfn, frame, true))
+    }
+
+    /// Makes a block, or where no block is free a node for pages.
+    fn fill_block<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, frame: u64) -> Result<Filled, GrantError> {
+        self.claim(supply, word)?;
+        if let Some(pfn) = supply.pool.take_at_hand(Order::BLOCK) {
+            supply.machine.zero(PfnRange::block(pfn, PageSize::Size2M));
+            self.counts.resident.fetch_add(BLOCK_FRAMES, Ordering::Relaxed);
+            supply.machine.store(word, Entry::Block(pfn).encode());
+            return Ok(Filled::Content(block(pfn, frame, true)));
+        }
+        let node = new_node(supply, self.counts).inspect_err(|_| {
+            supply.machine.store(word, Entry::Vacant.encode());
+        })?;
+        supply.machine.store(word, Entry::Node(node).encode());
+        Ok(Filled::Node(node))
+    }
+}
+
+impl From<OutOfMemory> for GrantError {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfMemory
+    }
+}

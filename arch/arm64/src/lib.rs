@@ -10,7 +10,7 @@
 //! |---|---|
 //! | [`syndrome`] | what did the guest do? ESR_EL2 → [`syndrome::Exit`] |
 //! | [`abort`] | which memory access failed, and why? → `entresol_fault::Fault` |
-//! | `stage2` | what do second-stage descriptors look like? |
+//! | [`stage2`] | what do second-stage descriptors look like? |
 //! | [`sysreg`], [`policy`] | which register was touched, what is the answer? |
 //! | [`idregs`] | what does the guest learn about its CPU? |
 //! | [`smccc`], [`psci`] | what did it ask of its firmware? |
@@ -28,6 +28,7 @@ pub mod mpidr;
 pub mod policy;
 pub mod psci;
 pub mod smccc;
+pub mod stage2;
 pub mod syndrome;
 pub mod sysreg;
 

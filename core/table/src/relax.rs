@@ -1,7 +1,8 @@
 //! Changes that leave the memory behind an entry as it is: wider permissions, the access flag.
 //!
-//! Both happen in place. Arm DDI 0487 D8.16.1 asks for break-before-make when the output address, the block size, the
-//! memory type or shareability change; access permissions and the access flag are not among them.
+//! Both happen in place. Arm DDI 0487 D8.16.1 (rule R_WHZWS in every issue) asks for break-before-make when the output
+//! address, the block size, the memory type or shareability change; access permissions and the access flag are not
+//! among them.
 
 use entresol_addr::{Gfn, Pfn};
 use entresol_machine::{Machine, TlbOp};
@@ -62,7 +63,7 @@ impl<F: Format> Table<F> {
     }
 
     /// Sets the access flag of the leaf behind `gfn` and returns it. An entry without the flag is never cached in a
-    /// TLB (Arm DDI 0487 D8.14.1), so nothing is flushed.
+    /// TLB (Arm DDI 0487 D8.5, the Access flag), so nothing is flushed.
     ///
     /// # Errors
     ///

@@ -28,7 +28,7 @@ pub enum RootError {
         /// What was offered.
         offered: u64,
     },
-    /// Concatenated frames are aligned to their total size (Arm DDI 0487 D8.2.7).
+    /// Concatenated frames are aligned to their total size (Arm DDI 0487 D8.2, concatenated translation tables).
     Misaligned {
         /// The first frame offered.
         start: Pfn,

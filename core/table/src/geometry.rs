@@ -6,7 +6,7 @@ use entresol_addr::{Gfn, GfnRange, PageSize};
 pub const LEAF_LEVEL: u8 = 3;
 
 /// Words per table frame, as a shift.
-const INDEX_BITS: u32 = 9;
+pub(crate) const INDEX_BITS: u32 = 9;
 
 /// Base-two logarithm of the frames behind one word of a table at `level` (0–3).
 #[inline]

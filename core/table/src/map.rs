@@ -89,15 +89,30 @@ impl<F: Format> Table<F> {
     ) -> Result<Mapped, MapError> {
         self.check(gfn, leaf)?;
         let target = level_of(leaf.size);
-        let mut at = self.descend(machine, gfn, target);
-        if at.level < target {
-            at = self.grow(machine, &vmid, gfn, leaf, at, reserve)?;
+        let at = self.descend(machine, gfn, target);
+        if at.level == target && at.entry == Entry::Vacant {
+            return self.fill(machine, at.word, leaf, work);
         }
+        self.map_over(machine, &vmid, gfn, leaf, reserve, work)
+    }
+
+    /// Maps where the way down ends early or something is there. Walks again, so that the way past it carries nothing.
+    #[inline(never)]
+    fn map_over<M: Machine, V: VmidSource, W: PageWork>(
+        &self,
+        machine: &M,
+        vmid: &V,
+        gfn: Gfn,
+        leaf: &Leaf,
+        reserve: &mut Reserve,
+        work: &mut W,
+    ) -> Result<Mapped, MapError> {
+        let at = self.grow(machine, vmid, gfn, leaf, reserve)?;
         match at.entry {
             Entry::Vacant => self.fill(machine, at.word, leaf, work),
             Entry::Leaf(old) if old.same_output(leaf) => Err(MapError::Present(old)),
-            Entry::Leaf(old) => self.replace(machine, &vmid, gfn, leaf, &at, old, work),
-            Entry::Table(frame) => self.replace_table(machine, &vmid, gfn, leaf, &at, frame, work),
+            Entry::Leaf(old) => self.replace(machine, vmid, gfn, leaf, &at, old, work),
+            Entry::Table(frame) => self.replace_table(machine, vmid, gfn, leaf, &at, frame, work),
             Entry::Broken => Err(MapError::Busy),
         }
     }
@@ -143,20 +158,19 @@ impl<F: Format> Table<F> {
         Ok(Mapped::default())
     }
 
-    /// Makes the tables between `at` and the leaf's level: links new ones, splits blocks. Each round is a level down.
-    #[inline(never)]
+    /// Walks to the leaf's level, and makes the tables that are missing on the way: links new ones, splits blocks. Each
+    /// round is a level down.
     fn grow<M: Machine, V: VmidSource>(
         &self,
         machine: &M,
         vmid: &V,
         gfn: Gfn,
         leaf: &Leaf,
-        at: Walk,
         reserve: &mut Reserve,
     ) -> Result<Walk, MapError> {
         let target = level_of(leaf.size);
+        let mut at = self.descend(machine, gfn, target);
         let needed = Self::missing(&at, target);
-        let mut at = at;
         while at.level < target {
             if let Entry::Leaf(block) = at.entry
                 && serves(&block, gfn, leaf)

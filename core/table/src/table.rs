@@ -5,6 +5,7 @@ use entresol_machine::{Machine, TlbOp, Word};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::counters::Counters;
+use crate::geometry::INDEX_BITS;
 use crate::marker::Ticket;
 use crate::vmid::flush;
 use crate::{Census, Entry, Format, Geometry, LEAF_LEVEL, VmidSource, index, shift};
@@ -141,14 +142,16 @@ impl<F: Format> Table<F> {
     /// The rest of a walk, from `word` at `level`.
     #[inline]
     pub(crate) fn walk_from<M: Machine>(&self, machine: &M, gfn: Gfn, word: Word, level: u8, target: u8) -> Walk {
-        let (mut word, mut level) = (word, level);
+        let (mut word, mut level, mut low) = (word, level, shift(level));
         loop {
             let raw = machine.load(word);
             let entry = self.format.decode(raw, level);
             match entry {
                 Entry::Table(frame) if level < target => {
                     level += 1;
-                    word = Word::new(frame, index(gfn, level));
+                    low -= INDEX_BITS;
+                    // `Word::new` keeps the nine bits of the index.
+                    word = Word::new(frame, (gfn.get() >> low) as u16);
                 }
                 _ => return Walk { word, level, raw, entry },
             }

@@ -1,2 +1,54 @@
+//! The pipeline: from a fault to an installed entry, or to an exact reason why not.
+//!
+//! Purpose: the only crate that names every stage. A fault becomes a slot, the slot's object a grant, the grant an
+//! entry; [`Vm::handle`] reads as that line. Changes of backing come the other way, through the notifier.
+//!
+//! Protocol of a fault:
+//! 1. pin the grace period (the caller does); 2. sample the notifier; 3. find the slot, ask its object; 4. choose size
+//!    and permissions; 5. ask notifier and slots again; 6. win the entry, clean, publish. Anything that moved in between
+//!    is a [`Outcome::Retry`] and nothing was published.
+//!
+//! Protocol of an invalidation: `start` the notifier, wait a grace period, unmap, flush; change the backing; `end`. The
+//! grace period makes step 5 and 6 one: a fault that asked before `start` has published before the unmap begins, and one
+//! that asks later sees it in progress (INV-3).
+//!
+//! Invariants: INV-1, INV-2, INV-3, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
+//! Lock order: slot update → notifier → object → pool. Faults take no lock but a pool's.
+//!
+//! Known holes: dirty tracking, the MMIO cache and page-frame caches are not here yet.
 #![no_std]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+mod access;
+mod create;
+mod guest;
+mod handle;
+mod host;
+mod invalidate;
+mod mapping;
+mod notifier;
+mod outcome;
+mod stats;
+mod vm;
+mod vmid;
+
+#[cfg(test)]
+mod tests;
+
+pub use create::CreateError;
+pub use guest::CopyError;
+pub use host::Host;
+pub use invalidate::InvalidateError;
+pub use notifier::{Invalidation, Notifier, Sample, TooMany};
+pub use outcome::{Abort, Outcome, Reason};
+pub use stats::{Counter, Stats};
+pub use vm::{Options, Vm};
+pub use vmid::{VmVmid, Vmids};
+
+/// The heap has no room for what a machine or a virtual machine needs at its creation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfHeap;

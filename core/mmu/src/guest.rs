@@ -1,0 +1,94 @@
+//! Copies between the hypervisor and guest memory, through slots and objects: no entry of the second stage is used or
+//! made, and no reference into guest memory exists.
+
+use entresol_addr::{Gpa, PAGE_SIZE};
+use entresol_backing::{AccessError, ObjectHandle};
+use entresol_machine::Machine;
+use entresol_slot::Hint;
+use entresol_sync::Pin;
+use entresol_table::Format;
+
+use crate::vm::Vm;
+
+/// Why a copy stopped. The bytes before the address may have been copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyError {
+    /// No slot there.
+    Outside {
+        /// The first address that could not be copied.
+        gpa: Gpa,
+    },
+    /// A write to a read-only slot or object.
+    ReadOnly {
+        /// The first address that could not be written.
+        gpa: Gpa,
+    },
+    /// No frame for a page.
+    OutOfMemory,
+}
+
+impl<M: Machine, F: Format> Vm<'_, M, F> {
+    /// Fills `to` from guest memory at `gpa`.
+    ///
+    /// # Errors
+    ///
+    /// [`CopyError`].
+    pub fn read(&self, pin: &Pin<'_>, hint: &Hint, gpa: Gpa, to: &mut [u8]) -> Result<(), CopyError> {
+        let mut gpa = gpa;
+        let mut rest = to;
+        while !rest.is_empty() {
+            let (part, after) = rest.split_at_mut(in_page(gpa, rest.len()));
+            let slot = self.slots.find(pin, gpa.frame(), hint).ok_or(CopyError::Outside { gpa })?;
+            let object = self
+                .host
+                .objects
+                .get(pin, ObjectHandle::from_raw(slot.object.get()))
+                .ok_or(CopyError::Outside { gpa })?;
+            let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();
+            object.read(&self.host.machine, offset, part).map_err(|error| stopped(gpa, error))?;
+            gpa = gpa.checked_add(part.len() as u64).ok_or(CopyError::Outside { gpa })?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Stores `from` to guest memory at `gpa`.
+    ///
+    /// # Errors
+    ///
+    /// [`CopyError`].
+    pub fn write(&self, pin: &Pin<'_>, hint: &Hint, gpa: Gpa, from: &[u8]) -> Result<(), CopyError> {
+        let mut gpa = gpa;
+        let mut rest = from;
+        while !rest.is_empty() {
+            let (part, after) = rest.split_at(in_page(gpa, rest.len()));
+            let slot = self.slots.find(pin, gpa.frame(), hint).ok_or(CopyError::Outside { gpa })?;
+            if slot.is_read_only() {
+                return Err(CopyError::ReadOnly { gpa });
+            }
+            let object = self
+                .host
+                .objects
+                .get(pin, ObjectHandle::from_raw(slot.object.get()))
+                .ok_or(CopyError::Outside { gpa })?;
+            let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();
+            object.write(&self.host.supply(pin.cpu()), offset, part).map_err(|error| stopped(gpa, error))?;
+            gpa = gpa.checked_add(part.len() as u64).ok_or(CopyError::Outside { gpa })?;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+/// How many of `len` bytes from `gpa` lie in its page.
+fn in_page(gpa: Gpa, len: usize) -> usize {
+    len.min((PAGE_SIZE - gpa.page_offset()) as usize)
+}
+
+fn stopped(gpa: Gpa, error: AccessError) -> CopyError {
+    match error {
+        AccessError::OutOfMemory => CopyError::OutOfMemory,
+        AccessError::ReadOnly => CopyError::ReadOnly { gpa },
+        _ => CopyError::Outside { gpa },
+    }
+}

@@ -1,0 +1,201 @@
+//! The fault path, top to bottom.
+
+use entresol_addr::{Pfn, PfnRange};
+use entresol_backing::{GrantError, Memory, ObjectHandle, Order};
+use entresol_fault::{Cause, Fault};
+use entresol_machine::{Features, Machine};
+use entresol_slot::Hint;
+use entresol_sync::Pin;
+use entresol_table::{Format, MapError, Mapped, RelaxError, Reserve, Retired};
+
+use crate::access;
+use crate::mapping::{Mapping, choose};
+use crate::outcome::{Abort, Outcome, Reason};
+use crate::vm::{Prepare, Vm};
+
+impl<M: Machine, F: Format> Vm<'_, M, F> {
+    /// Handles one fault of a vCPU on the CPU that `pin` pins. `hint` is the vCPU's.
+    #[inline]
+    pub fn handle(&self, pin: &Pin<'_>, hint: &Hint, fault: &Fault) -> Outcome {
+        if let Some(outcome) = access::before_lookup(fault, self.machine_limit(), self.limit()) {
+            return self.refused(outcome);
+        }
+        let sample = self.notifier.sample();
+        let Some(slot) = self.slots.find(pin, fault.gfn(), hint) else {
+            return self.refused(access::outside(fault));
+        };
+        let write = fault.is_write();
+        if write && slot.is_read_only() {
+            return self.refused(access::read_only(fault));
+        }
+        if fault.cause == Cause::AccessFlag {
+            return self.make_young(fault);
+        }
+        let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())) else {
+            return self.refused(Outcome::Exit(Reason::BadObject));
+        };
+        let grant = match object.grant(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write) {
+            Ok(grant) => grant,
+            Err(error) => return self.no_grant(fault, error),
+        };
+        if fault.is_fetch() && grant.memory == Memory::Device {
+            return self.refused(Outcome::Inject(Abort::External));
+        }
+        let features = self.host.machine.features();
+        let mapping = choose(&slot, &grant, fault, self.options.largest, &features);
+        if self.notifier.moved(sample, mapping.range()) || !self.slots.is_current(&slot, pin) {
+            return self.retry();
+        }
+        if grant.fresh {
+            self.stats.fresh.bump()
+        } else {
+            self.stats.populated.bump()
+        }
+        match fault.cause {
+            Cause::Permission { .. } => self.relax(fault, &mapping, &features),
+            _ => self.map(pin.cpu(), &mapping, &features),
+        }
+    }
+
+    /// A new entry.
+    #[inline]
+    fn map(&self, cpu: usize, mapping: &Mapping, features: &Features) -> Outcome {
+        self.stats.translation.bump();
+        let mut reserve = Reserve::new();
+        // Nearly always the tables are there: ask for them only when they are not.
+        match self.try_map(mapping, features, &mut reserve) {
+            Ok(mapped) => self.installed(mapped),
+            Err(MapError::NoTable { needed }) => self.map_with_tables(cpu, mapping, features, needed),
+            Err(error) => self.not_mapped(error),
+        }
+    }
+
+    #[inline]
+    fn try_map(&self, mapping: &Mapping, features: &Features, reserve: &mut Reserve) -> Result<Mapped, MapError> {
+        let cacheable = mapping.leaf.memory == entresol_table::Memory::Normal;
+        let mut prepare = Prepare {
+            machine: &self.host.machine,
+            frames: PfnRange::block(mapping.leaf.pfn, mapping.leaf.size),
+            clean: cacheable & !features.forced_write_back,
+            icache: mapping.leaf.permissions.execute & !features.coherent_icache,
+        };
+        let flushes = self.flushes(&self.stats.tlb_ipa);
+        self.table.map(&self.host.machine, flushes, mapping.gfn, &mapping.leaf, reserve, &mut prepare)
+    }
+
+    /// The same with table pages in hand. A table that another vCPU splits meanwhile can raise the need: then the
+    /// guest tries again.
+    #[cold]
+    fn map_with_tables(&self, cpu: usize, mapping: &Mapping, features: &Features, needed: usize) -> Outcome {
+        let mut reserve = Reserve::new();
+        let result = match self.fill(cpu, &mut reserve, needed) {
+            Ok(()) => Some(self.try_map(mapping, features, &mut reserve)),
+            Err(entresol_backing::OutOfMemory) => None,
+        };
+        while let Some(frame) = reserve.pop() {
+            self.host.pool.give(cpu, frame, Order::PAGE);
+        }
+        match result {
+            Some(Ok(mapped)) => self.installed(mapped),
+            Some(Err(MapError::NoTable { .. })) => self.retry(),
+            Some(Err(error)) => self.not_mapped(error),
+            None => self.refused(Outcome::Exit(Reason::OutOfMemory)),
+        }
+    }
+
+    /// Puts `needed` zeroed frames into an empty reserve.
+    fn fill(&self, cpu: usize, reserve: &mut Reserve, needed: usize) -> Result<(), entresol_backing::OutOfMemory> {
+        for _ in 0..needed.min(Reserve::MOST) {
+            let frame = self.host.pool.take(cpu, Order::PAGE)?;
+            self.host.machine.zero(PfnRange::single(frame));
+            if let Err(frame) = reserve.push(frame) {
+                self.host.pool.give(cpu, frame, Order::PAGE);
+            }
+        }
+        Ok(())
+    }
+
+    /// Wider permissions for an entry that is there.
+    #[cold]
+    fn relax(&self, fault: &Fault, mapping: &Mapping, features: &Features) -> Outcome {
+        self.stats.permission.bump();
+        let frame = mapping.leaf.frame_of(fault.gfn());
+        let add = mapping.leaf.permissions;
+        let mut prepare = Prepare {
+            machine: &self.host.machine,
+            frames: PfnRange::block(mapping.leaf.pfn, mapping.leaf.size),
+            clean: false,
+            icache: fault.is_fetch() & !features.coherent_icache,
+        };
+        let flushes = self.flushes(&self.stats.tlb_ipa);
+        match self.table.relax(&self.host.machine, flushes, fault.gfn(), frame, add, &mut prepare) {
+            Ok(_) => Outcome::Resume,
+            Err(RelaxError::Gone | RelaxError::Busy | RelaxError::Outside { .. }) => self.retry(),
+        }
+    }
+
+    #[cold]
+    fn make_young(&self, fault: &Fault) -> Outcome {
+        self.stats.access_flag.bump();
+        match self.table.make_young(&self.host.machine, fault.gfn()) {
+            Ok(_) => Outcome::Resume,
+            Err(_) => self.retry(),
+        }
+    }
+
+    #[inline]
+    fn installed(&self, mapped: Mapped) -> Outcome {
+        if !mapped.retired.is_empty() {
+            self.retire(mapped.retired);
+        }
+        Outcome::Resume
+    }
+
+    /// Gives retired table pages back after a grace period. Their words stay as they are until then.
+    #[cold]
+    pub(crate) fn retire(&self, retired: Retired) {
+        retired.drain(&self.host.machine, self.table.format(), |frame: Pfn| self.host.pool.defer(frame, Order::PAGE));
+    }
+
+    #[cold]
+    fn not_mapped(&self, error: MapError) -> Outcome {
+        match error {
+            MapError::Present(_) => {
+                self.stats.spurious.bump();
+                Outcome::Resume
+            }
+            MapError::Busy | MapError::NoTable { .. } => self.retry(),
+            // A slot or an object that no table of this shape can show: refused when the slot is made.
+            MapError::Outside { .. }
+            | MapError::Misaligned { .. }
+            | MapError::TooLarge { .. }
+            | MapError::Unreachable { .. } => self.refused(Outcome::Exit(Reason::BadObject)),
+        }
+    }
+
+    #[cold]
+    fn no_grant(&self, fault: &Fault, error: GrantError) -> Outcome {
+        match error {
+            GrantError::Busy => self.retry(),
+            GrantError::OutOfMemory => self.refused(Outcome::Exit(Reason::OutOfMemory)),
+            GrantError::ReadOnly => self.refused(access::read_only(fault)),
+            GrantError::Outside { .. } => self.refused(Outcome::Exit(Reason::BadObject)),
+        }
+    }
+
+    #[cold]
+    fn retry(&self) -> Outcome {
+        self.stats.retry.bump();
+        Outcome::Retry
+    }
+
+    #[cold]
+    fn refused(&self, outcome: Outcome) -> Outcome {
+        match outcome {
+            Outcome::Inject(_) => self.stats.injected.bump(),
+            Outcome::Mmio | Outcome::Skip => self.stats.outside.bump(),
+            Outcome::Resume | Outcome::Retry | Outcome::Exit(_) => {}
+        }
+        outcome
+    }
+}

@@ -1,0 +1,39 @@
+//! What all virtual machines of one machine share.
+
+use entresol_backing::{FramePool, Objects, Supply};
+use entresol_machine::Machine;
+use entresol_sync::Epoch;
+
+use crate::{OutOfHeap, Vmids};
+
+/// The machine, its frames, its objects, its VMIDs, its grace periods.
+pub struct Host<M> {
+    /// The machine.
+    pub machine: M,
+    /// Frames for guests and tables.
+    pub pool: FramePool,
+    /// Memory objects.
+    pub objects: Objects,
+    /// VMIDs.
+    pub vmids: Vmids,
+    /// Grace periods: pinned while a fault is handled.
+    pub epoch: Epoch,
+}
+
+impl<M: Machine> Host<M> {
+    /// A host on `machine`, with the frames that `pool` was given and the objects that `objects` has room for.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfHeap`].
+    pub fn new(machine: M, pool: FramePool, objects: Objects) -> Result<Self, OutOfHeap> {
+        let vmids = Vmids::new(machine.features().vmid_bits)?;
+        Ok(Self { machine, pool, objects, vmids, epoch: Epoch::new() })
+    }
+
+    /// Where CPU `cpu` gets frames.
+    #[inline]
+    pub fn supply(&self, cpu: usize) -> Supply<'_, M> {
+        Supply::new(&self.machine, &self.pool, cpu)
+    }
+}

@@ -1,0 +1,62 @@
+//! What the pipeline counted. Relaxed counters: each is exact, a set of them is not one moment.
+
+use entresol_sync::atomic::{AtomicU64, Ordering};
+
+/// One event counter.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Zero.
+    pub const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// One more.
+    #[inline]
+    pub fn bump(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// `n` more.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The count so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Counters of one virtual machine.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Faults because no valid entry was there.
+    pub translation: Counter,
+    /// Faults because a valid entry did not permit the access.
+    pub permission: Counter,
+    /// Faults because an entry's access flag was clear.
+    pub access_flag: Counter,
+    /// Faults whose page the object had to make (zeroed).
+    pub fresh: Counter,
+    /// Faults whose page the object already had.
+    pub populated: Counter,
+    /// Faults that lost to an invalidation, a slot update or another vCPU, and went round again.
+    pub retry: Counter,
+    /// Faults that found their work done.
+    pub spurious: Counter,
+    /// Accesses outside every slot, or stores to read-only memory, given to the VM's owner.
+    pub outside: Counter,
+    /// Aborts put into the guest by the pipeline.
+    pub injected: Counter,
+    /// Invalidations through the notifier.
+    pub invalidations: Counter,
+    /// TLB invalidations of one address.
+    pub tlb_ipa: Counter,
+    /// TLB invalidations of a range.
+    pub tlb_range: Counter,
+    /// TLB invalidations of a whole virtual machine.
+    pub tlb_vmid: Counter,
+}

@@ -1,0 +1,128 @@
+//! One virtual machine's memory: its slots, its tables, its notifier.
+
+use entresol_addr::{GfnRange, Gpa, PAGE_SHIFT, PageSize};
+use entresol_machine::{Machine, Vmid};
+use entresol_slot::Slots;
+use entresol_table::{Census, Format, PageWork, Table, VmidSource};
+
+use crate::{Counter, Host, Notifier, Stats, VmVmid};
+
+/// What an owner decides about a virtual machine's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Bits of a guest physical address, 32–48.
+    pub ipa_bits: u8,
+    /// The most slots it may have at once.
+    pub slots: u32,
+    /// No entry is larger than this.
+    pub largest: PageSize,
+}
+
+/// The memory of one virtual machine.
+pub struct Vm<'h, M, F> {
+    pub(crate) host: &'h Host<M>,
+    pub(crate) slots: Slots,
+    pub(crate) table: Table<F>,
+    pub(crate) notifier: Notifier,
+    pub(crate) vmid: VmVmid,
+    pub(crate) options: Options,
+    /// What happened so far.
+    pub stats: Stats,
+}
+
+impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
+    /// The host it lives on.
+    pub fn host(&self) -> &'h Host<M> {
+        self.host
+    }
+
+    /// Its slots, for lookups.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// Its tables, for the hardware's base register and for audits.
+    pub fn table(&self) -> &Table<F> {
+        &self.table
+    }
+
+    /// Entries by size and table pages, now.
+    pub fn census(&self) -> Census {
+        self.table.census()
+    }
+
+    /// CPU `cpu` is about to run one of its vCPUs: the VMID to run under, until [`Vm::put`].
+    pub fn load(&self, cpu: usize) -> Vmid {
+        self.host.vmids.load(&self.host.machine, cpu, &self.vmid)
+    }
+
+    /// CPU `cpu` has put the vCPU.
+    pub fn put(&self, cpu: usize) {
+        self.host.vmids.put(cpu);
+    }
+
+    /// One past the last guest physical address of this virtual machine.
+    #[inline]
+    pub(crate) fn limit(&self) -> Gpa {
+        Gpa::new(1 << self.options.ipa_bits)
+    }
+
+    /// One past the last guest physical address that any virtual machine here can have.
+    #[inline]
+    pub(crate) fn machine_limit(&self) -> Gpa {
+        Gpa::new(1 << self.host.machine.features().physical_bits)
+    }
+
+    /// Every guest frame.
+    pub(crate) fn everything(&self) -> GfnRange {
+        GfnRange::new(entresol_addr::Gfn::new(0), 1 << (u32::from(self.options.ipa_bits) - PAGE_SHIFT))
+            .expect("starts at 0")
+    }
+
+    /// Its VMID at the moment of a flush, counted in `counter`.
+    #[inline]
+    pub(crate) fn flushes<'v>(&'v self, counter: &'v Counter) -> Flushes<'v> {
+        Flushes { vmid: &self.vmid, counter }
+    }
+}
+
+/// Counts the flushes of a table operation: it asks for the VMID once for each.
+pub(crate) struct Flushes<'v> {
+    vmid: &'v VmVmid,
+    counter: &'v Counter,
+}
+
+impl VmidSource for Flushes<'_> {
+    #[inline]
+    fn vmid(&self) -> Vmid {
+        self.counter.bump();
+        self.vmid.number()
+    }
+}
+
+/// Cache work before an entry is seen (INV-1, INV-6), by the table "Cache work" of the specification.
+pub(crate) struct Prepare<'m, M> {
+    pub machine: &'m M,
+    pub frames: entresol_addr::PfnRange,
+    /// Clean and invalidate to the point of coherency: a new cacheable entry without forced write-back.
+    pub clean: bool,
+    /// Invalidate the instruction caches: the entry becomes executable and they are not coherent.
+    pub icache: bool,
+}
+
+impl<M: Machine> PageWork for Prepare<'_, M> {
+    #[inline]
+    fn must_prepare(&self) -> bool {
+        self.clean | self.icache
+    }
+
+    fn prepare(&mut self) {
+        if self.clean {
+            self.machine.clean_invalidate_to_poc(self.frames);
+        }
+        if self.icache {
+            self.machine.invalidate_icache(self.frames);
+        }
+        self.machine.complete();
+    }
+}

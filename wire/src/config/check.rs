@@ -1,0 +1,169 @@
+//! The rules. Pure: what a file is like is asked of the caller.
+
+use alloc::format;
+use alloc::string::String;
+use core::fmt;
+
+use super::{
+    Config, Console, Disk, MAX_CMDLINE, MAX_DISKS, MAX_NAME, MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_VCPUS, MAX_VMS,
+    MEMORY_GRANULE, MIN_OUTER_MEMORY, Outer, SECTOR, Vm, format_size,
+};
+use crate::Refusal;
+
+/// Tells how many bytes a file has, or what keeps it from being used.
+pub type FileLength<'a, F> = dyn FnMut(&F) -> Result<u64, String> + 'a;
+
+impl<F: fmt::Display> Config<F> {
+    /// Checks every rule of a configuration; `length` tells how many bytes a file has, or what is wrong with it.
+    ///
+    /// # Errors
+    /// The first value that breaks a rule.
+    pub fn check(&self, length: &mut FileLength<'_, F>) -> Result<(), Refusal> {
+        outer(self.outer)?;
+        let count = self.vms.len();
+        if count == 0 {
+            return Err(Refusal::new("vms", "[]", "must list at least one virtual machine"));
+        }
+        if count > MAX_VMS {
+            return Err(Refusal::new("vms", format_args!("{count} entries"), format!("must be at most {MAX_VMS}")));
+        }
+        for (index, vm) in self.vms.iter().enumerate() {
+            let at = format!("vms[{index}]");
+            name(&at, &vm.name)?;
+            unlike_earlier(self, index, &at)?;
+            memory(&at, vm.memory, self.outer.memory)?;
+            vcpus(&at, i64::from(vm.vcpus))?;
+            cmdline(&at, &vm.cmdline)?;
+            files(&at, vm, length)?;
+        }
+        Ok(())
+    }
+}
+
+fn outer(outer: Outer) -> Result<(), Refusal> {
+    let Outer { memory, cpus } = outer;
+    outer_cpus(i64::from(cpus))?;
+    let rule = if memory < MIN_OUTER_MEMORY {
+        format!("must be at least {}", format_size(MIN_OUTER_MEMORY))
+    } else if memory > MAX_OUTER_MEMORY {
+        format!("must be at most {}", format_size(MAX_OUTER_MEMORY))
+    } else if !memory.is_multiple_of(MEMORY_GRANULE) {
+        format!("must be a multiple of {}", format_size(MEMORY_GRANULE))
+    } else {
+        return Ok(());
+    };
+    Err(Refusal::new("outer.memory", format_size(memory), rule))
+}
+
+/// The outer machine's CPUs, if there may be so many.
+pub(super) fn outer_cpus(cpus: i64) -> Result<u32, Refusal> {
+    within(cpus, MAX_OUTER_CPUS)
+        .ok_or_else(|| Refusal::new("outer.cpus", cpus, format!("must be from 1 to {MAX_OUTER_CPUS}")))
+}
+
+/// A VM's vCPUs, if there may be so many.
+pub(super) fn vcpus(at: &str, vcpus: i64) -> Result<u32, Refusal> {
+    within(vcpus, MAX_VCPUS)
+        .ok_or_else(|| Refusal::new(format!("{at}.vcpus"), vcpus, format!("must be from 1 to {MAX_VCPUS}")))
+}
+
+fn within(count: i64, most: u32) -> Option<u32> {
+    u32::try_from(count).ok().filter(|count| (1..=most).contains(count))
+}
+
+fn name(at: &str, name: &str) -> Result<(), Refusal> {
+    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(allowed) && !name.starts_with('-') {
+        return Ok(());
+    }
+    let rule = format!("must be 1 to {MAX_NAME} of the characters a-z, 0-9 and '-', and not start with '-'");
+    Err(Refusal::text(format!("{at}.name"), name, rule))
+}
+
+/// The VM at `index` shares neither its name nor the console's foreground with one before it.
+fn unlike_earlier<F>(config: &Config<F>, index: usize, at: &str) -> Result<(), Refusal> {
+    let vm = &config.vms[index];
+    let earlier = config.vms[..index].iter().enumerate();
+    for (other, before) in earlier {
+        if before.name == vm.name {
+            let rule = format!("must differ from every other VM's name, and vms[{other}] has it");
+            return Err(Refusal::text(format!("{at}.name"), &vm.name, rule));
+        }
+        if (before.policies.console, vm.policies.console) == (Console::Foreground, Console::Foreground) {
+            let rule = format!("one VM at most has the foreground, and vms[{other}] has it");
+            return Err(Refusal::text(format!("{at}.policies.console"), "foreground", rule));
+        }
+    }
+    Ok(())
+}
+
+fn memory(at: &str, memory: u64, machine: u64) -> Result<(), Refusal> {
+    let rule = if memory == 0 {
+        "must be above zero".into()
+    } else if !memory.is_multiple_of(MEMORY_GRANULE) {
+        format!("must be a multiple of {}", format_size(MEMORY_GRANULE))
+    } else if memory > machine {
+        format!("must be at most the machine's: outer.memory = {}", format_size(machine))
+    } else {
+        return Ok(());
+    };
+    Err(Refusal::new(format!("{at}.memory"), format_size(memory), rule))
+}
+
+fn cmdline(at: &str, cmdline: &str) -> Result<(), Refusal> {
+    let field = || format!("{at}.cmdline");
+    if cmdline.len() > MAX_CMDLINE {
+        let rule = format!("must be at most {MAX_CMDLINE} bytes");
+        return Err(Refusal::new(field(), format_args!("{} bytes", cmdline.len()), rule));
+    }
+    if cmdline.contains('\0') {
+        return Err(Refusal::text(field(), cmdline, "must not contain a zero byte, which would end it"));
+    }
+    Ok(())
+}
+
+fn files<F: fmt::Display>(at: &str, vm: &Vm<F>, length: &mut FileLength<'_, F>) -> Result<(), Refusal> {
+    let memory = format_size(vm.memory);
+    let kernel = present(&format!("{at}.kernel"), &vm.kernel, length)?;
+    if kernel > vm.memory {
+        let rule = format!("must fit into the VM's memory: it has {kernel} bytes, {at}.memory is {memory}");
+        return Err(Refusal::text(format!("{at}.kernel"), &format!("{}", vm.kernel), rule));
+    }
+    if let Some(file) = &vm.initrd {
+        let initrd = present(&format!("{at}.initrd"), file, length)?;
+        if initrd > vm.memory - kernel {
+            let rule = format!(
+                "must fit into the VM's memory beside the kernel: they have {initrd} and {kernel} bytes, {at}.memory is {memory}"
+            );
+            return Err(Refusal::text(format!("{at}.initrd"), &format!("{file}"), rule));
+        }
+    }
+    let count = vm.disks.len();
+    if count > MAX_DISKS {
+        let rule = format!("must be at most {MAX_DISKS}");
+        return Err(Refusal::new(format!("{at}.disks"), format_args!("{count} entries"), rule));
+    }
+    vm.disks
+        .iter()
+        .enumerate()
+        .try_for_each(|(index, disk)| sectors(&format!("{at}.disks[{index}].file"), disk, length))
+}
+
+fn sectors<F: fmt::Display>(field: &str, disk: &Disk<F>, length: &mut FileLength<'_, F>) -> Result<(), Refusal> {
+    let bytes = present(field, &disk.file, length)?;
+    if bytes.is_multiple_of(SECTOR) {
+        return Ok(());
+    }
+    let rule = format!("must be whole sectors of {SECTOR} bytes: it has {bytes} bytes");
+    Err(Refusal::text(field, &format!("{}", disk.file), rule))
+}
+
+/// The length of a file that is there and has something in it.
+fn present<F: fmt::Display>(field: &str, file: &F, length: &mut FileLength<'_, F>) -> Result<u64, Refusal> {
+    let refused = |rule: String| Refusal::text(field, &format!("{file}"), rule);
+    match length(file) {
+        Ok(0) => Err(refused("must not be empty".into())),
+        Ok(bytes) => Ok(bytes),
+        Err(reason) => Err(refused(format!("must be a file that can be read: {reason}"))),
+    }
+}

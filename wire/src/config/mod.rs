@@ -1,0 +1,276 @@
+//! Which virtual machines there are, on what outer machine, and what their owner wants of them.
+//!
+//! Protocol: three forms of one thing, each made only from the one before.
+//!
+//! 1. [`Written`]: as the owner wrote it, sizes as text and numbers as wide as they come. The host tool reads it from
+//!    TOML; keys that nobody knows are refused there, by name.
+//! 2. [`Config<String>`](Config): checked, files by path. [`Written::check`] makes it.
+//! 3. [`Config<FileIndex>`](crate::bundle::FileIndex): the same with files as numbers in a bundle, stored there as JSON.
+//!
+//! [`Config::check`] holds every rule that does not depend on how a value is written. Both sides call it: the host
+//! with the files of its disk, the hypervisor with the files of the bundle that it was given.
+//!
+//! Invariants of a checked configuration: at least one VM and at most [`MAX_VMS`]; names differ, and are 1–32 of
+//! `[a-z0-9-]` not starting with `-`; memory is a multiple of 2 MiB above zero, and no VM has more than the outer
+//! machine; 1–8 vCPUs; at most [`MAX_DISKS`] disks of whole sectors; kernel and initrd fit into memory together; at
+//! most one VM has the console's foreground. The sum of all memory may exceed the machine's: memory is given on demand.
+//!
+//! Known hole: whether a file *is* a kernel is the loader's to say; here it only has to be there and to fit.
+
+mod check;
+mod size;
+#[cfg(test)]
+mod tests;
+mod written;
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::{fmt, iter};
+
+use serde::{Deserialize, Serialize};
+
+pub use check::FileLength;
+pub use size::{format_size, parse_size};
+pub use written::{Written, WrittenDisk, WrittenOuter, WrittenPolicies, WrittenVm};
+
+/// Most virtual machines in one configuration.
+pub const MAX_VMS: usize = 64;
+/// Most vCPUs of one virtual machine.
+pub const MAX_VCPUS: u32 = 8;
+/// Most disks of one virtual machine.
+pub const MAX_DISKS: usize = 8;
+/// Longest name of a virtual machine, in bytes.
+pub const MAX_NAME: usize = 32;
+/// Longest kernel command line, in bytes: arm64 Linux keeps 2048 with the terminating zero.
+pub const MAX_CMDLINE: usize = 2047;
+/// Most CPUs of the outer machine: the hypervisor keeps state for as many.
+pub const MAX_OUTER_CPUS: u32 = 64;
+/// Least memory of the outer machine, in bytes: the hypervisor, its heap and a small bundle.
+pub const MIN_OUTER_MEMORY: u64 = 256 << 20;
+/// Most memory of the outer machine, in bytes: QEMU's `virt` has its next device region behind that.
+pub const MAX_OUTER_MEMORY: u64 = 255 << 30;
+/// Memory comes in multiples of this many bytes: the block of the second stage.
+pub const MEMORY_GRANULE: u64 = 2 << 20;
+/// Bytes in a disk's sector.
+pub const SECTOR: u64 = 512;
+
+/// A checked configuration; `F` is how it names files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config<F> {
+    /// The machine that the hypervisor runs on.
+    pub outer: Outer,
+    /// The virtual machines, in the order of the console's escape digits.
+    pub vms: Vec<Vm<F>>,
+}
+
+/// The machine that the hypervisor runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outer {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// CPUs.
+    pub cpus: u32,
+}
+
+impl Default for Outer {
+    fn default() -> Self {
+        Self { memory: 4 << 30, cpus: 2 }
+    }
+}
+
+/// One virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm<F> {
+    /// Its name, unique in the configuration.
+    pub name: String,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// The file its first vCPU starts with.
+    pub kernel: F,
+    /// How to read that file.
+    pub kernel_format: KernelFormat,
+    /// A file for the kernel to find in memory.
+    pub initrd: Option<F>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Block devices, in the order of their virtio slots.
+    pub disks: Vec<Disk<F>>,
+    /// What the owner decided where the architecture leaves a choice.
+    pub policies: Policies,
+    /// Whether it starts with the hypervisor; else it waits, paused, for a `resume`.
+    pub autostart: bool,
+}
+
+/// A block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk<F> {
+    /// What it holds at boot.
+    pub file: F,
+    /// Whether the guest is kept from writing. Writes are kept in memory and are gone when the machine stops.
+    pub read_only: bool,
+}
+
+/// How to read a kernel file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelFormat {
+    /// By what the file says of itself: arm64 `Image`, the same compressed, ELF.
+    #[default]
+    Auto,
+    /// Position-independent code without a header, started at its first byte.
+    Flat,
+}
+
+/// The owner's decisions for one virtual machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policies {
+    /// What an access to an address that no device claims does.
+    pub unclaimed_mmio: UnclaimedMmio,
+    /// The largest entry its second stage may use.
+    pub page_size: LargestEntry,
+    /// Whether it has the console at the start.
+    pub console: Console,
+    /// What happens when it asks for a reset.
+    pub on_guest_reset: OnReset,
+}
+
+/// What an access to an address that no device claims does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UnclaimedMmio {
+    /// The guest takes a synchronous external abort.
+    #[default]
+    Abort,
+    /// Loads give zero, stores do nothing.
+    ReadAsZero,
+}
+
+/// The largest entry that a second stage may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LargestEntry {
+    /// Blocks of 2 MiB where the object allows, pages elsewhere.
+    #[default]
+    #[serde(rename = "2M")]
+    Block2M,
+    /// Pages of 4 KiB only.
+    #[serde(rename = "4K")]
+    Page4K,
+}
+
+/// Who has the console at the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Console {
+    /// This virtual machine.
+    Foreground,
+    /// Another one; its own output is kept for later.
+    #[default]
+    Background,
+}
+
+/// What happens when a guest asks for a reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReset {
+    /// It starts again from its files.
+    #[default]
+    Reboot,
+    /// It stops, as if it had powered off.
+    Stop,
+}
+
+/// What a file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The kernel of the VM at this index.
+    Kernel {
+        /// Index of the VM.
+        vm: usize,
+    },
+    /// Its initrd.
+    Initrd {
+        /// Index of the VM.
+        vm: usize,
+    },
+    /// One of its disks.
+    Disk {
+        /// Index of the VM.
+        vm: usize,
+        /// Index of the disk in the VM.
+        disk: usize,
+        /// Whether the guest may write.
+        writable: bool,
+    },
+}
+
+impl Role {
+    /// Whether the guest may write to the file.
+    pub fn writable(self) -> bool {
+        matches!(self, Self::Disk { writable: true, .. })
+    }
+}
+
+impl fmt::Display for Role {
+    /// The field that names the file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kernel { vm } => write!(f, "vms[{vm}].kernel"),
+            Self::Initrd { vm } => write!(f, "vms[{vm}].initrd"),
+            Self::Disk { vm, disk, .. } => write!(f, "vms[{vm}].disks[{disk}].file"),
+        }
+    }
+}
+
+impl<F> Config<F> {
+    /// Every file that is named, with its role, in the order of [`Config::map_files`].
+    pub fn files(&self) -> impl Iterator<Item = (Role, &F)> {
+        self.vms.iter().enumerate().flat_map(|(index, vm)| vm.files(index))
+    }
+
+    /// The same configuration with every file named differently: `name` is asked for each file, in order.
+    ///
+    /// # Errors
+    /// The first error of `name`.
+    pub fn map_files<G, E>(self, mut name: impl FnMut(Role, F) -> Result<G, E>) -> Result<Config<G>, E> {
+        let vms = self.vms.into_iter().enumerate().map(|(index, vm)| vm.map_files(index, &mut name));
+        Ok(Config { outer: self.outer, vms: vms.collect::<Result<_, E>>()? })
+    }
+}
+
+impl<F> Vm<F> {
+    /// Every file that this VM names, with its role; `vm` is its index.
+    fn files(&self, vm: usize) -> impl Iterator<Item = (Role, &F)> {
+        let kernel = (Role::Kernel { vm }, &self.kernel);
+        let initrd = self.initrd.iter().map(move |file| (Role::Initrd { vm }, file));
+        let disks = self.disks.iter().enumerate();
+        let disks = disks.map(move |(disk, it)| (Role::Disk { vm, disk, writable: !it.read_only }, &it.file));
+        iter::once(kernel).chain(initrd).chain(disks)
+    }
+
+    fn map_files<G, E>(self, vm: usize, name: &mut impl FnMut(Role, F) -> Result<G, E>) -> Result<Vm<G>, E> {
+        let kernel = name(Role::Kernel { vm }, self.kernel)?;
+        let initrd = self.initrd.map(|file| name(Role::Initrd { vm }, file)).transpose()?;
+        let disks = self.disks.into_iter().enumerate().map(|(disk, Disk { file, read_only })| {
+            Ok(Disk { file: name(Role::Disk { vm, disk, writable: !read_only }, file)?, read_only })
+        });
+        Ok(Vm {
+            name: self.name,
+            memory: self.memory,
+            vcpus: self.vcpus,
+            kernel,
+            kernel_format: self.kernel_format,
+            initrd,
+            cmdline: self.cmdline,
+            disks: disks.collect::<Result<_, E>>()?,
+            policies: self.policies,
+            autostart: self.autostart,
+        })
+    }
+}

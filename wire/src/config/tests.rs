@@ -1,0 +1,203 @@
+//! Every rule of the configuration, broken once.
+
+use std::format;
+use std::string::{String, ToString};
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::Refusal;
+
+/// A disk of the host's: sizes by name, everything else is missing.
+fn on_disk(path: &str) -> Result<u64, String> {
+    match path {
+        "Image" | "u-boot.bin" => Ok(30 << 20),
+        "initrd" => Ok(10 << 20),
+        "disk" => Ok(64 << 20),
+        "odd" => Ok(513),
+        "empty" => Ok(0),
+        _ => Err("no such file".to_string()),
+    }
+}
+
+fn check(value: Value) -> Result<Config<String>, Refusal> {
+    let written: Written = serde_json::from_value(value).expect("a shape that the test means to be right");
+    written.check(&mut |path| on_disk(path))
+}
+
+/// One VM that is right, with `change` laid over it.
+fn vm(change: Value) -> Value {
+    let mut vm = json!({ "name": "a", "memory": "512M", "vcpus": 2, "kernel": "Image" });
+    for (key, value) in change.as_object().expect("an object") {
+        vm[key] = value.clone();
+    }
+    vm
+}
+
+fn one(change: Value) -> Value {
+    json!({ "vms": [vm(change)] })
+}
+
+#[test]
+fn defaults_are_as_documented() {
+    let config = check(json!({ "vms": [{ "name": "a", "memory": "512M", "kernel": "Image" }] })).expect("right");
+    let expected = Vm {
+        name: "a".to_string(),
+        memory: 512 << 20,
+        vcpus: 1,
+        kernel: "Image".to_string(),
+        kernel_format: KernelFormat::Auto,
+        initrd: None,
+        cmdline: String::new(),
+        disks: [].into(),
+        policies: Policies { console: Console::Foreground, ..Policies::default() },
+        autostart: true,
+    };
+    assert_eq!(config, Config { outer: Outer { memory: 4 << 30, cpus: 2 }, vms: [expected].into() });
+}
+
+#[test]
+fn each_broken_rule_names_field_value_and_rule() {
+    let many: std::vec::Vec<Value> = (0..65).map(|n| vm(json!({ "name": format!("vm{n}") }))).collect();
+    let disks = |count| std::vec![json!({ "file": "disk" }); count];
+    #[rustfmt::skip]
+    let table: &[(Value, &str)] = &[
+        (json!({}), "vms = []: must list at least one virtual machine"),
+        (json!({ "vms": many }), "vms = 65 entries: must be at most 64"),
+        (json!({ "outer": { "memory": "4" }, "vms": [vm(json!({}))] }), "outer.memory = \"4\": must be a whole number followed by K, M, G or T (powers of 1024), like \"512M\""),
+        (json!({ "outer": { "memory": "128M" }, "vms": [vm(json!({}))] }), "outer.memory = 128M: must be at least 256M"),
+        (json!({ "outer": { "memory": "256G" }, "vms": [vm(json!({}))] }), "outer.memory = 256G: must be at most 255G"),
+        (json!({ "outer": { "memory": "513M" }, "vms": [vm(json!({}))] }), "outer.memory = 513M: must be a multiple of 2M"),
+        (json!({ "outer": { "cpus": 0 }, "vms": [vm(json!({}))] }), "outer.cpus = 0: must be from 1 to 64"),
+        (json!({ "outer": { "cpus": 65 }, "vms": [vm(json!({}))] }), "outer.cpus = 65: must be from 1 to 64"),
+        (one(json!({ "name": "" })), "vms[0].name = \"\": must be 1 to 32 of the characters a-z, 0-9 and '-', and not start with '-'"),
+        (one(json!({ "name": "Web" })), "vms[0].name = \"Web\": must be 1 to 32 of the characters a-z, 0-9 and '-', and not start with '-'"),
+        (one(json!({ "name": "-a" })), "vms[0].name = \"-a\": must be 1 to 32 of the characters a-z, 0-9 and '-', and not start with '-'"),
+        (one(json!({ "name": "a".repeat(33) })), "vms[0].name = \"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\": must be 1 to 32 of the characters a-z, 0-9 and '-', and not start with '-'"),
+        (one(json!({ "memory": "512" })), "vms[0].memory = \"512\": must be a whole number followed by K, M, G or T (powers of 1024), like \"512M\""),
+        (one(json!({ "memory": "513M" })), "vms[0].memory = 513M: must be a multiple of 2M"),
+        (one(json!({ "memory": "1K" })), "vms[0].memory = 1K: must be a multiple of 2M"),
+        (one(json!({ "memory": "0M" })), "vms[0].memory = 0 bytes: must be above zero"),
+        (one(json!({ "memory": "5G" })), "vms[0].memory = 5G: must be at most the machine's: outer.memory = 4G"),
+        (one(json!({ "vcpus": 0 })), "vms[0].vcpus = 0: must be from 1 to 8"),
+        (one(json!({ "vcpus": 9 })), "vms[0].vcpus = 9: must be from 1 to 8"),
+        (one(json!({ "vcpus": -1 })), "vms[0].vcpus = -1: must be from 1 to 8"),
+        (one(json!({ "vcpus": i64::MAX })), "vms[0].vcpus = 9223372036854775807: must be from 1 to 8"),
+        (one(json!({ "kernel": "gone" })), "vms[0].kernel = \"gone\": must be a file that can be read: no such file"),
+        (one(json!({ "kernel": "empty" })), "vms[0].kernel = \"empty\": must not be empty"),
+        (one(json!({ "memory": "2M" })), "vms[0].kernel = \"Image\": must fit into the VM's memory: it has 31457280 bytes, vms[0].memory is 2M"),
+        (one(json!({ "memory": "32M", "initrd": "initrd" })), "vms[0].initrd = \"initrd\": must fit into the VM's memory beside the kernel: they have 10485760 and 31457280 bytes, vms[0].memory is 32M"),
+        (one(json!({ "initrd": "gone" })), "vms[0].initrd = \"gone\": must be a file that can be read: no such file"),
+        (one(json!({ "cmdline": "x".repeat(2048) })), "vms[0].cmdline = 2048 bytes: must be at most 2047 bytes"),
+        (one(json!({ "cmdline": "a\0b" })), "vms[0].cmdline = \"a\\0b\": must not contain a zero byte, which would end it"),
+        (one(json!({ "disks": disks(9) })), "vms[0].disks = 9 entries: must be at most 8"),
+        (one(json!({ "disks": [{ "file": "disk" }, { "file": "gone" }] })), "vms[0].disks[1].file = \"gone\": must be a file that can be read: no such file"),
+        (one(json!({ "disks": [{ "file": "odd" }] })), "vms[0].disks[0].file = \"odd\": must be whole sectors of 512 bytes: it has 513 bytes"),
+        (json!({ "vms": [vm(json!({})), vm(json!({}))] }), "vms[1].name = \"a\": must differ from every other VM's name, and vms[0] has it"),
+        (json!({ "vms": [vm(json!({ "policies": { "console": "foreground" } })), vm(json!({ "name": "b", "policies": { "console": "foreground" } }))] }), "vms[1].policies.console = \"foreground\": one VM at most has the foreground, and vms[0] has it"),
+    ];
+    for (written, message) in table {
+        assert_eq!(check(written.clone()).map_err(|refusal| refusal.to_string()), Err(message.to_string()));
+    }
+}
+
+#[test]
+fn unknown_keys_are_refused_by_name() {
+    let table = [
+        json!({ "vm": [] }),
+        one(json!({ "memroy": "1G" })),
+        one(json!({ "policies": { "reset": "stop" } })),
+        one(json!({ "disks": [{ "file": "disk", "readonly": true }] })),
+        json!({ "outer": { "ram": "1G" } }),
+    ];
+    for (written, key) in table.into_iter().zip(["vm", "memroy", "reset", "readonly", "ram"]) {
+        let error = serde_json::from_value::<Written>(written).expect_err(key).to_string();
+        assert!(error.starts_with(&format!("unknown field `{key}`")), "{error}");
+    }
+}
+
+#[test]
+fn limits_themselves_are_allowed() {
+    let disks = std::vec![json!({ "file": "disk", "read_only": true }); MAX_DISKS];
+    let most =
+        json!({ "name": "a".repeat(32), "memory": "4G", "vcpus": 8, "disks": disks, "cmdline": "x".repeat(2047) });
+    assert!(check(one(most)).is_ok());
+    let machines: std::vec::Vec<Value> = (0..64).map(|n| vm(json!({ "name": format!("{n}") }))).collect();
+    assert!(check(json!({ "outer": { "memory": "255G", "cpus": 64 }, "vms": machines })).is_ok());
+}
+
+#[test]
+fn foreground_goes_to_who_asks_else_to_the_first_that_is_silent() {
+    let consoles = |said: &[Value]| {
+        let vms = said.iter().enumerate().map(|(n, console)| {
+            let policies = if console.is_null() { json!({}) } else { json!({ "console": console }) };
+            vm(json!({ "name": format!("vm{n}"), "policies": policies }))
+        });
+        let config = check(json!({ "vms": vms.collect::<std::vec::Vec<_>>() })).expect("right");
+        config.vms.iter().position(|vm| vm.policies.console == Console::Foreground)
+    };
+    assert_eq!(consoles(&[Value::Null, Value::Null]), Some(0));
+    assert_eq!(consoles(&[Value::Null, json!("foreground")]), Some(1));
+    assert_eq!(consoles(&[json!("background"), Value::Null]), Some(1));
+    assert_eq!(consoles(&[json!("background"), json!("background")]), None);
+}
+
+#[test]
+fn kernel_format_follows_the_name_unless_said() {
+    let format = |change| check(one(change)).expect("right").vms[0].kernel_format;
+    assert_eq!(format(json!({ "kernel": "Image" })), KernelFormat::Auto);
+    assert_eq!(format(json!({ "kernel": "u-boot.bin" })), KernelFormat::Flat);
+    assert_eq!(format(json!({ "kernel": "u-boot.bin", "kernel_format": "auto" })), KernelFormat::Auto);
+    assert_eq!(format(json!({ "kernel": "Image", "kernel_format": "flat" })), KernelFormat::Flat);
+}
+
+#[test]
+fn files_are_asked_for_in_order_with_their_roles() {
+    let config =
+        check(one(json!({ "initrd": "initrd", "disks": [{ "file": "disk" }, { "file": "disk", "read_only": true }] })));
+    let mut asked = std::vec::Vec::new();
+    let mapped = config.expect("right").map_files(|role, path| {
+        asked.push((role, path));
+        Ok::<_, ()>(asked.len())
+    });
+    let vm = &mapped.expect("no name fails").vms[0];
+    assert_eq!((vm.kernel, vm.initrd), (1, Some(2)));
+    assert_eq!(vm.disks, [Disk { file: 3, read_only: false }, Disk { file: 4, read_only: true }]);
+    let roles: std::vec::Vec<Role> = asked.iter().map(|(role, _)| *role).collect();
+    let expected = [
+        Role::Kernel { vm: 0 },
+        Role::Initrd { vm: 0 },
+        Role::Disk { vm: 0, disk: 0, writable: true },
+        Role::Disk { vm: 0, disk: 1, writable: false },
+    ];
+    assert_eq!(roles, expected);
+}
+
+proptest! {
+    /// The hypervisor's second check refuses whatever a changed number makes wrong, and never panics.
+    #[test]
+    fn check_of_any_numbers_never_panics(memory: u64, vcpus: u32, outer: u64, cpus: u32, kernel: u64, initrd: u64, name in ".{0,40}") {
+        let mut config = check(one(json!({ "initrd": "initrd" }))).expect("right");
+        config.outer = Outer { memory: outer, cpus };
+        let vm = &mut config.vms[0];
+        (vm.memory, vm.vcpus, vm.name) = (memory, vcpus, name);
+        let mut length = |path: &String| Ok(if path == "Image" { kernel } else { initrd });
+        if config.check(&mut length).is_ok() {
+            prop_assert!(memory % MEMORY_GRANULE == 0 && memory <= outer && (1..=8).contains(&vcpus));
+            prop_assert!(kernel > 0 && initrd > 0 && kernel.checked_add(initrd).is_some_and(|both| both <= memory));
+        }
+    }
+
+    #[test]
+    fn json_of_a_config_reads_back(vcpus in 1..=8u32, granules in 20..2000u64, cmdline in "[^\0]{0,50}", flags: [bool; 4]) {
+        let mut config = check(one(json!({ "disks": [{ "file": "disk" }] }))).expect("right");
+        let vm = &mut config.vms[0];
+        (vm.vcpus, vm.memory, vm.cmdline, vm.autostart) = (vcpus, granules * MEMORY_GRANULE, cmdline, flags[0]);
+        vm.policies.page_size = if flags[1] { LargestEntry::Page4K } else { LargestEntry::Block2M };
+        vm.policies.unclaimed_mmio = if flags[2] { UnclaimedMmio::ReadAsZero } else { UnclaimedMmio::Abort };
+        vm.policies.on_guest_reset = if flags[3] { OnReset::Stop } else { OnReset::Reboot };
+        let json = serde_json::to_string(&config).expect("strings for keys");
+        prop_assert_eq!(serde_json::from_str::<Config<String>>(&json).expect("what was written"), config);
+    }
+}

@@ -1,0 +1,146 @@
+//! The configuration as an owner writes it, before any rule but its shape was checked.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use serde::Deserialize;
+
+use super::check::{self, FileLength};
+use super::{Config, Console, Disk, KernelFormat, LargestEntry, OnReset, Outer, Policies, UnclaimedMmio, Vm, size};
+use crate::Refusal;
+
+/// A whole configuration as written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Written {
+    /// The outer machine; absent parts have their defaults.
+    #[serde(default)]
+    pub outer: WrittenOuter,
+    /// The virtual machines.
+    #[serde(default)]
+    pub vms: Vec<WrittenVm>,
+}
+
+/// The outer machine as written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenOuter {
+    /// A size; `4G` if absent.
+    pub memory: Option<String>,
+    /// CPUs; 2 if absent.
+    pub cpus: Option<i64>,
+}
+
+/// A virtual machine as written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenVm {
+    /// Name.
+    pub name: String,
+    /// A size.
+    pub memory: String,
+    /// Virtual CPUs; 1 if absent.
+    pub vcpus: Option<i64>,
+    /// Path of the kernel.
+    pub kernel: String,
+    /// How to read it. If absent: flat if the path ends in `.bin`, else by what the file says of itself.
+    pub kernel_format: Option<KernelFormat>,
+    /// Path of the initrd.
+    pub initrd: Option<String>,
+    /// Command line; empty if absent.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Block devices.
+    #[serde(default)]
+    pub disks: Vec<WrittenDisk>,
+    /// Policies.
+    #[serde(default)]
+    pub policies: WrittenPolicies,
+    /// Whether it starts with the hypervisor; yes if absent.
+    pub autostart: Option<bool>,
+}
+
+/// A block device as written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenDisk {
+    /// Path of the image.
+    pub file: String,
+    /// Whether the guest is kept from writing; no if absent.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// Policies as written; each absent one has its default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenPolicies {
+    /// See [`Policies::unclaimed_mmio`].
+    #[serde(default)]
+    pub unclaimed_mmio: UnclaimedMmio,
+    /// See [`Policies::page_size`].
+    #[serde(default)]
+    pub page_size: LargestEntry,
+    /// If no VM says `foreground`, the first that says nothing has the foreground.
+    pub console: Option<Console>,
+    /// See [`Policies::on_guest_reset`].
+    #[serde(default)]
+    pub on_guest_reset: OnReset,
+}
+
+impl Written {
+    /// Checks everything; `length` tells how many bytes the file at a path has, or what is wrong with it.
+    ///
+    /// # Errors
+    /// The first value that breaks a rule.
+    pub fn check(self, length: &mut FileLength<'_, String>) -> Result<Config<String>, Refusal> {
+        let outer = self.outer.convert()?;
+        let claimed = self.vms.iter().any(|vm| vm.policies.console == Some(Console::Foreground));
+        let first_silent = self.vms.iter().position(|vm| vm.policies.console.is_none()).filter(|_| !claimed);
+        let vms = self.vms.into_iter().enumerate().map(|(index, vm)| vm.convert(index, first_silent == Some(index)));
+        let config = Config { outer, vms: vms.collect::<Result<_, _>>()? };
+        config.check(length)?;
+        Ok(config)
+    }
+}
+
+impl WrittenOuter {
+    fn convert(self) -> Result<Outer, Refusal> {
+        let default = Outer::default();
+        Ok(Outer {
+            memory: self.memory.map_or(Ok(default.memory), |text| memory("outer.memory", &text))?,
+            cpus: self.cpus.map_or(Ok(default.cpus), check::outer_cpus)?,
+        })
+    }
+}
+
+impl WrittenVm {
+    fn convert(self, index: usize, foreground: bool) -> Result<Vm<String>, Refusal> {
+        let at = format!("vms[{index}]");
+        let by_name = if self.kernel.ends_with(".bin") { KernelFormat::Flat } else { KernelFormat::Auto };
+        let by_place = if foreground { Console::Foreground } else { Console::Background };
+        Ok(Vm {
+            memory: memory(&format!("{at}.memory"), &self.memory)?,
+            vcpus: check::vcpus(&at, self.vcpus.unwrap_or(1))?,
+            kernel_format: self.kernel_format.unwrap_or(by_name),
+            policies: Policies {
+                unclaimed_mmio: self.policies.unclaimed_mmio,
+                page_size: self.policies.page_size,
+                console: self.policies.console.unwrap_or(by_place),
+                on_guest_reset: self.policies.on_guest_reset,
+            },
+            disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
+            name: self.name,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            autostart: self.autostart.unwrap_or(true),
+        })
+    }
+}
+
+/// Bytes that `text` at `field` says.
+fn memory(field: &str, text: &str) -> Result<u64, Refusal> {
+    size::parse_size(text).ok_or_else(|| Refusal::text(field, text, size::RULE))
+}

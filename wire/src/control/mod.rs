@@ -1,0 +1,64 @@
+//! The control channel: what an owner asks of a running hypervisor, and what it says.
+//!
+//! Transport: a byte stream without ends, of which neither side knows when the other comes or goes (a virtio console
+//! port; on the host, QEMU's socket, which serves one client at a time and drops what the hypervisor says to nobody).
+//!
+//! Protocol: every message is one JSON object on one line, at most [`MAX_LINE`] bytes; empty lines mean nothing.
+//!
+//! ```text
+//! host → hypervisor   {"id":7,"op":"stats","vm":"web"}                              a request
+//! hypervisor → host   {"id":7,"ok":{"stats":{…}}}                                   its response, or
+//!                     {"id":7,"error":{"code":"no-such-vm","message":"…",…}}
+//!                     {"event":{"console":{"vm":"web","data":"bG9naW46IA=="}}}      whenever it happens
+//! ```
+//!
+//! - Every request gets exactly one response, in the order of the requests, with the `id` of its request: below 2^53, so
+//!   that every JSON reader keeps it whole. A line that cannot be read gets an error whose `id` is null if it had none.
+//! - A request is refused if it has a key that its operation does not know: an owner's typing mistake is not ignored.
+//!   A response or an event may gain keys; who reads it ignores those that it does not know.
+//! - A client starts with a newline, which ends what a client before it left unfinished, then `hello` with an id that
+//!   no other client would choose, and ignores every line until that response. `hello` also ends the session before
+//!   it: its console is detached.
+//! - `console` attaches one virtual machine's console: an event with the output that was kept from before, then one
+//!   for each piece of output, at most [`CONSOLE_CHUNK`] bytes each, until `detach`, another `console` or `hello`. While
+//!   attached, [`Event::State`] tells that the VM stops or goes on. Output that the channel could not take is counted,
+//!   and told by [`Event::Dropped`]: a slow client never stops a guest.
+//! - `input` gives bytes to the attached console. The answer says how many the guest's device took; if that is not
+//!   all, an [`Event::InputReady`] follows when there is room again, and the client sends the rest then.
+//! - `slots` answers at most [`SLOTS_PER_ANSWER`] rows, from slot number `from` on, and says where the next begin.
+//! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
+//!
+//! Memory: what a guest causes (events) is encoded into a buffer that exists already. Reading a request takes heap of at
+//! most its line's length.
+
+mod bytes;
+mod encode;
+mod event;
+mod fields;
+mod lines;
+mod request;
+mod response;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+pub use bytes::Bytes;
+pub use encode::{Message, TooLong};
+pub use event::Event;
+pub use lines::{LineTooLong, Lines};
+pub use request::{Malformed, Op, Request};
+pub use response::{Answer, Code, Error, Hello, Response, SlotPage, SlotRow, State, VmRow};
+pub use stats::{Entries, Faults, Stats, Tlb};
+
+/// Longest line, in bytes, its newline included.
+pub const MAX_LINE: usize = 64 << 10;
+/// Most bytes of console data in one message; encoded, with a name and the rest, they fit into a line many times.
+pub const CONSOLE_CHUNK: usize = 8 << 10;
+/// Most rows in one answer to `slots`.
+pub const SLOTS_PER_ANSWER: usize = 256;
+/// Version of this protocol. It changes when a reader of the old one would go wrong.
+pub const PROTOCOL: u32 = 1;
+/// Ids are below this.
+pub const ID_LIMIT: u64 = 1 << 53;
+
+const _: () = assert!(CONSOLE_CHUNK.div_ceil(3) * 4 + 1024 < MAX_LINE);

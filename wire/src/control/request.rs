@@ -1,0 +1,171 @@
+//! What an owner asks.
+
+use alloc::borrow::Cow;
+
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+
+use super::fields::Fields;
+use super::{Bytes, Code, Error, Response};
+use crate::Refusal;
+
+/// One request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request<'a> {
+    /// Comes back in the response; below [`ID_LIMIT`](super::ID_LIMIT).
+    pub id: u64,
+    /// What is asked.
+    pub op: Op<'a>,
+}
+
+/// What can be asked. `vm` names the virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op<'a> {
+    /// Who is there? Starts a session.
+    Hello,
+    /// Every virtual machine and its state.
+    Ps,
+    /// Counters.
+    Stats {
+        /// Of whom.
+        vm: Cow<'a, str>,
+    },
+    /// Memory slots.
+    Slots {
+        /// Of whom.
+        vm: Cow<'a, str>,
+        /// The first slot number that is wanted.
+        from: u32,
+    },
+    /// Its vCPUs stop running.
+    Pause {
+        /// Whose.
+        vm: Cow<'a, str>,
+    },
+    /// They run again, or for the first time.
+    Resume {
+        /// Whose.
+        vm: Cow<'a, str>,
+    },
+    /// It stops for good and gives its memory back.
+    Kill {
+        /// Who.
+        vm: Cow<'a, str>,
+    },
+    /// Attaches its console.
+    Console {
+        /// Whose.
+        vm: Cow<'a, str>,
+    },
+    /// Detaches the console.
+    Detach,
+    /// Bytes for the attached console.
+    Input {
+        /// Who must be attached.
+        vm: Cow<'a, str>,
+        /// At most [`CONSOLE_CHUNK`](super::CONSOLE_CHUNK) bytes.
+        data: Bytes<'a>,
+    },
+    /// Everything stops and the outer machine powers off.
+    Shutdown,
+}
+
+/// A line that is no request: who to tell, and what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Malformed {
+    /// The id, if it could be read.
+    pub id: Option<u64>,
+    /// What is wrong.
+    pub error: Error,
+}
+
+impl From<Malformed> for Response<'static> {
+    fn from(malformed: Malformed) -> Self {
+        Self { id: malformed.id, result: Err(malformed.error) }
+    }
+}
+
+impl<'a> Op<'a> {
+    /// Its name in a request.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello => "hello",
+            Self::Ps => "ps",
+            Self::Stats { .. } => "stats",
+            Self::Slots { .. } => "slots",
+            Self::Pause { .. } => "pause",
+            Self::Resume { .. } => "resume",
+            Self::Kill { .. } => "kill",
+            Self::Console { .. } => "console",
+            Self::Detach => "detach",
+            Self::Input { .. } => "input",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    /// The virtual machine that it is about, if it is about one.
+    pub fn vm(&self) -> Option<&str> {
+        match self {
+            Self::Hello | Self::Ps | Self::Detach | Self::Shutdown => None,
+            Self::Stats { vm }
+            | Self::Slots { vm, .. }
+            | Self::Pause { vm }
+            | Self::Resume { vm }
+            | Self::Kill { vm }
+            | Self::Console { vm }
+            | Self::Input { vm, .. } => Some(vm),
+        }
+    }
+
+    /// The operation called `name`, with what it needs taken out of `fields`.
+    fn take(name: &str, fields: &mut Fields<'a>) -> Result<Self, Error> {
+        Ok(match name {
+            "hello" => Self::Hello,
+            "ps" => Self::Ps,
+            "stats" => Self::Stats { vm: fields.text("vm")? },
+            "slots" => Self::Slots { vm: fields.text("vm")?, from: fields.number_or_zero("from")? },
+            "pause" => Self::Pause { vm: fields.text("vm")? },
+            "resume" => Self::Resume { vm: fields.text("vm")? },
+            "kill" => Self::Kill { vm: fields.text("vm")? },
+            "console" => Self::Console { vm: fields.text("vm")? },
+            "detach" => Self::Detach,
+            "input" => Self::Input { vm: fields.text("vm")?, data: fields.bytes("data")? },
+            "shutdown" => Self::Shutdown,
+            unknown => {
+                let rule = "must be an operation that this hypervisor knows";
+                return Err(Error::refused(Code::UnknownOp, Refusal::text("op", unknown, rule)));
+            }
+        })
+    }
+}
+
+impl<'a> Request<'a> {
+    /// Reads a line, without its newline.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, ready to be sent as a response.
+    pub fn parse(line: &'a [u8]) -> Result<Self, Malformed> {
+        let mut fields = Fields::parse(line).map_err(|error| Malformed { id: None, error })?;
+        let id = fields.id().map_err(|error| Malformed { id: None, error })?;
+        let op = fields.text("op").and_then(|name| Op::take(&name, &mut fields));
+        let op = op.and_then(|op| fields.none_left(op.name()).map(|()| op));
+        op.map(|op| Self { id, op }).map_err(|error| Malformed { id: Some(id), error })
+    }
+}
+
+impl Serialize for Request<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("id", &self.id)?;
+        map.serialize_entry("op", self.op.name())?;
+        if let Some(vm) = self.op.vm() {
+            map.serialize_entry("vm", vm)?;
+        }
+        match &self.op {
+            Op::Slots { from, .. } if *from != 0 => map.serialize_entry("from", from)?,
+            Op::Input { data, .. } => map.serialize_entry("data", data)?,
+            _ => (),
+        }
+        map.end()
+    }
+}

@@ -38,23 +38,13 @@ impl Cell {
         Gfn::new(self.word(0))
     }
 
-    /// Whether the slot is valid and `gfn` lies inside.
     #[inline]
-    fn serves(&self, gfn: Gfn) -> bool {
-        gfn.since(self.base()) < self.word(1) && self.word(2) & INVALID == 0
-    }
-
-    #[inline]
-    fn load(&self, id: u16) -> Slot {
-        let packed = self.word(2);
-        Slot {
-            id,
-            base: self.base(),
-            count: self.word(1),
-            object: ObjectId::new((packed >> 32) as u32),
-            offset: self.word(3),
-            flags: SlotFlags::from_bits_truncate(packed as u32),
-        }
+    fn load(&self, id: u16) -> (Slot, Validity) {
+        let [base, count, packed, offset] = [0, 1, 2, 3].map(|index| self.word(index));
+        let validity = if packed & INVALID == 0 { Validity::Valid } else { Validity::Invalid };
+        let object = ObjectId::new((packed >> 32) as u32);
+        let flags = SlotFlags::from_bits_truncate(packed as u32);
+        (Slot { id, base: Gfn::new(base), count, object, offset, flags }, validity)
     }
 
     fn store(&self, slot: Option<(Slot, Validity)>) {
@@ -113,7 +103,7 @@ impl Set {
 
     /// Slot `id`, valid or not.
     pub fn get(&self, id: u16) -> Option<Slot> {
-        let slot = self.cells.get(usize::from(id))?.load(id);
+        let (slot, _) = self.cells.get(usize::from(id))?.load(id);
         (slot.count != 0).then_some(slot)
     }
 
@@ -128,8 +118,8 @@ impl Set {
     /// The valid slot that `gfn` lies in, if number `hint` is the one.
     #[inline]
     pub(crate) fn find_hinted(&self, gfn: Gfn, hint: u16) -> Option<Slot> {
-        let cell = self.cells.get(usize::from(hint))?;
-        cell.serves(gfn).then(|| cell.load(hint))
+        let (slot, validity) = self.cells.get(usize::from(hint))?.load(hint);
+        (slot.contains(gfn) && validity == Validity::Valid).then_some(slot)
     }
 
     /// The valid slot that `gfn` lies in.
@@ -155,11 +145,7 @@ impl Set {
 
     /// Slots in the order of guest frames, with whether each is valid.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Slot, Validity)> {
-        (0..self.len()).map(|place| {
-            let id = self.number(place);
-            let invalid = self.cell(id).word(2) & INVALID != 0;
-            (self.cell(id).load(id), if invalid { Validity::Invalid } else { Validity::Valid })
-        })
+        (0..self.len()).map(|place| self.load(self.number(place)))
     }
 
     /// Slots, valid or not, that show a frame of `object` in `start .. start + count`.
@@ -198,7 +184,11 @@ impl Set {
     }
 
     fn at(&self, place: usize) -> Slot {
-        let id = self.number(place);
+        self.load(self.number(place)).0
+    }
+
+    #[inline]
+    fn load(&self, id: u16) -> (Slot, Validity) {
         self.cell(id).load(id)
     }
 
@@ -218,7 +208,7 @@ impl Set {
     }
 
     fn object_key(&self, id: u16) -> (ObjectId, u64) {
-        let slot = self.cell(id).load(id);
+        let (slot, _) = self.load(id);
         (slot.object, slot.offset)
     }
 
@@ -254,7 +244,7 @@ impl Iterator for Mappings<'_> {
         let place = self.set.by_object.next_above(self.next, self.until, self.start)?;
         self.next = place + 1;
         let id = self.set.by_object.at(place);
-        Some(SlotRef { slot: self.set.cell(id).load(id), generation: self.generation })
+        Some(SlotRef { slot: self.set.load(id).0, generation: self.generation })
     }
 }
 

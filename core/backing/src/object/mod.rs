@@ -18,7 +18,7 @@ use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
 pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
 
-use crate::tree::{Counts, Tree, levels, new_node};
+use crate::tree::Tree;
 use crate::{Grant, GrantError, Memory, OutOfMemory, Supply};
 
 /// What anonymous memory is made of.
@@ -102,11 +102,11 @@ pub struct Object {
     /// The handle that finds it, 0 if none does.
     live: AtomicU32,
     kind: AtomicU32,
-    levels: AtomicU32,
     frames: AtomicU64,
-    /// The root node, or the first frame.
+    /// First frame of a device or ROM.
     first: AtomicU64,
-    counts: Counts,
+    /// Content of anonymous memory.
+    tree: Tree,
     /// Held by whoever takes content away.
     structure: Mutex<()>,
 }
@@ -116,35 +116,33 @@ impl Object {
         Self {
             live: AtomicU32::new(0),
             kind: AtomicU32::new(0),
-            levels: AtomicU32::new(0),
             frames: AtomicU64::new(0),
             first: AtomicU64::new(0),
-            counts: Counts::new(),
+            tree: Tree::new(),
             structure: Mutex::new(()),
         }
     }
 
     /// Becomes what `spec`, which was checked, says. Nobody reaches it.
     fn make<M: Machine>(&self, supply: &Supply<'_, M>, spec: Spec) -> Result<(), OutOfMemory> {
-        let (kind, first, frames, levels) = match spec {
+        let (kind, first, frames) = match spec {
             Spec::Anonymous { frames, policy } => {
-                let root = new_node(supply, &self.counts)?;
-                (Kind::Anonymous(policy), root, frames, levels(frames, policy))
+                self.tree.make(supply, frames, policy)?;
+                (Kind::Anonymous(policy), Pfn::new(0), frames)
             }
-            Spec::Device { first, frames } => (Kind::Device, first, frames, 0),
-            Spec::Rom { first, frames, owned } => (Kind::Rom { owned }, first, frames, 0),
+            Spec::Device { first, frames } => (Kind::Device, first, frames),
+            Spec::Rom { first, frames, owned } => (Kind::Rom { owned }, first, frames),
         };
         self.kind.store(kind.encode(), Ordering::Relaxed);
         self.first.store(first.get(), Ordering::Relaxed);
         self.frames.store(frames, Ordering::Relaxed);
-        self.levels.store(levels, Ordering::Relaxed);
         Ok(())
     }
 
     /// Gives everything back. Nobody reaches it.
     fn unmake<M: Machine>(&self, supply: &Supply<'_, M>) {
         match self.kind() {
-            Kind::Anonymous(policy) => self.tree(policy).destroy(supply),
+            Kind::Anonymous(_) => self.tree.destroy(supply),
             Kind::Rom { owned: true } => {
                 supply.pool.add(self.fixed()).expect("checked when the object was made; the frames were its own since")
             }
@@ -167,12 +165,12 @@ impl Object {
 
     /// Frames of content that were made for it. 0 for devices and ROM.
     pub fn resident_frames(&self) -> u64 {
-        self.counts.resident.load(Ordering::Relaxed)
+        self.tree.resident()
     }
 
     /// Frames that hold its tree. 0 for devices and ROM.
     pub fn node_frames(&self) -> u64 {
-        self.counts.nodes.load(Ordering::Relaxed)
+        self.tree.nodes()
     }
 
     /// What backs frame `frame`; made, zeroed, if nothing does yet. `write` says whether the access needs to write.
@@ -184,7 +182,7 @@ impl Object {
     pub fn grant<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, write: bool) -> Result<Grant, GrantError> {
         self.check_inside(frame)?;
         match self.kind() {
-            Kind::Anonymous(policy) => self.tree(policy).grant(supply, frame),
+            Kind::Anonymous(_) => self.tree.grant(supply, frame),
             Kind::Device => Ok(self.fixed_grant(frame, Memory::Device)),
             Kind::Rom { .. } if write => Err(GrantError::ReadOnly),
             Kind::Rom { .. } => Ok(self.fixed_grant(frame, Memory::Normal)),
@@ -195,7 +193,7 @@ impl Object {
     pub fn present<M: Machine>(&self, machine: &M, frame: u64) -> Option<Grant> {
         self.check_inside(frame).ok()?;
         match self.kind() {
-            Kind::Anonymous(policy) => self.tree(policy).present(machine, frame),
+            Kind::Anonymous(_) => self.tree.present(machine, frame),
             Kind::Device => Some(self.fixed_grant(frame, Memory::Device)),
             Kind::Rom { .. } => Some(self.fixed_grant(frame, Memory::Normal)),
         }
@@ -232,14 +230,14 @@ impl Object {
     ///
     /// [`PunchError`]; what the object reads as did not change.
     pub fn punch<M: Machine>(&self, supply: &Supply<'_, M>, start: u64, count: u64) -> Result<u64, PunchError> {
-        let Kind::Anonymous(policy) = self.kind() else {
+        let Kind::Anonymous(_) = self.kind() else {
             return Err(PunchError::Kind { kind: self.kind() });
         };
         let frames = self.frames();
         let end = start.checked_add(count).filter(|end| *end <= frames);
         let end = end.ok_or(PunchError::Outside { start, count, frames })?;
         let _structure = self.structure.lock();
-        self.tree(policy).punch(supply, start, end).map_err(|OutOfMemory| PunchError::OutOfMemory)
+        self.tree.punch(supply, start, end).map_err(|OutOfMemory| PunchError::OutOfMemory)
     }
 
     /// As `grant`, but waits for whoever fills the same part.
@@ -257,17 +255,6 @@ impl Object {
     fn check_inside(&self, frame: u64) -> Result<(), GrantError> {
         let frames = self.frames();
         if frame < frames { Ok(()) } else { Err(GrantError::Outside { frame, frames }) }
-    }
-
-    #[inline]
-    fn tree(&self, policy: Policy) -> Tree<'_> {
-        Tree {
-            root: Pfn::new(self.first.load(Ordering::Relaxed)),
-            levels: self.levels.load(Ordering::Relaxed),
-            frames: self.frames(),
-            policy,
-            counts: &self.counts,
-        }
     }
 
     /// The frames of a device or ROM.

@@ -23,7 +23,7 @@ mod structure;
 
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_machine::{Machine, Word};
-use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub(crate) use entry::Entry;
 
 use crate::{Grant, GrantError, Memory, Order, OutOfMemory, Policy, Supply};
@@ -42,33 +42,21 @@ pub(crate) const MAX_FRAMES: u64 = 1 << (NODE_SHIFT * LEVELS);
 
 const _: () = assert!(1 << NODE_SHIFT == Word::PER_FRAME as u64 && Order::BLOCK.frames() == BLOCK_FRAMES);
 
-/// Frames that an object holds.
+/// The tree of one object. Its shape changes only while nobody can reach the object.
 #[derive(Debug)]
-pub(crate) struct Counts {
+pub(crate) struct Tree {
+    root: AtomicU64,
+    levels: AtomicU32,
+    /// Frames below this may be backed by blocks; a multiple of the block.
+    blocks_below: AtomicU64,
     /// Frames of content.
-    pub(crate) resident: AtomicU64,
+    resident: AtomicU64,
     /// Frames of nodes.
-    pub(crate) nodes: AtomicU64,
-}
-
-impl Counts {
-    pub(crate) const fn new() -> Self {
-        Self { resident: AtomicU64::new(0), nodes: AtomicU64::new(0) }
-    }
-}
-
-/// A tree, as its object describes it.
-#[derive(Clone, Copy)]
-pub(crate) struct Tree<'o> {
-    pub(crate) root: Pfn,
-    pub(crate) levels: u32,
-    pub(crate) frames: u64,
-    pub(crate) policy: Policy,
-    pub(crate) counts: &'o Counts,
+    nodes: AtomicU64,
 }
 
 /// Levels that a tree of `frames` (at most [`MAX_FRAMES`]) needs.
-pub(crate) fn levels(frames: u64, policy: Policy) -> u32 {
+fn levels(frames: u64, policy: Policy) -> u32 {
     let least = match policy {
         Policy::Pages => 1,
         // A block needs a word of level 1 to be in.
@@ -84,20 +72,6 @@ fn place(node: Pfn, level: u32, frame: u64) -> Word {
     Word::new(node, (frame >> (NODE_SHIFT * level)) as u16)
 }
 
-/// An empty node that nobody can reach yet.
-pub(crate) fn new_node<M: Machine>(supply: &Supply<'_, M>, counts: &Counts) -> Result<Pfn, OutOfMemory> {
-    let node = supply.pool.take(supply.cpu, Order::PAGE)?;
-    supply.machine.zero(PfnRange::single(node));
-    counts.nodes.fetch_add(1, Ordering::Relaxed);
-    Ok(node)
-}
-
-/// Gives back a node that nobody can reach.
-fn drop_node<M: Machine>(supply: &Supply<'_, M>, counts: &Counts, node: Pfn) {
-    counts.nodes.fetch_sub(1, Ordering::Relaxed);
-    supply.pool.give(supply.cpu, node, Order::PAGE);
-}
-
 #[inline]
 fn page(pfn: Pfn, frame: u64, fresh: bool) -> Grant {
     Grant { pfn, extent_start: frame, size: PageSize::Size4K, writable: true, memory: Memory::Normal, fresh }
@@ -109,31 +83,69 @@ fn block(pfn: Pfn, frame: u64, fresh: bool) -> Grant {
     Grant { pfn, extent_start, size: PageSize::Size2M, writable: true, memory: Memory::Normal, fresh }
 }
 
-/// What became of a vacant word.
+/// Where a walk ended: the first word that does not lead to a node.
+struct Located {
+    entry: Entry,
+    word: Word,
+    level: u32,
+}
+
+/// What became of a word that may hold a block.
 enum Filled {
     Content(Grant),
     Node(Pfn),
 }
 
-impl Tree<'_> {
+impl Tree {
+    /// No tree; holds nothing.
+    pub(crate) const fn new() -> Self {
+        Self {
+            root: AtomicU64::new(0),
+            levels: AtomicU32::new(0),
+            blocks_below: AtomicU64::new(0),
+            resident: AtomicU64::new(0),
+            nodes: AtomicU64::new(0),
+        }
+    }
+
+    /// Becomes the tree, all vacant, of `frames` frames. It holds nothing yet, and nobody reaches it.
+    pub(crate) fn make<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        frames: u64,
+        policy: Policy,
+    ) -> Result<(), OutOfMemory> {
+        let root = self.new_node(supply)?;
+        let blocks_below = match policy {
+            Policy::Pages => 0,
+            Policy::Blocks => frames & !(BLOCK_FRAMES - 1),
+        };
+        self.root.store(root.get(), Ordering::Relaxed);
+        self.levels.store(levels(frames, policy), Ordering::Relaxed);
+        self.blocks_below.store(blocks_below, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Frames of content.
+    pub(crate) fn resident(&self) -> u64 {
+        self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Frames of nodes.
+    pub(crate) fn nodes(&self) -> u64 {
+        self.nodes.load(Ordering::Relaxed)
+    }
+
     /// What backs `frame`, which lies inside; made if there is nothing yet.
     #[inline]
     pub(crate) fn grant<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Grant, GrantError> {
-        let mut node = self.root;
-        for level in (0..self.levels).rev() {
-            let word = place(node, level, frame);
-            node = match Entry::decode(supply.machine.load(word)) {
-                Entry::Page(pfn) => return Ok(page(pfn, frame, false)),
-                Entry::Block(pfn) => return Ok(block(pfn, frame, false)),
-                Entry::Filling => return Err(GrantError::Busy),
-                Entry::Node(next) => next,
-                Entry::Vacant => match self.fill(supply, word, level, frame)? {
-                    Filled::Content(grant) => return Ok(grant),
-                    Filled::Node(next) => next,
-                },
-            };
+        let found = self.locate(supply.machine, frame);
+        match found.entry {
+            Entry::Page(pfn) => Ok(page(pfn, frame, false)),
+            Entry::Block(pfn) => Ok(block(pfn, frame, false)),
+            Entry::Vacant => self.fill(supply, found.word, found.level, frame),
+            Entry::Filling | Entry::Node(_) => Err(GrantError::Busy),
         }
-        unreachable!("a word of level 0 never holds a node")
     }
 
     /// What backs `frame`, which lies inside, if something does.
@@ -145,30 +157,65 @@ impl Tree<'_> {
         }
     }
 
+    /// The word that decides about `frame`.
+    #[inline]
+    fn locate<M: Machine>(&self, machine: &M, frame: u64) -> Located {
+        let mut node = Pfn::new(self.root.load(Ordering::Relaxed));
+        for level in (0..self.levels.load(Ordering::Relaxed)).rev() {
+            let word = place(node, level, frame);
+            match Entry::decode(machine.load(word)) {
+                Entry::Node(next) => node = next,
+                entry => return Located { entry, word, level },
+            }
+        }
+        unreachable!("a word of level 0 never holds a node")
+    }
+
+    /// Makes what is missing below a vacant word, one level a turn.
+    #[inline(never)]
     fn fill<M: Machine>(
         &self,
         supply: &Supply<'_, M>,
-        word: Word,
-        level: u32,
+        mut word: Word,
+        mut level: u32,
         frame: u64,
-    ) -> Result<Filled, GrantError> {
-        if level == 0 {
-            return self.fill_page(supply, word, frame).map(Filled::Content);
+    ) -> Result<Grant, GrantError> {
+        while level > 0 {
+            let node = if level == BLOCK_LEVEL && frame < self.blocks_below.load(Ordering::Relaxed) {
+                match self.fill_block(supply, word, frame)? {
+                    Filled::Content(grant) => return Ok(grant),
+                    Filled::Node(node) => node,
+                }
+            } else {
+                self.fill_node(supply, word)?
+            };
+            level -= 1;
+            word = place(node, level, frame);
         }
-        if level == BLOCK_LEVEL && self.may_hold_block(frame) {
-            return self.fill_block(supply, word, frame);
-        }
-        let node = new_node(supply, self.counts)?;
-        if supply.machine.compare_exchange(word, Entry::Vacant.encode(), Entry::Node(node).encode()).is_err() {
-            drop_node(supply, self.counts, node);
-            return Err(GrantError::Busy);
-        }
-        Ok(Filled::Node(node))
+        self.fill_page(supply, word, frame)
     }
 
-    /// Whether the aligned 2 MiB around `frame` may be one block.
-    fn may_hold_block(&self, frame: u64) -> bool {
-        self.policy == Policy::Blocks && (frame | (BLOCK_FRAMES - 1)) < self.frames
+    /// An empty node that nobody can reach yet.
+    fn new_node<M: Machine>(&self, supply: &Supply<'_, M>) -> Result<Pfn, OutOfMemory> {
+        let node = supply.pool.take(supply.cpu, Order::PAGE)?;
+        supply.machine.zero(PfnRange::single(node));
+        self.nodes.fetch_add(1, Ordering::Relaxed);
+        Ok(node)
+    }
+
+    /// Gives back a node that nobody can reach.
+    fn drop_node<M: Machine>(&self, supply: &Supply<'_, M>, node: Pfn) {
+        self.nodes.fetch_sub(1, Ordering::Relaxed);
+        supply.pool.give(supply.cpu, node, Order::PAGE);
+    }
+
+    fn fill_node<M: Machine>(&self, supply: &Supply<'_, M>, word: Word) -> Result<Pfn, GrantError> {
+        let node = self.new_node(supply)?;
+        if supply.machine.compare_exchange(word, Entry::Vacant.encode(), Entry::Node(node).encode()).is_err() {
+            self.drop_node(supply, node);
+            return Err(GrantError::Busy);
+        }
+        Ok(node)
     }
 
     fn claim<M: Machine>(&self, supply: &Supply<'_, M>, word: Word) -> Result<(), GrantError> {
@@ -182,7 +229,7 @@ impl Tree<'_> {
             supply.machine.store(word, Entry::Vacant.encode());
         })?;
         supply.machine.zero(PfnRange::single(pfn));
-        self.counts.resident.fetch_add(1, Ordering::Relaxed);
+        self.resident.fetch_add(1, Ordering::Relaxed);
         supply.machine.store(word, Entry::Page(pfn).encode());
         Ok(page(pfn, frame, true))
     }
@@ -192,11 +239,11 @@ impl Tree<'_> {
         self.claim(supply, word)?;
         if let Some(pfn) = supply.pool.take_at_hand(Order::BLOCK) {
             supply.machine.zero(PfnRange::block(pfn, PageSize::Size2M));
-            self.counts.resident.fetch_add(BLOCK_FRAMES, Ordering::Relaxed);
+            self.resident.fetch_add(BLOCK_FRAMES, Ordering::Relaxed);
             supply.machine.store(word, Entry::Block(pfn).encode());
             return Ok(Filled::Content(block(pfn, frame, true)));
         }
-        let node = new_node(supply, self.counts).inspect_err(|_| {
+        let node = self.new_node(supply).inspect_err(|_| {
             supply.machine.store(word, Entry::Vacant.encode());
         })?;
         supply.machine.store(word, Entry::Node(node).encode());

@@ -8,15 +8,8 @@ use entresol_addr::Pfn;
 use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 
-use super::{BLOCK_FRAMES, Entry, NODE_SHIFT, Tree, drop_node, new_node, place};
+use super::{BLOCK_FRAMES, Entry, Located, NODE_SHIFT, Tree};
 use crate::{Order, OutOfMemory, Supply};
-
-/// Where a walk ended.
-pub(super) struct Located {
-    pub(super) entry: Entry,
-    word: Word,
-    level: u32,
-}
 
 impl Located {
     /// The first frame after the part that this word stands for, seen from a frame in it.
@@ -25,20 +18,7 @@ impl Located {
     }
 }
 
-impl Tree<'_> {
-    /// The word that decides about `frame`: the first that is not a node.
-    pub(super) fn locate<M: Machine>(&self, machine: &M, frame: u64) -> Located {
-        let mut node = self.root;
-        for level in (0..self.levels).rev() {
-            let word = place(node, level, frame);
-            match Entry::decode(machine.load(word)) {
-                Entry::Node(next) => node = next,
-                entry => return Located { entry, word, level },
-            }
-        }
-        unreachable!("a word of level 0 never holds a node")
-    }
-
+impl Tree {
     /// Makes the frames `start .. end` vacant; they lie inside. Returns how many went. A part that another CPU fills
     /// meanwhile may be there afterwards: it is zero, as if it had been touched later.
     pub(crate) fn punch<M: Machine>(&self, supply: &Supply<'_, M>, start: u64, end: u64) -> Result<u64, OutOfMemory> {
@@ -67,7 +47,7 @@ impl Tree<'_> {
     fn unpublish<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, pfn: Pfn, order: Order) -> u64 {
         supply.machine.store(word, Entry::Vacant.encode());
         supply.pool.defer(pfn, order);
-        self.counts.resident.fetch_sub(order.frames(), Ordering::Relaxed);
+        self.resident.fetch_sub(order.frames(), Ordering::Relaxed);
         order.frames()
     }
 
@@ -75,7 +55,7 @@ impl Tree<'_> {
     fn split_block<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<(), OutOfMemory> {
         let found = self.locate(supply.machine, frame);
         let Entry::Block(pfn) = found.entry else { return Ok(()) };
-        let node = new_node(supply, self.counts)?;
+        let node = self.new_node(supply)?;
         for index in 0..Word::PER_FRAME {
             supply.machine.store(Word::new(node, index), Entry::Page(pfn.offset(index.into())).encode());
         }
@@ -86,14 +66,14 @@ impl Tree<'_> {
 
     /// Gives back everything, nodes included. Nobody reaches the tree any more.
     pub(crate) fn destroy<M: Machine>(&self, supply: &Supply<'_, M>) {
-        self.destroy_node(supply, self.root);
+        self.destroy_node(supply, Pfn::new(self.root.load(Ordering::Relaxed)));
     }
 
     /// At most four nodes deep.
     fn destroy_node<M: Machine>(&self, supply: &Supply<'_, M>, node: Pfn) {
         for index in 0..Word::PER_FRAME {
             let give = |pfn, order: Order| {
-                self.counts.resident.fetch_sub(order.frames(), Ordering::Relaxed);
+                self.resident.fetch_sub(order.frames(), Ordering::Relaxed);
                 supply.pool.give(supply.cpu, pfn, order);
             };
             match Entry::decode(supply.machine.load(Word::new(node, index))) {
@@ -104,6 +84,6 @@ impl Tree<'_> {
                 Entry::Node(child) => self.destroy_node(supply, child),
             }
         }
-        drop_node(supply, self.counts, node);
+        self.drop_node(supply, node);
     }
 }

@@ -78,7 +78,9 @@ mod tests {
         let mut entries = Vec::new();
         loop {
             assert_eq!(&bytes[..6], b"070701");
-            let field = |n: usize| u32::from_str_radix(std::str::from_utf8(&bytes[6 + 8 * n..14 + 8 * n]).unwrap(), 16).unwrap();
+            let field = |n: usize| {
+                u32::from_str_radix(std::str::from_utf8(&bytes[6 + 8 * n..14 + 8 * n]).unwrap(), 16).unwrap()
+            };
             let (mode, size, name_size) = (field(1), field(6) as usize, field(11) as usize);
             let name = String::from_utf8(bytes[110..110 + name_size - 1].to_vec()).unwrap();
             let data = (110 + name_size).next_multiple_of(4);

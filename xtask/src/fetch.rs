@@ -53,7 +53,9 @@ fn lock(cache: &Path) -> Result<File> {
             let _step = Step::start("waiting for another xtask that is fetching");
             file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
         }
-        Err(fs::TryLockError::Error(error)) => return Err(error).with_context(|| format!("cannot lock {}", path.display())),
+        Err(fs::TryLockError::Error(error)) => {
+            return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+        }
     }
     remove_leftovers(cache)?;
     Ok(file)

@@ -17,6 +17,8 @@ use modules::Modules;
 
 /// The line that init prints before it starts the shell.
 pub const READY: &str = "entresol-guest: console ready";
+/// What the shell prints when it takes a command.
+pub const PROMPT: &str = "guest:/root# ";
 /// What precedes a script's exit status.
 pub const SCRIPT_EXIT: &str = "entresol-script: exit ";
 
@@ -28,7 +30,6 @@ const MODULES: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_console", "virt
 #[derive(Default)]
 pub struct Initrd {
     script: Option<String>,
-    files: Vec<(String, PathBuf)>,
 }
 
 impl Initrd {
@@ -39,13 +40,7 @@ impl Initrd {
 
     /// Runs a shell script, prints [`SCRIPT_EXIT`] and its status, and powers off.
     pub fn scripted(script: &str) -> Self {
-        Self { script: Some(script.to_owned()), files: Vec::new() }
-    }
-
-    /// Adds an executable file of the host as `/bin/NAME`.
-    pub fn with_program(mut self, name: &str, file: PathBuf) -> Self {
-        self.files.push((name.to_owned(), file));
-        self
+        Self { script: Some(script.to_owned()) }
     }
 
     /// Writes the archive.
@@ -71,9 +66,6 @@ impl Initrd {
         archive.file("etc/entresol/modules", 0o644, list.as_bytes());
         if let Some(script) = &self.script {
             archive.file("etc/entresol/script", 0o644, script.as_bytes());
-        }
-        for (name, file) in &self.files {
-            archive.file(&format!("bin/{name}"), 0o755, &read(file)?);
         }
         Ok(archive.finish())
     }

@@ -1,3 +1,79 @@
-//! t
-mod fetch; mod progress; mod workspace; mod cpio; mod initrd;
-fn main(){ let (_q,g) = fetch::everything().unwrap(); std::fs::write("/tmp/xt/i.cpio", initrd::Initrd::interactive().pack(&g).unwrap()).unwrap(); }
+//! `cargo xtask`: everything that a person or CI does with Entresol, in one command each.
+//!
+//! | room | question |
+//! |---|---|
+//! | [`run`] | how does a clean clone become a guest's shell? |
+//! | [`test`], [`system`], [`check`] | does everything still hold? |
+//! | [`fetch`] | where do QEMU and a guest come from? |
+//! | [`image`], [`bundle`], [`initrd`], [`cpio`] | what is the machine given at boot? |
+//! | [`outer`] | what is the machine? |
+
+mod bundle;
+mod check;
+mod cpio;
+mod fetch;
+mod image;
+mod initrd;
+mod outer;
+mod progress;
+mod run;
+mod system;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Builds, runs and checks Entresol.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot a guest on the hypervisor, in QEMU; its console is this terminal (Ctrl-] x stops the machine)
+    Run(run::Options),
+    /// Check, run the host's tests, then boot machines and test those
+    Test(test::Options),
+    /// Format, clippy, dependency arrows and the house's own rules
+    Check,
+    /// Fetch QEMU and a guest's files now, to be without network later
+    Fetch,
+    /// Build the hypervisor's image and say where it is
+    Build,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Task::Run(options) => run::run(&options),
+        Task::Test(options) => test::run(&options),
+        Task::Check => check::run().map(|()| ExitCode::SUCCESS),
+        Task::Fetch => fetch_now(),
+        Task::Build => build(),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn fetch_now() -> Result<ExitCode> {
+    let (qemu, guest) = fetch::everything()?;
+    let (major, minor) = qemu.version();
+    println!("QEMU {major}.{minor}: {}", workspace::shown(&qemu.command()));
+    println!("guest kernel: {}", guest.kernel()?.display());
+    println!("U-Boot: {}", guest.u_boot().display());
+    println!("EDK2: {}", guest.edk2().display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn build() -> Result<ExitCode> {
+    let image = image::build(&[])?;
+    println!("image: {}\nsymbols: {}", image.raw.display(), image.elf.display());
+    Ok(ExitCode::SUCCESS)
+}

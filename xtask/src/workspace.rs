@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 
 /// The workspace's root folder.
 pub fn root() -> PathBuf {
-    let manifest = env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    let manifest =
+        env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     manifest.parent().map_or_else(|| manifest.clone(), Path::to_path_buf)
 }
 
@@ -36,7 +37,9 @@ pub fn output_dir() -> Result<PathBuf> {
 pub fn cache_dir() -> Result<PathBuf> {
     let absolute = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
-    let Some(base) = base else { bail!("neither XDG_CACHE_HOME nor HOME is an absolute path: set one, downloads are kept there") };
+    let Some(base) = base else {
+        bail!("neither XDG_CACHE_HOME nor HOME is an absolute path: set one, downloads are kept there")
+    };
     let dir = base.join("entresol");
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
@@ -79,7 +82,11 @@ pub fn shown(command: &Command) -> String {
     let quote = |word: &OsStr| {
         let word = word.to_string_lossy();
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+./,:@%".contains(c);
-        if !word.is_empty() && word.chars().all(plain) { word.into_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+        if !word.is_empty() && word.chars().all(plain) {
+            word.into_owned()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
     };
     std::iter::once(command.get_program()).chain(command.get_args()).map(quote).collect::<Vec<_>>().join(" ")
 }

@@ -72,13 +72,21 @@ impl Root {
     ///
     /// # Errors
     /// When files cannot be written, or the mirror cannot be reached or is not signed as it must be.
-    pub fn open(cache: &Path, suite: Suite, host: &str, mirrors: &Mirrors, keyring: &Path, step: &Step) -> Result<Self> {
+    pub fn open(
+        cache: &Path,
+        suite: Suite,
+        host: &str,
+        mirrors: &Mirrors,
+        keyring: &Path,
+        step: &Step,
+    ) -> Result<Self> {
         let dir = cache.join(format!("apt-{}", suite.name()));
         for part in ["state/lists/partial", "cache/archives/partial", "dpkg"] {
             fs::create_dir_all(dir.join(part)).with_context(|| format!("cannot make {}", dir.join(part).display()))?;
         }
         fs::write(dir.join("dpkg/status"), "").context("cannot write the empty dpkg status")?;
-        fs::write(dir.join("sources.list"), source_list(suite, host, mirrors, keyring)).context("cannot write the source list")?;
+        fs::write(dir.join("sources.list"), source_list(suite, host, mirrors, keyring))
+            .context("cannot write the source list")?;
         let config = dir.join("apt.conf");
         fs::write(&config, apt_config(&dir, host)).context("cannot write apt's configuration")?;
         let root = Self { config, suite, host: host.to_owned() };
@@ -105,7 +113,8 @@ impl Root {
     /// When there is none.
     pub fn behind(&self, package: &str, prefix: &str) -> Result<String> {
         let text = workspace::output(self.apt("apt-cache").args(["depends", "--important", package]))?;
-        let found = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).find(|name| name.starts_with(prefix));
+        let found =
+            text.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).find(|name| name.starts_with(prefix));
         found.map(str::to_owned).with_context(|| format!("{package} depends on nothing named {prefix}…"))
     }
 
@@ -129,7 +138,11 @@ impl Root {
         }
         let ended = child.wait_with_output().context("cannot wait for apt-get")?;
         if !ended.status.success() {
-            bail!("apt-get download ended with {}:\n{}", ended.status, String::from_utf8_lossy(&ended.stderr).trim_end());
+            bail!(
+                "apt-get download ended with {}:\n{}",
+                ended.status,
+                String::from_utf8_lossy(&ended.stderr).trim_end()
+            );
         }
         for package in &listed {
             check(&dir.join(&package.file), &package.sha256)?;
@@ -166,7 +179,8 @@ fn source_list(suite: Suite, host: &str, mirrors: &Mirrors, keyring: &Path) -> S
         architectures.push("arm64");
     }
     let options = format!("[arch={} signed-by={}]", architectures.join(","), keyring.display());
-    let mut list: String = suite.pockets().iter().map(|pocket| format!("deb {options} {} {pocket} main\n", mirrors.main)).collect();
+    let mut list: String =
+        suite.pockets().iter().map(|pocket| format!("deb {options} {} {pocket} main\n", mirrors.main)).collect();
     if let Some(security) = &mirrors.security {
         list += &format!("deb {options} {security} {}-security main\n", suite.name());
     }
@@ -195,8 +209,9 @@ fn apt_config(dir: &Path, host: &str) -> String {
 fn parse_plan(text: &str, host: &str) -> Vec<String> {
     let one = |line: &str| {
         let (name, rest) = line.strip_prefix("Inst ")?.split_once(" (")?;
-        let version = rest.split_whitespace().next()?;
-        let architecture = rest.rsplit_once('[').and_then(|(_, tail)| tail.split(']').next()).unwrap_or(host);
+        let (source, _) = rest.split_once(')')?;
+        let version = source.split_whitespace().next()?;
+        let architecture = source.rsplit_once('[').map_or(host, |(_, tail)| tail.trim_end_matches(']'));
         let name = name.split(':').next()?;
         let of = if architecture == "all" { String::new() } else { format!(":{architecture}") };
         Some(format!("{name}{of}={version}"))
@@ -251,13 +266,15 @@ mod tests {
         fs::write(&file, b"abc").unwrap();
         check(&file, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad").unwrap();
         fs::write(&file, b"abd").unwrap();
-        let error = check(&file, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad").unwrap_err().to_string();
+        let error =
+            check(&file, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad").unwrap_err().to_string();
         assert!(error.contains("the signed list says ba78"), "{error}");
     }
 
     #[test]
     fn sources_name_both_architectures_and_the_key() {
-        let mirrors = Mirrors { main: "http://m.example/debian".into(), security: Some("http://m.example/security".into()) };
+        let mirrors =
+            Mirrors { main: "http://m.example/debian".into(), security: Some("http://m.example/security".into()) };
         let list = source_list(Suite::Bookworm, "amd64", &mirrors, Path::new("/k.gpg"));
         assert_eq!(list.lines().count(), 4);
         assert!(list.lines().all(|line| line.starts_with("deb [arch=amd64,arm64 signed-by=/k.gpg] ")));

@@ -45,7 +45,11 @@ impl Qemu {
         let output = output.with_context(|| format!("cannot start {}", program.display()))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let Some(version) = parse_version(&text) else {
-            bail!("{} --version says nothing of QEMU: {}", program.display(), String::from_utf8_lossy(&output.stderr).trim_end())
+            bail!(
+                "{} --version says nothing of QEMU: {}",
+                program.display(),
+                String::from_utf8_lossy(&output.stderr).trim_end()
+            )
         };
         Ok(Self { program, first, version })
     }
@@ -99,8 +103,14 @@ fn fetch(cache: &Path, folder: &Path) -> Result<()> {
 
 /// QEMU with the loader and the libraries that it was packaged with: the machine's own may be older or newer.
 fn unpacked(folder: &Path) -> Result<Qemu> {
-    let loaders = ["lib64/ld-linux-x86-64.so.2", "usr/lib64/ld-linux-x86-64.so.2", "lib/ld-linux-aarch64.so.1", "usr/lib/ld-linux-aarch64.so.1"];
-    let loader = loaders.iter().map(|name| folder.join(name)).find(|path| path.is_file()).context("there is no loader in it")?;
+    let loaders = [
+        "lib64/ld-linux-x86-64.so.2",
+        "usr/lib64/ld-linux-x86-64.so.2",
+        "lib/ld-linux-aarch64.so.1",
+        "usr/lib/ld-linux-aarch64.so.1",
+    ];
+    let loader =
+        loaders.iter().map(|name| folder.join(name)).find(|path| path.is_file()).context("there is no loader in it")?;
     let triple = if loader.to_string_lossy().contains("x86-64") { "x86_64-linux-gnu" } else { "aarch64-linux-gnu" };
     let mut libraries = OsString::new();
     for dir in ["lib", "usr/lib"].map(|lib| folder.join(lib).join(triple)).iter().filter(|dir| dir.is_dir()) {

@@ -69,14 +69,16 @@ pub fn parse_deb822(text: &str) -> Vec<Source> {
 fn stanza(fields: &[(String, String)]) -> Option<Source> {
     let field = |name: &str| fields.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()).unwrap_or_default();
     let words = |name: &str| field(name).split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-    let off = matches!(field("enabled").to_ascii_lowercase().as_str(), "no" | "false" | "off" | "0" | "without" | "disable");
+    let off =
+        matches!(field("enabled").to_ascii_lowercase().as_str(), "no" | "false" | "off" | "0" | "without" | "disable");
     let source = Source {
         uris: words("uris"),
         suites: words("suites"),
         components: words("components"),
         signed_by: field("signed-by").to_owned(),
     };
-    (!off && words("types").iter().any(|t| t == "deb") && !source.uris.is_empty() && !source.suites.is_empty()).then_some(source)
+    (!off && words("types").iter().any(|t| t == "deb") && !source.uris.is_empty() && !source.suites.is_empty())
+        .then_some(source)
 }
 
 /// The mirrors of Debian itself among a machine's sources.
@@ -84,7 +86,8 @@ fn stanza(fields: &[(String, String)]) -> Option<Source> {
 /// A third party's source is told from Debian's by its own key: Debian's names the archive keyring, or none at all.
 pub fn debian_mirrors(sources: &[Source]) -> Option<Mirrors> {
     let of_debian = |source: &&Source| {
-        (source.signed_by.is_empty() || source.signed_by.contains("debian-archive")) && source.components.iter().any(|c| c == "main")
+        (source.signed_by.is_empty() || source.signed_by.contains("debian-archive"))
+            && source.components.iter().any(|c| c == "main")
     };
     let is_release = |suite: &String| !suite.contains(['-', '/']);
     let is_security = |suite: &String| suite.ends_with("-security");
@@ -139,12 +142,18 @@ Components: main
         let sources = parse_list(text);
         assert_eq!(sources.len(), 2);
         assert_eq!(sources[0].signed_by, "/k.gpg");
-        assert_eq!(debian_mirrors(&sources).unwrap(), Mirrors { main: "http://mirror.example/debian".into(), security: None });
+        assert_eq!(
+            debian_mirrors(&sources).unwrap(),
+            Mirrors { main: "http://mirror.example/debian".into(), security: None }
+        );
     }
 
     #[test]
     fn no_debian_source_means_no_mirror() {
-        assert_eq!(debian_mirrors(&parse_list("deb https://third.example nodistro main")).map(|m| m.main), Some("https://third.example".into()));
+        assert_eq!(
+            debian_mirrors(&parse_list("deb https://third.example nodistro main")).map(|m| m.main),
+            Some("https://third.example".into())
+        );
         assert_eq!(debian_mirrors(&parse_list("deb [signed-by=/other.gpg] https://third.example bookworm main")), None);
         assert_eq!(debian_mirrors(&[]), None);
     }

@@ -9,8 +9,6 @@ use crate::workspace;
 
 /// The hypervisor's own target: no FP or SIMD register is touched.
 pub const METAL_TARGET: &str = "aarch64-unknown-none-softfloat";
-/// Static programs for Linux guests.
-pub const GUEST_TARGET: &str = "aarch64-unknown-linux-musl";
 
 /// Adds the targets that are missing.
 ///
@@ -19,7 +17,8 @@ pub const GUEST_TARGET: &str = "aarch64-unknown-linux-musl";
 pub fn ensure_targets(targets: &[&str]) -> Result<()> {
     let sysroot = workspace::output(Command::new("rustc").args(["--print", "sysroot"]).current_dir(workspace::root()))?;
     let libraries = std::path::Path::new(sysroot.trim()).join("lib/rustlib");
-    let missing: Vec<&str> = targets.iter().copied().filter(|target| !libraries.join(target).join("lib").is_dir()).collect();
+    let missing: Vec<&str> =
+        targets.iter().copied().filter(|target| !libraries.join(target).join("lib").is_dir()).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -41,7 +40,9 @@ pub fn ensure_component(subcommand: &str, component: &str) -> Result<()> {
     let _step = Step::start(&format!("adding {component}"));
     let mut rustup = Command::new("rustup");
     rustup.args(["component", "add", component]).current_dir(workspace::root());
-    workspace::output(&mut rustup).with_context(|| format!("install it by hand: rustup component add {component}")).map(drop)
+    workspace::output(&mut rustup)
+        .with_context(|| format!("install it by hand: rustup component add {component}"))
+        .map(drop)
 }
 
 /// Whether `cargo SUBCOMMAND` answers.

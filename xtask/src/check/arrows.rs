@@ -1,0 +1,128 @@
+//! Who may import whom: design.md's arrows, extended by devices, loader and wire (ADR 13).
+//!
+//! A crate that is not in the table is a finding too, so a new crate says first where it stands.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::Finding;
+use crate::workspace;
+
+/// (crate, the crates of ours that it may import). Names without their common prefix.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("addr", &[]),
+    ("sync", &[]),
+    ("wire", &[]),
+    ("fault", &["addr"]),
+    ("loader", &["addr"]),
+    ("slot", &["addr", "sync"]),
+    ("machine", &["addr", "sync"]),
+    ("devices", &["addr", "sync"]),
+    ("backing", &["addr", "sync", "machine"]),
+    ("table", &["addr", "sync", "machine"]),
+    ("arch-arm64", &["addr", "fault", "table"]),
+    ("mmu", &["addr", "sync", "fault", "slot", "backing", "table", "machine"]),
+    ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64"]),
+    ("hypervisor", &HYPERVISOR),
+    ("cli", &["wire", "addr", "mmu", "loader"]),
+    ("xtask", &["wire", "cli"]),
+];
+
+const HYPERVISOR: [&str; 13] = [
+    "addr",
+    "sync",
+    "fault",
+    "slot",
+    "backing",
+    "table",
+    "mmu",
+    "machine",
+    "arch-arm64",
+    "metal-arm64",
+    "devices",
+    "loader",
+    "wire",
+];
+
+const PREFIX: &str = "entresol-";
+
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    dependencies: Vec<Dependency>,
+}
+
+#[derive(Deserialize)]
+struct Dependency {
+    name: String,
+    path: Option<PathBuf>,
+    kind: Option<String>,
+}
+
+/// Every import that is not an arrow.
+///
+/// # Errors
+/// When cargo cannot tell.
+pub fn findings() -> Result<Vec<Finding>> {
+    let text =
+        workspace::output(workspace::cargo().args(["metadata", "--format-version", "1", "--no-deps", "--offline"]))?;
+    Ok(judge(&serde_json::from_str(&text).context("cargo metadata printed something else")?))
+}
+
+fn judge(metadata: &Metadata) -> Vec<Finding> {
+    let finding = |what: String| Finding { file: "Cargo.toml".into(), line: 0, what };
+    let mut findings = Vec::new();
+    for package in &metadata.packages {
+        let name = package.name.strip_prefix(PREFIX).unwrap_or(&package.name);
+        let Some((_, allowed)) = ARROWS.iter().find(|(known, _)| *known == name) else {
+            findings.push(finding(format!("{name} has no place in the table of arrows (xtask/src/check/arrows.rs)")));
+            continue;
+        };
+        for dependency in package.dependencies.iter().filter(|dependency| dependency.path.is_some()) {
+            let other = dependency.name.strip_prefix(PREFIX).unwrap_or(&dependency.name);
+            if !allowed.contains(&other) {
+                let kind = dependency.kind.as_deref().unwrap_or("normal");
+                findings
+                    .push(finding(format!("{name} imports {other} ({kind}); it may import: {}", allowed.join(", "))));
+            }
+        }
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metadata(name: &str, on: &str) -> Metadata {
+        let text = format!(
+            r#"{{"packages":[{{"name":"{name}","dependencies":[
+                {{"name":"{on}","path":"/x","kind":null}},{{"name":"spin","path":null,"kind":"dev"}}]}}]}}"#
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn an_arrow_is_no_finding_and_everything_else_is() {
+        assert!(judge(&metadata("entresol-slot", "entresol-addr")).is_empty());
+        assert!(judge(&metadata("entresol-slot", "entresol-backing"))[0].what.contains("slot imports backing"));
+        assert!(judge(&metadata("entresol-new", "entresol-addr"))[0].what.contains("no place"));
+    }
+
+    #[test]
+    fn the_table_has_no_circle() {
+        for (index, (name, allowed)) in ARROWS.iter().enumerate() {
+            for other in *allowed {
+                let place = ARROWS.iter().position(|(known, _)| known == other);
+                assert!(place.is_some_and(|place| place < index), "{name} stands before {other}");
+            }
+        }
+    }
+}

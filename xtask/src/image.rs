@@ -1,0 +1,181 @@
+//! The hypervisor's program, built and laid out as the raw `Image` that the arm64 Linux boot protocol starts.
+//!
+//! The linker writes an ELF file; QEMU's `-kernel`, U-Boot's `booti` and EDK2 start a flat file with a 64-byte header
+//! (kernel documentation, "Booting AArch64 Linux"). [`flatten`] lays the loadable segments out by physical address; what
+//! a segment has in memory but not in the file (the zeroed part at the end) is in the header's `image_size` already.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use object::read::elf::{ElfFile64, ProgramHeader};
+use object::{LittleEndian, Object, elf};
+
+use crate::fetch::toolchain::{self, METAL_TARGET};
+use crate::progress::Step;
+use crate::workspace;
+
+/// Longest image that we believe: a bad address must not make a file of terabytes.
+const MAX_IMAGE: u64 = 256 << 20;
+/// Where the header's magic is, and what it is.
+const MAGIC: (usize, &[u8]) = (56, b"ARM\x64");
+
+/// A built hypervisor.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// With symbols: what backtraces are resolved against.
+    pub elf: PathBuf,
+    /// What a boot loader starts.
+    pub raw: PathBuf,
+}
+
+/// Flags of everything that is compiled for the metal: position independent (the image runs where it was loaded), frame
+/// pointers for backtraces, LSE atomics (Arm DDI 0487, FEAT_LSE: on every machine with EL2 that we run on).
+pub fn rustflags() -> Vec<String> {
+    let script = workspace::root().join("metal/arm64/link.ld");
+    let mut flags = Vec::new();
+    for codegen in ["relocation-model=pie", "force-frame-pointers=yes", "target-feature=+lse"] {
+        flags.extend(["-C".to_owned(), codegen.to_owned()]);
+    }
+    let script = format!("-T{}", script.display());
+    for argument in ["-pie", "--no-dynamic-linker", "-ztext", "-zmax-page-size=4096", script.as_str()] {
+        flags.extend(["-C".to_owned(), format!("link-arg={argument}")]);
+    }
+    flags
+}
+
+/// Cargo with the metal's target and flags, for `build` and `clippy` alike.
+pub fn cargo(subcommand: &str) -> std::process::Command {
+    let mut cargo = workspace::cargo();
+    cargo.args([subcommand, "--target", METAL_TARGET, "--package", "entresol-hypervisor"]);
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags().join("\x1f")).env_remove("RUSTFLAGS");
+    cargo
+}
+
+/// Builds the hypervisor; `features` are its crate's.
+///
+/// # Errors
+/// When it does not compile or its ELF is not what the boot protocol needs.
+pub fn build(features: &[&str]) -> Result<Image> {
+    toolchain::ensure_targets(&[METAL_TARGET])?;
+    let step = Step::start("building the hypervisor");
+    let mut build = cargo("build");
+    build.args(["--profile", "metal", "--quiet"]);
+    if !features.is_empty() {
+        build.args(["--features", &features.join(",")]);
+    }
+    workspace::output(&mut build)?;
+    drop(step);
+    let elf = workspace::target_dir().join(METAL_TARGET).join("metal/entresol-hypervisor");
+    let bytes = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
+    let image = flatten(&bytes).with_context(|| format!("cannot make an image of {}", elf.display()))?;
+    ensure!(
+        image.get(MAGIC.0..MAGIC.0 + 4) == Some(MAGIC.1),
+        "{} does not start with an arm64 Image header",
+        elf.display()
+    );
+    let raw = workspace::output_dir()?.join("hypervisor.img");
+    write_new(&raw, &image)?;
+    Ok(Image { elf, raw })
+}
+
+/// Writes a file under its name only when it is whole: a machine that reads the old one goes on reading it.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().context("a path without a folder")?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(dir).with_context(|| format!("cannot write in {}", dir.display()))?;
+    std::io::Write::write_all(&mut file, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+    file.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+/// An ELF file's loadable segments, laid out by physical address from the lowest.
+///
+/// # Errors
+/// When it is not a 64-bit little-endian ELF file, has no segment, or its segments overlap or spread too far.
+pub fn flatten(elf: &[u8]) -> Result<Vec<u8>> {
+    let file = ElfFile64::<LittleEndian>::parse(elf).context("not a 64-bit little-endian ELF file")?;
+    let endian = LittleEndian;
+    let mut segments = Vec::new();
+    for header in file.elf_program_headers() {
+        if header.p_type(endian) == elf::PT_LOAD && header.p_filesz(endian) > 0 {
+            let data = header.data(endian, elf).ok().context("a segment lies outside the file")?;
+            segments.push((header.p_paddr(endian), data));
+        }
+    }
+    segments.sort_by_key(|(address, _)| *address);
+    let &(base, _) = segments.first().context("no segment is loaded")?;
+    let mut image: Vec<u8> = Vec::new();
+    for (address, data) in segments {
+        let offset = address - base;
+        ensure!(offset >= image.len() as u64, "the segment at {address:#x} overlaps the one before");
+        ensure!(
+            offset + (data.len() as u64) < MAX_IMAGE,
+            "the segment at {address:#x} is far from the first at {base:#x}"
+        );
+        image.resize(offset as usize, 0);
+        image.extend_from_slice(data);
+    }
+    ensure!(file.entry() == base, "the program starts at {:#x}, not at its first byte {base:#x}", file.entry());
+    Ok(image)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A minimal ELF file: each segment is (physical address, bytes); the entry is the first's address.
+    fn elf_of(segments: &[(u64, &[u8])], entry: u64) -> Vec<u8> {
+        let mut file = Vec::new();
+        file.extend_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        for half in [2u16, 183] {
+            file.extend_from_slice(&half.to_le_bytes());
+        }
+        file.extend_from_slice(&1u32.to_le_bytes());
+        for word in [entry, 64, 0] {
+            file.extend_from_slice(&word.to_le_bytes());
+        }
+        file.extend_from_slice(&0u32.to_le_bytes());
+        for half in [64u16, 56, segments.len() as u16, 64, 0, 0] {
+            file.extend_from_slice(&half.to_le_bytes());
+        }
+        let mut offset = 64 + 56 * segments.len() as u64;
+        for (address, data) in segments {
+            file.extend_from_slice(&1u32.to_le_bytes());
+            file.extend_from_slice(&5u32.to_le_bytes());
+            for word in [offset, *address, *address, data.len() as u64, data.len() as u64 + 8, 1] {
+                file.extend_from_slice(&word.to_le_bytes());
+            }
+            offset += data.len() as u64;
+        }
+        segments.iter().for_each(|(_, data)| file.extend_from_slice(data));
+        file
+    }
+
+    #[test]
+    fn segments_lie_at_their_addresses_whatever_their_order() {
+        let elf = elf_of(&[(0x108, b"later"), (0x100, b"first")], 0x100);
+        assert_eq!(flatten(&elf).unwrap(), b"first\0\0\0later");
+    }
+
+    #[test]
+    fn what_no_loader_could_start_is_refused() {
+        let refused = |elf: &[u8]| flatten(elf).unwrap_err().to_string();
+        assert!(refused(b"not an ELF file").contains("not a 64-bit"));
+        assert!(refused(&elf_of(&[], 0)).contains("no segment"));
+        assert!(refused(&elf_of(&[(0, b"abcd"), (2, b"x")], 0)).contains("overlaps"));
+        assert!(refused(&elf_of(&[(0, b"abcd"), (1 << 40, b"x")], 0)).contains("far from"));
+        assert!(refused(&elf_of(&[(0, b"abcd")], 2)).contains("starts at 0x2"));
+    }
+
+    #[test]
+    fn a_cut_off_file_is_an_error_at_every_length() {
+        let elf = elf_of(&[(0, b"abcd")], 0);
+        for end in 0..elf.len() {
+            assert!(flatten(&elf[..end]).is_err(), "{end} bytes were taken");
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! System tests: real machines that boot, and a reader that expects.
+//!
+//! A test is a function with a name in [`TESTS`]. It builds a [`machine::Machine`], waits for what its console must say,
+//! types, asks over the control channel, and waits for the machine's end. Two machines run at a time. A test has no time
+//! limit of its own: a machine that makes progress is waited for ([`transcript`]).
+//!
+//! A failure prints what was expected, the end of the console's log, where the whole log is, and the command that runs
+//! this test alone.
+
+mod boot;
+pub mod control;
+pub mod machine;
+pub mod transcript;
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Result, anyhow, ensure};
+
+use crate::fetch::{self, Guest, Qemu};
+use crate::image::{self, Image};
+use crate::workspace;
+
+/// Machines at one time: CI has two CPUs, and each machine uses up to two.
+const AT_ONCE: usize = 2;
+
+/// One named test.
+pub struct SystemTest {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub run: fn(&Context) -> Result<()>,
+}
+
+/// Every system test, longest first so that the last one does not run alone.
+pub const TESTS: &[SystemTest] = &[
+    SystemTest {
+        name: "linux_memory_is_demand_faulted",
+        about: "4 vCPUs on 2 CPUs touch 400 MiB; entries appear with the touches, not before",
+        run: boot::linux_memory_is_demand_faulted,
+    },
+    SystemTest {
+        name: "two_guests_run_side_by_side",
+        about: "two Linux guests with a disk each; both run their scripts and power off",
+        run: boot::two_guests_run_side_by_side,
+    },
+    SystemTest {
+        name: "linux_boots_to_shell",
+        about: "Debian's kernel boots on the hypervisor to a shell that answers, and powers off",
+        run: boot::linux_boots_to_shell,
+    },
+    SystemTest {
+        name: "bare_linux_boots_to_shell",
+        about: "the same kernel and initial file system without the hypervisor: the fetched files are good",
+        run: boot::bare_linux_boots_to_shell,
+    },
+    SystemTest {
+        name: "bare_linux_runs_a_script",
+        about: "a scripted initial file system loads its drivers, reports the script's status and powers off",
+        run: boot::bare_linux_runs_a_script,
+    },
+];
+
+/// What tests share: made once, read by all.
+pub struct Context {
+    pub qemu: Qemu,
+    pub guest: Guest,
+    /// Logs, images and bundles of tests, each in a folder of the test's name.
+    pub work: PathBuf,
+    hypervisor: OnceLock<Result<Image, String>>,
+}
+
+impl Context {
+    /// The hypervisor, built when the first test asks for it.
+    ///
+    /// # Errors
+    /// When it does not build: the same error for every test.
+    pub fn hypervisor(&self) -> Result<&Image> {
+        let built = self.hypervisor.get_or_init(|| image::build(&[]).map_err(|error| format!("{error:#}")));
+        built.as_ref().map_err(|error| anyhow!("{error}"))
+    }
+}
+
+/// Runs the tests whose names contain one of `wanted`, or all; returns how many passed and failed.
+///
+/// # Errors
+/// When QEMU or the guest's files cannot be had, or no test has such a name.
+pub fn run(wanted: &[String]) -> Result<(usize, usize)> {
+    let chosen = |test: &&SystemTest| wanted.is_empty() || wanted.iter().any(|part| test.name.contains(part.as_str()));
+    let queue: VecDeque<&SystemTest> = TESTS.iter().filter(chosen).collect();
+    ensure!(!queue.is_empty(), "no system test is named {}; see cargo xtask test --list", wanted.join(" or "));
+    let (qemu, guest) = fetch::everything()?;
+    let work = workspace::output_dir()?.join("system");
+    let context = Context { qemu, guest, work, hypervisor: OnceLock::new() };
+    let (queue, tally) = (Mutex::new(queue), Mutex::new((0, 0)));
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(test) = lock(&queue).pop_front() {
+                    let passed = run_one(test, &context);
+                    let mut tally = lock(&tally);
+                    *if passed { &mut tally.0 } else { &mut tally.1 } += 1;
+                }
+            });
+        }
+    });
+    Ok(*lock(&tally))
+}
+
+fn run_one(test: &SystemTest, context: &Context) -> bool {
+    let started = Instant::now();
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| (test.run)(context)));
+    let result = result.unwrap_or_else(|_| Err(anyhow!("the test itself panicked")));
+    let seconds = started.elapsed().as_secs_f32();
+    match &result {
+        Ok(()) => println!("system test {} ... ok ({seconds:.1} s)", test.name),
+        Err(error) => {
+            println!("system test {} ... FAILED ({seconds:.1} s)\n{error:#}", test.name);
+            println!("    to run it alone: cargo xtask test --system {}", test.name);
+        }
+    }
+    result.is_ok()
+}
+
+/// What a mutex holds stays good when a test panics: nothing is changed halfway under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

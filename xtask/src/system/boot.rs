@@ -1,0 +1,110 @@
+//! Linux boots: on the hypervisor, and on the bare machine to prove that what was fetched and packed is good.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use super::Context;
+use super::machine::{Builder, Machine};
+use crate::bundle::VmRequest;
+use crate::initrd::{self, Initrd};
+
+/// An unmodified Debian kernel on the hypervisor answers at its shell and powers off by PSCI.
+pub fn linux_boots_to_shell(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "linux_boots_to_shell")?;
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
+    let mut vm = VmRequest::linux("debian", &context.guest.kernel()?, &initrd);
+    vm.vcpus = 2;
+    use_the_shell(builder.boot(&[vm])?)
+}
+
+/// The same without the hypervisor.
+pub fn bare_linux_boots_to_shell(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "bare_linux_boots_to_shell")?;
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
+    use_the_shell(builder.boot_bare(&context.guest.kernel()?, Some(&initrd), "console=ttyAMA0")?)
+}
+
+fn use_the_shell(mut machine: Machine) -> Result<()> {
+    machine.expect(initrd::READY)?;
+    let uname = machine.shell("uname -sm")?;
+    ensure!(uname == "Linux aarch64", "uname says {uname:?}");
+    let cpus = machine.shell("nproc")?;
+    ensure!(cpus == "2", "nproc says {cpus:?}");
+    machine.shell("free -m | grep -q '^Mem:'")?;
+    machine.type_line("exit")?;
+    let log = machine.expect_power_off()?;
+    ensure!(log.contains("reboot: Power down"), "the kernel did not say that it powers down");
+    Ok(())
+}
+
+/// Before a touch nothing is mapped, afterwards what was touched is: `stats` says so.
+pub fn linux_memory_is_demand_faulted(context: &Context) -> Result<()> {
+    const TOUCHED: u64 = 400 << 20;
+    let builder = Builder::new(context, "linux_memory_is_demand_faulted")?.outer("2G", 2);
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
+    let mut vm = VmRequest::linux("debian", &context.guest.kernel()?, &initrd);
+    vm.vcpus = 4;
+    let mut machine = builder.boot(&[vm])?;
+    machine.expect(initrd::READY)?;
+    let cpus = machine.shell("nproc")?;
+    ensure!(cpus == "4", "nproc says {cpus:?}");
+    let mut control = machine.control()?;
+    let before = mapped(&control.ask(json!({"op": "stats", "vm": "debian"}))?)?;
+    machine.shell(
+        "mount -t tmpfs -o size=450m tmpfs /root && dd if=/dev/zero of=/root/fill bs=1M count=400 2>/dev/null",
+    )?;
+    let after = mapped(&control.ask(json!({"op": "stats", "vm": "debian"}))?)?;
+    ensure!(before < 512 << 20, "all {before} bytes were mapped before the guest touched them");
+    ensure!(after >= TOUCHED, "{after} bytes are mapped after {TOUCHED} were touched");
+    ensure!(after > before, "the touch mapped nothing: {before} bytes before, {after} after");
+    machine.type_line("exit")?;
+    machine.expect_power_off().map(drop)
+}
+
+/// Bytes that the second stage maps, by entries and their size.
+fn mapped(stats: &Value) -> Result<u64> {
+    let count =
+        |size: &str| stats["entries"][size].as_u64().with_context(|| format!("stats have no entries.{size}: {stats}"));
+    Ok((count("size_4k")? << 12) + (count("size_2m")? << 21) + (count("size_1g")? << 30))
+}
+
+/// Two guests, each with a disk of its own; each reads its own and nothing else.
+pub fn two_guests_run_side_by_side(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "two_guests_run_side_by_side")?;
+    let mut vms = Vec::new();
+    for name in ["one", "two"] {
+        let script = "set -e\nhead -c 3 /dev/vda > /tmp/name\necho \"disk of $(cat /tmp/name)\"\n\
+                      dd if=/dev/urandom of=/tmp/r bs=1M count=64 2>/dev/null\n\
+                      dd if=/tmp/r of=/dev/vda bs=1M seek=1 2>/dev/null\nsync\necho 3 > /proc/sys/vm/drop_caches\n\
+                      dd if=/dev/vda bs=1M skip=1 count=64 2>/dev/null | cmp - /tmp/r && echo \"$(cat /tmp/name) is intact\"\n";
+        let initrd = builder.initrd(&format!("{name}.cpio"), &Initrd::scripted(script))?;
+        let mut disk = name.as_bytes().to_vec();
+        disk.resize(65 << 20, 0);
+        let mut vm = VmRequest::linux(name, &context.guest.kernel()?, &initrd);
+        vm.disks.push((builder.file(&format!("{name}.img"), &disk)?, false));
+        vms.push(vm);
+    }
+    let mut machine = builder.boot(&vms)?;
+    machine.expect("one is intact")?;
+    // Ctrl-] n: the hypervisor shows what the next guest has printed meanwhile.
+    machine.send(b"\x1dn")?;
+    machine.expect("two is intact")?;
+    machine.expect_power_off().map(drop)
+}
+
+/// A script sees its drivers and a disk, its status is reported, and the machine ends by itself.
+pub fn bare_linux_runs_a_script(context: &Context) -> Result<()> {
+    let script = "set -e\ndd if=/dev/hwrng of=/dev/null bs=16 count=1 2>/dev/null\nhead -c 5 /dev/vda\nexit 7\n";
+    let builder = Builder::new(context, "bare_linux_runs_a_script")?;
+    let initrd = builder.initrd("initrd.cpio", &Initrd::scripted(script))?;
+    let mut sector = b"disk!".to_vec();
+    sector.resize(512, 0);
+    let disk = builder.file("disk.img", &sector)?;
+    let drive = format!("file={},format=raw,if=none,id=disk,readonly=on", disk.to_string_lossy().replace(',', ",,"));
+    let builder =
+        builder.qemu(&["-device", "virtio-rng-device", "-drive", &drive, "-device", "virtio-blk-device,drive=disk"]);
+    let mut machine = builder.boot_bare(&context.guest.kernel()?, Some(&initrd), "console=ttyAMA0")?;
+    machine.expect("disk!")?;
+    machine.expect(&format!("{}7", initrd::SCRIPT_EXIT))?;
+    machine.expect_power_off().map(drop)
+}

@@ -1,0 +1,206 @@
+//! A machine under test: started, spoken to, waited for; gone when the test is.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::Context;
+use super::control::Control;
+use super::transcript::Transcript;
+use crate::bundle::{self, VmRequest};
+use crate::image;
+use crate::initrd::{self, Initrd};
+use crate::outer::Outer;
+use crate::workspace;
+
+/// What a machine of a test is made of. `name` is its test's (and, with a suffix, a second machine's).
+pub struct Builder<'a> {
+    context: &'a Context,
+    folder: PathBuf,
+    outer_memory: String,
+    outer_cpus: u32,
+    extra: Vec<String>,
+}
+
+impl<'a> Builder<'a> {
+    /// A machine with 2 CPUs and 4 GiB.
+    ///
+    /// # Errors
+    /// When its folder cannot be made.
+    pub fn new(context: &'a Context, name: &str) -> Result<Self> {
+        let folder = context.work.join(name);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        Ok(Self { context, folder, outer_memory: "4G".to_owned(), outer_cpus: 2, extra: Vec::new() })
+    }
+
+    /// Gives the outer machine another size.
+    pub fn outer(mut self, memory: &str, cpus: u32) -> Self {
+        memory.clone_into(&mut self.outer_memory);
+        self.outer_cpus = cpus;
+        self
+    }
+
+    /// Adds arguments of QEMU.
+    pub fn qemu(mut self, arguments: &[&str]) -> Self {
+        self.extra.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
+    }
+
+    /// A file of the machine's own folder.
+    pub fn file(&self, name: &str, bytes: &[u8]) -> Result<PathBuf> {
+        let path = self.folder.join(name);
+        image::write_new(&path, bytes)?;
+        Ok(path)
+    }
+
+    /// Packs an initial file system into the machine's folder.
+    ///
+    /// # Errors
+    /// When it cannot be packed.
+    pub fn initrd(&self, name: &str, initrd: &Initrd) -> Result<PathBuf> {
+        self.file(name, &initrd.pack(&self.context.guest)?)
+    }
+
+    /// Starts the hypervisor with these virtual machines.
+    ///
+    /// # Errors
+    /// When something does not build, the configuration is refused, or QEMU does not start.
+    pub fn boot(self, vms: &[VmRequest]) -> Result<Machine> {
+        let config = bundle::to_toml(&self.outer_memory, self.outer_cpus, vms);
+        let config = self.file("vms.toml", config.as_bytes())?;
+        self.boot_config(&config)
+    }
+
+    /// Starts the hypervisor with a configuration file.
+    ///
+    /// # Errors
+    /// As [`Builder::boot`].
+    pub fn boot_config(self, config: &Path) -> Result<Machine> {
+        let size = bundle::outer_of(config)?;
+        let packed = self.folder.join("bundle.img");
+        bundle::pack(config, &packed)?;
+        let kernel = &self.context.hypervisor()?.raw;
+        let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(packed), ..Outer::new(kernel) };
+        Machine::start(self, outer)
+    }
+
+    /// Starts a kernel on the bare machine, without the hypervisor.
+    ///
+    /// # Errors
+    /// When QEMU does not start.
+    pub fn boot_bare(self, kernel: &Path, initrd: Option<&Path>, append: &str) -> Result<Machine> {
+        let append = Some(append.to_owned());
+        let outer = Outer { initrd: initrd.map(Path::to_owned), append, ..Outer::new(kernel) };
+        Machine::start(self, outer)
+    }
+}
+
+/// A running machine.
+pub struct Machine {
+    child: Child,
+    input: ChildStdin,
+    /// What its serial line has printed.
+    pub console: Transcript,
+    socket: PathBuf,
+    /// Sockets have short paths: the folder is in the temporary folder, and goes with the machine.
+    _sockets: tempfile::TempDir,
+}
+
+impl Machine {
+    fn start(builder: Builder<'_>, outer: Outer) -> Result<Self> {
+        let sockets = tempfile::tempdir().context("cannot make a folder for the control channel")?;
+        let socket = sockets.path().join("ctl.sock");
+        let outer = Outer { control: Some(socket.clone()), extra: builder.extra, ..outer };
+        let mut command = outer.command(&builder.context.qemu);
+        let log = builder.folder.join("console.log");
+        fs::write(builder.folder.join("command"), workspace::shown(&command)).context("cannot note the command")?;
+        let mut child = command.spawn().context("cannot start QEMU")?;
+        let pipes = (child.stdin.take(), child.stdout.take());
+        let (Some(input), Some(output)) = pipes else { bail!("QEMU has no standard streams") };
+        let console = Transcript::start(output, child.id(), &log)?;
+        Ok(Self { child, input, console, socket, _sockets: sockets })
+    }
+
+    /// Waits for `text` on the console; returns what came before it.
+    ///
+    /// # Errors
+    /// As [`Transcript::expect`].
+    pub fn expect(&mut self, text: &str) -> Result<String> {
+        self.console.expect(text)
+    }
+
+    /// Types `bytes`.
+    ///
+    /// # Errors
+    /// When the machine is gone.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        self.input
+            .write_all(bytes)
+            .and_then(|()| self.input.flush())
+            .map_err(|error| self.console.failure(&format!("cannot type: {error}")))
+    }
+
+    /// Types a line.
+    ///
+    /// # Errors
+    /// As [`Machine::send`].
+    pub fn type_line(&mut self, line: &str) -> Result<()> {
+        self.send(format!("{line}\n").as_bytes())
+    }
+
+    /// Runs a command in the shell of our initial file system; returns what it printed. The marks around it are put
+    /// together by the shell, so that the echo of the command, which may be folded, is taken for neither.
+    ///
+    /// # Errors
+    /// When the command's status is not 0, or the console does not answer.
+    pub fn shell(&mut self, command: &str) -> Result<String> {
+        self.expect(initrd::PROMPT)?;
+        self.type_line(&format!("echo \"beg\"\"un:\"; {command}; echo \"en\"\"ded:$?:\""))?;
+        self.expect("begun:")?;
+        let output = self.expect("ended:")?;
+        let status = self.expect(":")?;
+        ensure!(status == "0", "{}", self.console.failure(&format!("`{command}` ended with status {status}")));
+        Ok(output.replace('\r', "").trim().to_owned())
+    }
+
+    /// Connects to the control channel.
+    ///
+    /// # Errors
+    /// When nobody is there.
+    pub fn control(&mut self) -> Result<Control> {
+        // QEMU makes the socket before the machine's first instruction: output means that it is there.
+        if self.console.text().is_empty() {
+            self.console.expect_anything()?;
+        }
+        Control::connect(&self.socket)
+    }
+
+    /// Waits for the machine's end, which must be a good one: status 0 and no panic of the hypervisor.
+    ///
+    /// # Errors
+    /// When it does not end, or not well.
+    pub fn expect_power_off(mut self) -> Result<String> {
+        self.console.expect_end()?;
+        let status = self.child.wait().context("cannot wait for QEMU")?;
+        let text = self.console.text();
+        ensure!(
+            !text.lines().any(|line| line.starts_with("PANIC")),
+            "{}",
+            self.console.failure("the hypervisor panicked")
+        );
+        ensure!(status.success(), "{}", self.console.failure(&format!("QEMU ended with {status}")));
+        Ok(text)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have ended already; then neither does anything.
+        if let Err(error) = self.child.kill().and_then(|()| self.child.wait().map(drop)) {
+            eprintln!("cannot stop a machine: {error}");
+        }
+    }
+}

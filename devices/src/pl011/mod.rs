@@ -1,0 +1,323 @@
+//! PL011 serial port (Arm DDI 0183G).
+//!
+//! Purpose: the console of every guest, from flat programs that store a byte and hope, through U-Boot and EDK2, which
+//! poll, to Linux, which interrupts.
+//!
+//! Sending: a byte goes to the [`Terminal`] inside the store, whether or not UARTEN and TXE are set, because on QEMU's
+//! `virt` programs may leave them clear. So the transmit FIFO is always empty, UARTFR never shows BUSY or TXFF, and
+//! UARTTXINTR, which marks the passage down through the trigger level, comes at once after each byte; it stays until
+//! UARTICR clears it. In loopback mode (UARTCR.LBE) bytes go to the receive FIFO instead.
+//!
+//! Receiving: the host calls [`Pl011::offer`], which takes what fits and no more; nothing from the host ever overruns.
+//!
+//! Input is held back until the guest listens. A Linux guest empties the FIFO when it opens the port, firmware resets
+//! it, and whoever pipes a script into a VM writes it before any of that: bytes accepted early would be lost. The guest
+//! listens when one of these holds:
+//!
+//! - its driver waits for interrupts: RXIM or RTIM is set in UARTIMSC, and UARTEN and RXE in UARTCR;
+//! - its program polls: [`POLLS`] loads of UARTFR in a row have seen RXFE. A store to UARTDR, UARTLCR_H, UARTCR or
+//!   UARTIMSC starts the count again, because a transmitter that looks at UARTFR before each byte, and a driver that is
+//!   setting the port up, are not waiting for input.
+//!
+//! When [`Pl011::offer`] took less than all, [`Terminal::input_wanted`] comes once the guest listens and the FIFO is
+//! empty.
+//!
+//! Receive interrupts: UARTRXINTR comes when a character brings the FIFO to its trigger level and goes when it falls
+//! below, or by UARTICR. UARTRTINTR, which hardware raises after 32 bit times of silence, comes at once: the host's
+//! bytes arrive in no time, so silence has always passed. It goes when the FIFO is empty, or by UARTICR until the next
+//! character comes or goes.
+//!
+//! Invariants: the line is high exactly if UARTMIS is not zero. Characters accepted are read in order, each once.
+//!
+//! Lock order: the port's lock, then the terminal's `put` or the line. `input_wanted` is called with neither.
+//!
+//! Known holes: no baud timing; no modem on the line, so CTS, DSR, DCD and RI read as zero outside loopback; a program
+//! that polls UARTRIS or UARTDR, and never UARTFR, gets no input.
+
+mod fifo;
+mod registers;
+#[cfg(test)]
+mod tests;
+
+use entresol_sync::Mutex;
+use fifo::Fifo;
+use registers::{Control, Flags, Interrupts, LineControl};
+
+use crate::bus::{Device, Interrupt, Terminal, Work};
+use crate::primecell;
+
+/// Loads of UARTFR that find no input, in a row, after which a program counts as waiting for some.
+pub const POLLS: u8 = 16;
+
+/// Bytes of guest address space that it takes.
+pub const SIZE: u64 = 0x1000;
+
+/// A PL011 with its terminal and its interrupt line.
+pub struct Pl011<T, L> {
+    state: Mutex<State>,
+    terminal: T,
+    line: L,
+}
+
+/// Each modem line with the interrupt that its change raises.
+const MODEM_LINES: [(Flags, Interrupts); 4] = [
+    (Flags::CTS, Interrupts::CTS),
+    (Flags::DSR, Interrupts::DSR),
+    (Flags::DCD, Interrupts::DCD),
+    (Flags::RI, Interrupts::RI),
+];
+
+/// The register file.
+struct State {
+    receive: Fifo,
+    receive_status: u32,
+    ilpr: u32,
+    ibrd: u32,
+    fbrd: u32,
+    line_control: LineControl,
+    control: Control,
+    ifls: u32,
+    mask: Interrupts,
+    raw: Interrupts,
+    dmacr: u32,
+    /// Loads of UARTFR that found no input since the last store that was no waiting, up to [`POLLS`].
+    empty_polls: u8,
+    /// Level of the line as last driven.
+    high: bool,
+    /// Input was refused since the terminal was last called for more.
+    refused: bool,
+}
+
+impl<T: Terminal, L: Interrupt> Pl011<T, L> {
+    /// A port at power-on.
+    pub fn new(terminal: T, line: L) -> Self {
+        Self { state: Mutex::new(State::new()), terminal, line }
+    }
+
+    /// Gives the guest input; returns how many of the first bytes it took. The rest is to be offered again after
+    /// [`Terminal::input_wanted`].
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        let mut state = self.state.lock();
+        let taken = if state.listens() { bytes.len().min(state.receive.room(state.depth())) } else { 0 };
+        for byte in &bytes[..taken] {
+            state.receive(u16::from(*byte));
+        }
+        state.refused |= taken < bytes.len();
+        state.drive(&self.line);
+        taken
+    }
+
+    /// Whether [`Self::offer`] would take a byte now.
+    pub fn wants_input(&self) -> bool {
+        let state = self.state.lock();
+        state.listens() && state.receive.room(state.depth()) > 0
+    }
+
+    /// Runs `act` on the registers, settles the line, and calls for input if the guest has come to want what was
+    /// refused.
+    fn access<R>(&self, act: impl FnOnce(&mut State) -> R) -> R {
+        let mut state = self.state.lock();
+        let result = act(&mut state);
+        state.drive(&self.line);
+        let call = state.refused && state.listens() && state.receive.is_empty();
+        if call {
+            state.refused = false;
+        }
+        drop(state);
+        if call {
+            self.terminal.input_wanted();
+        }
+        result
+    }
+}
+
+impl<T: Terminal, L: Interrupt> Device for Pl011<T, L> {
+    fn read(&self, offset: u64, size: u8) -> u64 {
+        let Some((register, shift)) = primecell::lane(offset, size) else { return 0 };
+        let value = self.access(|state| state.load(register));
+        primecell::extract(value, shift, size)
+    }
+
+    fn write(&self, offset: u64, size: u8, value: u64) -> Work {
+        if let Some((register, value)) = primecell::stored(offset, size, value) {
+            self.access(|state| state.store(register, value, &self.terminal));
+        }
+        Work::Idle
+    }
+
+    fn reset(&self) {
+        self.access(|state| {
+            // The line's level is outside the register file, and so is what the host still holds.
+            let (high, refused) = (state.high, state.refused);
+            *state = State { high, refused, ..State::new() };
+        });
+    }
+}
+
+impl State {
+    const fn new() -> Self {
+        Self {
+            receive: Fifo::new(),
+            receive_status: 0,
+            ilpr: 0,
+            ibrd: 0,
+            fbrd: 0,
+            line_control: LineControl::empty(),
+            control: Control::RESET,
+            ifls: registers::IFLS_RESET,
+            mask: Interrupts::empty(),
+            raw: Interrupts::empty(),
+            dmacr: 0,
+            empty_polls: 0,
+            high: false,
+            refused: false,
+        }
+    }
+
+    fn load(&mut self, register: u64) -> u32 {
+        match register {
+            registers::DR => self.take_character(),
+            registers::RSR_ECR => self.receive_status,
+            registers::FR => self.poll_flags().bits(),
+            registers::ILPR => self.ilpr,
+            registers::IBRD => self.ibrd,
+            registers::FBRD => self.fbrd,
+            registers::LCR_H => self.line_control.bits(),
+            registers::CR => self.control.bits(),
+            registers::IFLS => self.ifls,
+            registers::IMSC => self.mask.bits(),
+            registers::RIS => self.raw.bits(),
+            registers::MIS => (self.raw & self.mask).bits(),
+            registers::DMACR => self.dmacr,
+            _ => primecell::identification(registers::PERIPH_ID, register).unwrap_or(0),
+        }
+    }
+
+    fn store(&mut self, register: u64, value: u32, terminal: &impl Terminal) {
+        if matches!(register, registers::DR | registers::LCR_H | registers::CR | registers::IMSC) {
+            self.empty_polls = 0;
+        }
+        match register {
+            registers::DR => self.send(value as u8, terminal),
+            registers::RSR_ECR => self.receive_status = 0,
+            registers::ILPR => self.ilpr = value & 0xff,
+            registers::IBRD => self.ibrd = value & 0xffff,
+            registers::FBRD => self.fbrd = value & 0x3f,
+            registers::LCR_H => self.set_line_control(LineControl::from_bits_truncate(value)),
+            registers::CR => self.set_control(Control::from_bits_truncate(value)),
+            registers::IFLS => self.ifls = value & 0x3f,
+            registers::IMSC => self.mask = Interrupts::from_bits_truncate(value),
+            registers::ICR => self.raw &= !Interrupts::from_bits_truncate(value),
+            registers::DMACR => self.dmacr = value & 7,
+            _ => {}
+        }
+    }
+
+    /// Whether the guest would notice input: see the module's text.
+    fn listens(&self) -> bool {
+        let by_interrupt = self.mask.intersects(Interrupts::RX | Interrupts::RT)
+            && self.control.contains(Control::UARTEN | Control::RXE);
+        by_interrupt || self.empty_polls >= POLLS
+    }
+
+    /// Depth of the FIFOs.
+    fn depth(&self) -> usize {
+        if self.line_control.contains(LineControl::FEN) { fifo::DEPTH } else { 1 }
+    }
+
+    /// Characters at which UARTRXINTR comes.
+    fn trigger(&self) -> usize {
+        if self.line_control.contains(LineControl::FEN) { fifo::receive_trigger(self.ifls) } else { 1 }
+    }
+
+    /// UARTFR; counts loads that find nothing.
+    fn poll_flags(&mut self) -> Flags {
+        if self.receive.is_empty() {
+            self.empty_polls = self.empty_polls.saturating_add(1).min(POLLS);
+        }
+        let mut flags = Flags::TXFE | self.modem();
+        flags.set(Flags::RXFE, self.receive.is_empty());
+        flags.set(Flags::RXFF, self.receive.room(self.depth()) == 0);
+        flags
+    }
+
+    /// The modem's lines: in loopback, our own outputs (UARTCR.LBE, 3.3.8); else nobody drives them.
+    fn modem(&self) -> Flags {
+        let mut lines = Flags::empty();
+        if self.control.contains(Control::LBE) {
+            lines.set(Flags::CTS, self.control.contains(Control::RTS));
+            lines.set(Flags::DSR, self.control.contains(Control::DTR));
+            lines.set(Flags::DCD, self.control.contains(Control::OUT1));
+            lines.set(Flags::RI, self.control.contains(Control::OUT2));
+        }
+        lines
+    }
+
+    /// A load of UARTDR: the oldest character and its errors, which UARTRSR repeats.
+    fn take_character(&mut self) -> u32 {
+        let Some(character) = self.receive.pop() else { return 0 };
+        let character = u32::from(character);
+        // Bits 2:0 are this character's; bit 3, overrun, stays until UARTECR.
+        self.receive_status = (self.receive_status & 0x8) | (character >> 8 & 0x7);
+        if self.receive.len() < self.trigger() {
+            self.raw.remove(Interrupts::RX);
+        }
+        self.raw.set(Interrupts::RT, !self.receive.is_empty());
+        character
+    }
+
+    /// A character arrives.
+    fn receive(&mut self, character: u16) {
+        if !self.receive.push(character, self.depth()) {
+            self.receive_status |= 0x8;
+            self.raw.insert(Interrupts::OE);
+            return;
+        }
+        if character & fifo::BREAK != 0 {
+            self.raw.insert(Interrupts::BE);
+        }
+        if self.receive.len() >= self.trigger() {
+            self.raw.insert(Interrupts::RX);
+        }
+        self.raw.insert(Interrupts::RT);
+    }
+
+    /// A store to UARTDR.
+    fn send(&mut self, byte: u8, terminal: &impl Terminal) {
+        if self.control.contains(Control::LBE) {
+            self.receive(u16::from(byte));
+        } else {
+            terminal.put(&[byte]);
+        }
+        self.raw.insert(Interrupts::TX);
+    }
+
+    fn set_line_control(&mut self, new: LineControl) {
+        let break_begins = (new & !self.line_control).contains(LineControl::BRK);
+        self.line_control = new;
+        if break_begins && self.control.contains(Control::LBE) {
+            self.receive(fifo::BREAK);
+        }
+    }
+
+    /// A store to UARTCR. Modem lines that a change of loopback moves raise their interrupts.
+    fn set_control(&mut self, new: Control) {
+        let before = self.modem();
+        self.control = new;
+        let moved = before ^ self.modem();
+        for (line, interrupt) in MODEM_LINES {
+            if moved.contains(line) {
+                self.raw.insert(interrupt);
+            }
+        }
+    }
+
+    /// Drives the line to what UARTMIS says, if that is a change.
+    fn drive(&mut self, line: &impl Interrupt) {
+        let high = self.raw.intersects(self.mask);
+        if high != self.high {
+            self.high = high;
+            line.set_level(high);
+        }
+    }
+}

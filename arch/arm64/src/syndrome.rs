@@ -5,7 +5,7 @@
 //! other becomes [`Exit::Unknown`] with its class, so a newer machine cannot surprise us into a wrong answer.
 //!
 //! Protocol: aborts carry no payload here, because their meaning needs FAR_EL2 and HPFAR_EL2 too: see [`crate::abort`].
-//! The hot path need not build an `Exit` at all: it compares [`class`] with [`class::DATA_ABORT`] first.
+//! The hot path need not build an `Exit` at all: it compares [`class()`] with [`class::DATA_ABORT`] first.
 //!
 //! Where the guest's PC stands: at the instruction for every class except HVC and SVC, whose preferred return address
 //! is already the next instruction (D1.3.1). A *trapped* SMC is at the instruction.

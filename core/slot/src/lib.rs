@@ -7,7 +7,7 @@
 //! Protocol of a reader: pin the epoch, [`Slots::find`], act, ask [`Slots::is_current`] before publishing anything that
 //! depends on the answer, publish, unpin. No lock, and no store but the caller's own [`Hint`].
 //!
-//! Protocol of a writer: [`Slots::update`] decides, purely ([`decide`]), and takes the update lock. Create and
+//! Protocol of a writer: [`Slots::update`] decides, purely ([`decide()`]), and takes the update lock. Create and
 //! flags-only need one publication; delete and move go: mark invalid → publish → the caller flushes the second stage →
 //! the caller prepares → publish again. Dropping the update half-way puts the slot back (Z-F2). One publication is:
 //! edit the set that nobody reads, make it the active one and set the in-progress mark in one store, wait a grace

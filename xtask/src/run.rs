@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use entresol_wire::config::parse_size;
 
 use crate::bundle::{self, VmRequest};
 use crate::fetch;
@@ -57,6 +58,9 @@ pub struct Options {
     /// Architecture of the machine
     #[arg(long, value_parser = ["aarch64"], default_value = "aarch64")]
     arch: String,
+    /// Without the hypervisor: the guest's kernel alone on the outer machine, to tell its faults from ours
+    #[arg(long, conflicts_with_all = ["config", "vcpus", "memory", "disk"])]
+    bare: bool,
     /// When standard input is not a terminal: feed it once the console has printed this
     #[arg(long)]
     feed_after: Option<String>,
@@ -84,51 +88,80 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
 fn prepare(options: &Options) -> Result<(Outer, Option<String>)> {
     let work = workspace::output_dir()?;
-    let (config, feed_after) = match &options.config {
-        Some(config) => (config.clone(), None),
-        None => written_config(options, &work)?,
+    let (config, ready) = if let Some(config) = &options.config {
+        (config.clone(), None)
+    } else {
+        let files = Files::choose(options, &work)?;
+        if options.bare {
+            return bare(options, files);
+        }
+        let config = work.join("vms.toml");
+        let text = bundle::to_toml(&options.outer_memory, options.cpus, &[request(options, &files)?]);
+        image::write_new(&config, text.as_bytes())?;
+        (config, files.ready)
     };
+    // The owner's mistakes are told before anything is built.
     let size = bundle::outer_of(&config)?;
     let image = image::build(&[])?;
     let bundle = work.join("bundle.img");
     bundle::pack(&config, &bundle)?;
     let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(bundle), ..Outer::new(&image.raw) };
-    Ok((outer, options.feed_after.clone().or(feed_after)))
+    Ok((outer, options.feed_after.clone().or(ready)))
 }
 
-/// The options for one machine, as a configuration file; and what its console prints when it takes input, if we know.
-fn written_config(options: &Options, work: &Path) -> Result<(PathBuf, Option<String>)> {
-    let absolute = |path: &PathBuf| path.canonicalize().with_context(|| format!("cannot find {}", path.display()));
-    let mut ready = None;
-    let (kernel, initrd) = match (&options.kernel, &options.initrd) {
-        (Some(kernel), initrd) => (absolute(kernel)?, initrd.as_ref().map(absolute).transpose()?),
-        (None, given) => {
-            let (_, guest) = fetch::everything()?;
-            let initrd = if let Some(given) = given {
-                absolute(given)?
-            } else {
-                let path = work.join("initrd.cpio");
-                image::write_new(&path, &Initrd::interactive().pack(&guest)?)?;
-                ready = Some(initrd::READY.to_owned());
-                path
-            };
-            (guest.kernel()?, Some(initrd))
-        }
-    };
-    let disks = options.disk.iter().map(|disk| Ok((absolute(disk)?, false))).collect::<Result<Vec<_>>>()?;
-    let vm = VmRequest {
+fn bare(options: &Options, files: Files) -> Result<(Outer, Option<String>)> {
+    let memory = parse_size(&options.outer_memory);
+    let memory = memory
+        .with_context(|| format!("--outer-memory {}: a size is a number with K, M or G", options.outer_memory))?;
+    let append = Some(options.append.clone());
+    let outer = Outer { cpus: options.cpus, memory, initrd: files.initrd, append, ..Outer::new(&files.kernel) };
+    Ok((outer, options.feed_after.clone().or(files.ready)))
+}
+
+fn request(options: &Options, files: &Files) -> Result<VmRequest> {
+    let disks = options.disk.iter().map(|disk| Ok((found(disk)?, false))).collect::<Result<Vec<_>>>()?;
+    Ok(VmRequest {
         name: "guest".to_owned(),
         memory: options.memory.clone(),
         vcpus: options.vcpus,
-        kernel,
-        initrd,
+        kernel: files.kernel.clone(),
+        initrd: files.initrd.clone(),
         cmdline: options.append.clone(),
         disks,
         policies: Vec::new(),
-    };
-    let path = work.join("vms.toml");
-    image::write_new(&path, bundle::to_toml(&options.outer_memory, options.cpus, &[vm]).as_bytes())?;
-    Ok((path, ready))
+    })
+}
+
+/// The guest's files, fetched and packed where the user gave none.
+struct Files {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    /// What the console prints when it takes input, where we know.
+    ready: Option<String>,
+}
+
+impl Files {
+    fn choose(options: &Options, work: &Path) -> Result<Self> {
+        if let Some(kernel) = &options.kernel {
+            return Ok(Self {
+                kernel: found(kernel)?,
+                initrd: options.initrd.as_deref().map(found).transpose()?,
+                ready: None,
+            });
+        }
+        let (_, guest) = fetch::everything()?;
+        let kernel = guest.kernel()?;
+        if let Some(initrd) = &options.initrd {
+            return Ok(Self { kernel, initrd: Some(found(initrd)?), ready: None });
+        }
+        let initrd = work.join("initrd.cpio");
+        image::write_new(&initrd, &Initrd::interactive().pack(&guest)?)?;
+        Ok(Self { kernel, initrd: Some(initrd), ready: Some(initrd::READY.to_owned()) })
+    }
+}
+
+fn found(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().with_context(|| format!("cannot find {}", path.display()))
 }
 
 /// Where `entresol ctl` looks: `$ENTRESOL_SOCKET`, else in `$XDG_RUNTIME_DIR`, else in a folder of the user's own below

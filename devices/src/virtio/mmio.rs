@@ -371,7 +371,11 @@ impl<D: VirtioDevice> State<D> {
         act: impl FnOnce(&mut D, &mut Queue, &mut Service<'_>) -> Result<Work, Stop>,
     ) {
         let live = self.is_live();
-        let Some(queue) = self.queues.get_mut(index).filter(|queue| live && queue.is_ready()) else { return };
+        let Some(queue) = self.queues.get_mut(index).filter(|queue| live && queue.is_ready()) else {
+            // A driver that has given up gets no more of what it asked for.
+            self.left[index] = Work::Idle;
+            return;
+        };
         let mut outcome = act(&mut self.device, queue, &mut Service::new(memory, &mut self.chain));
         // Buffers used before a stop are announced all the same.
         if queue.take_used() {

@@ -1,0 +1,186 @@
+//! The VM around a device, on plain host memory.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use entresol_addr::Gpa;
+use entresol_devices::bus::{GuestMemory, Interrupt, MemoryError, Terminal};
+use entresol_devices::virtio::block::{Disk, DiskError};
+use entresol_devices::virtio::entropy::Entropy;
+
+/// Where the guest's memory starts, as on QEMU's `virt`.
+pub const RAM: u64 = 0x4000_0000;
+/// Its size in bytes.
+pub const RAM_BYTES: u64 = 8 << 20;
+
+/// Guest memory: one slot, whose last page is read-only, on a machine that can run out of memory.
+pub struct Memory {
+    bytes: Mutex<Vec<u8>>,
+    /// Copies that succeed before every further one is [`MemoryError::OutOfMemory`]; negative for no end.
+    pub copies_left: AtomicI64,
+    /// Copies so far.
+    pub copies: AtomicUsize,
+}
+
+impl Memory {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            bytes: Mutex::new(vec![0; RAM_BYTES as usize]),
+            copies_left: AtomicI64::new(-1),
+            copies: AtomicUsize::new(0),
+        })
+    }
+
+    /// The index of the first byte, if all of `len` lie in the slot.
+    fn locate(gpa: Gpa, len: usize) -> Result<usize, MemoryError> {
+        let offset = gpa.get().checked_sub(RAM).filter(|offset| *offset < RAM_BYTES);
+        let offset = offset.ok_or(MemoryError::Outside { gpa })?;
+        if offset + len as u64 > RAM_BYTES {
+            return Err(MemoryError::Outside { gpa: Gpa::new(RAM + RAM_BYTES) });
+        }
+        Ok(offset as usize)
+    }
+
+    fn spend(&self) -> Result<(), MemoryError> {
+        self.copies.fetch_add(1, Ordering::Relaxed);
+        match self.copies_left.load(Ordering::Relaxed) {
+            0 => Err(MemoryError::OutOfMemory),
+            left => {
+                self.copies_left.store(if left > 0 { left - 1 } else { left }, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+    }
+
+    /// The guest's own loads, which the machine's state does not stop.
+    pub fn peek(&self, gpa: u64, len: usize) -> Vec<u8> {
+        let at = Self::locate(Gpa::new(gpa), len).expect("the test stays inside memory");
+        self.bytes.lock().unwrap()[at..at + len].to_vec()
+    }
+
+    /// The guest's own stores.
+    pub fn poke(&self, gpa: u64, bytes: &[u8]) {
+        let at = Self::locate(Gpa::new(gpa), bytes.len()).expect("the test stays inside memory");
+        self.bytes.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+impl GuestMemory for Memory {
+    fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError> {
+        let at = Self::locate(gpa, to.len())?;
+        self.spend()?;
+        to.copy_from_slice(&self.bytes.lock().unwrap()[at..at + to.len()]);
+        Ok(())
+    }
+
+    fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
+        let at = Self::locate(gpa, from.len())?;
+        let read_only = RAM_BYTES as usize - 4096;
+        if at + from.len() > read_only {
+            return Err(MemoryError::ReadOnly { gpa: Gpa::new(RAM + at.max(read_only) as u64) });
+        }
+        self.spend()?;
+        self.bytes.lock().unwrap()[at..at + from.len()].copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// An interrupt line that counts its rising edges.
+#[derive(Default)]
+pub struct Line {
+    pub high: AtomicBool,
+    pub edges: AtomicUsize,
+}
+
+impl Interrupt for Line {
+    fn set_level(&self, high: bool) {
+        assert_ne!(self.high.swap(high, Ordering::Relaxed), high, "each call is a change");
+        self.edges.fetch_add(usize::from(high), Ordering::Relaxed);
+    }
+}
+
+/// A disk in memory that can fail.
+pub struct RamDisk {
+    pub bytes: Mutex<Vec<u8>>,
+    pub read_only: bool,
+    /// Every access answers with this.
+    pub fault: Mutex<Option<DiskError>>,
+    pub flushes: AtomicUsize,
+}
+
+impl RamDisk {
+    /// A disk whose bytes tell where they lie.
+    pub fn new(sectors: u64) -> Self {
+        let bytes = (0..sectors * 512).map(|at| (at / 512 * 7 + at % 251) as u8).collect();
+        Self { bytes: Mutex::new(bytes), read_only: false, fault: Mutex::new(None), flushes: AtomicUsize::new(0) }
+    }
+
+    pub fn content(&self, sector: u64, bytes: usize) -> Vec<u8> {
+        self.bytes.lock().unwrap()[sector as usize * 512..][..bytes].to_vec()
+    }
+
+    fn check(&self) -> Result<(), DiskError> {
+        self.fault.lock().unwrap().map_or(Ok(()), Err)
+    }
+}
+
+impl Disk for RamDisk {
+    fn sectors(&self) -> u64 {
+        self.bytes.lock().unwrap().len() as u64 / 512
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read(&self, sector: u64, to: &mut [u8]) -> Result<(), DiskError> {
+        self.check()?;
+        assert!(to.len().is_multiple_of(512), "whole sectors");
+        to.copy_from_slice(&self.content(sector, to.len()));
+        Ok(())
+    }
+
+    fn write(&self, sector: u64, from: &[u8]) -> Result<(), DiskError> {
+        self.check()?;
+        assert!(!self.read_only && from.len().is_multiple_of(512));
+        self.bytes.lock().unwrap()[sector as usize * 512..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.check()?;
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// A terminal that keeps what it is sent.
+#[derive(Default)]
+pub struct Screen {
+    pub text: Mutex<Vec<u8>>,
+    pub calls: AtomicUsize,
+}
+
+impl Terminal for Screen {
+    fn put(&self, bytes: &[u8]) {
+        self.text.lock().unwrap().extend_from_slice(bytes);
+    }
+
+    fn input_wanted(&self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A source of "random" bytes that counts them.
+#[derive(Default)]
+pub struct Counter(pub Mutex<u64>);
+
+impl Entropy for Counter {
+    fn fill(&self, to: &mut [u8]) {
+        let mut next = self.0.lock().unwrap();
+        for byte in to {
+            *byte = (*next % 255) as u8 + 1;
+            *next += 1;
+        }
+    }
+}

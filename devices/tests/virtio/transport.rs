@@ -1,0 +1,187 @@
+//! The register file, negotiation, interrupts, resets.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use entresol_devices::bus::{Device, Work};
+use entresol_devices::virtio::Broken;
+use entresol_devices::virtio::block::Block;
+use entresol_devices::virtio::console::{Console, Size};
+
+use crate::driver::{BUFFERS, Driver, INDIRECT_DESC, NEEDS_RESET, RING_RESET, STATUS, VERSION_1};
+use crate::host::{RamDisk, Screen};
+
+fn disk() -> Block<Arc<RamDisk>> {
+    Block::new(Arc::new(RamDisk::new(64)), b"disk").unwrap()
+}
+
+#[test]
+fn the_registers_introduce_the_device() {
+    let driver = Driver::cold(disk());
+    assert_eq!([0, 4, 8].map(|register| driver.load(register)), [0x7472_6976, 2, 2]);
+    assert_eq!([0xb0, 0xb4, 0xb8, 0xbc].map(|register| driver.load(register)), [0xffff_ffff; 4]);
+    assert_eq!(driver.load(0x34), 256);
+    driver.store(0x30, 1);
+    assert_eq!(driver.load(0x34), 0, "there is no second queue");
+    driver.store(0x30, u64::MAX);
+    assert_eq!((driver.load(0x34), driver.load(0x44)), (0, 0));
+    for (offset, size) in [(0, 1), (0, 2), (0, 8), (1, 4), (0xfe, 4)] {
+        assert_eq!(driver.device.read(offset, size), 0);
+    }
+}
+
+#[test]
+fn features_must_be_offered_and_modern() {
+    let driver = Driver::cold(disk());
+    let offered = driver.offered();
+    assert_eq!(offered & (VERSION_1 | INDIRECT_DESC | RING_RESET), VERSION_1 | INDIRECT_DESC | RING_RESET);
+    assert!(driver.negotiate(offered));
+    assert!(driver.negotiate(VERSION_1));
+    assert!(!driver.negotiate(offered & !VERSION_1), "a legacy driver");
+    assert!(!driver.negotiate(VERSION_1 | 1 << 29), "EVENT_IDX was not offered");
+    assert!(!driver.negotiate(VERSION_1 | 1 << 63));
+    driver.store(STATUS, 15);
+    assert_eq!(driver.load(STATUS), 3, "no DRIVER_OK without FEATURES_OK");
+    driver.store(STATUS, 0);
+    driver.store(0x24, 7);
+    driver.store(0x20, 1);
+    driver.store(0x24, 1);
+    driver.store(0x20, 1);
+    driver.store(STATUS, 11);
+    assert_eq!(driver.load(STATUS), 3, "a feature above bit 63");
+}
+
+#[test]
+fn features_are_settled_by_features_ok() {
+    let driver = Driver::cold(disk());
+    assert!(driver.negotiate(VERSION_1));
+    driver.store(0x24, 1);
+    driver.store(0x20, 0xffff_ffff);
+    driver.store(STATUS, 15);
+    assert_eq!(driver.load(STATUS), 15);
+}
+
+#[test]
+fn status_bits_go_only_by_reset() {
+    let driver = Driver::new(disk(), 0);
+    driver.store(STATUS, 1);
+    assert_eq!(driver.load(STATUS), 15);
+    driver.store(STATUS, 0xff);
+    assert_eq!(driver.load(STATUS), 15 | 128, "NEEDS_RESET is the device's to set");
+    driver.store(STATUS, 0);
+    assert_eq!((driver.load(STATUS), driver.load(0x44)), (0, 0));
+}
+
+#[test]
+fn a_queue_that_cannot_work_breaks_the_device() {
+    let mut driver = Driver::cold(disk());
+    assert!(driver.negotiate(VERSION_1));
+    driver.store(0x30, 0);
+    driver.store(0x38, 100);
+    driver.store(0x44, 1);
+    assert_eq!(driver.load(0x44), 0);
+    assert_eq!(driver.device.broken(), Some(Broken::QueueSize { size: 100 }));
+    assert_eq!(driver.load(STATUS), 11 | NEEDS_RESET);
+    assert!(!driver.high(), "nobody is told before DRIVER_OK");
+    driver.bring_up(0, 256);
+    assert_eq!(driver.device.broken(), None);
+}
+
+#[test]
+fn queues_wait_for_features_ok() {
+    let driver = Driver::cold(disk());
+    driver.store(0x38, 8);
+    driver.store(0x44, 1);
+    assert_eq!((driver.load(0x44), driver.load(STATUS)), (0, 0));
+}
+
+#[test]
+fn one_queue_is_reset_and_works_again() {
+    let mut driver = Driver::new(disk(), RING_RESET);
+    driver.submit(0, &[(BUFFERS, 16, false), (BUFFERS + 16, 513, true)]);
+    assert_eq!(driver.used(0), Some((0, 513)));
+    driver.store(0x30, 0);
+    driver.store(0xc0, 1);
+    assert_eq!((driver.load(0xc0), driver.load(0x44)), (0, 0));
+    driver.set_up_queue(0);
+    driver.submit(0, &[(BUFFERS, 16, false), (BUFFERS + 16, 513, true)]);
+    assert_eq!(driver.used(0), Some((0, 513)));
+}
+
+#[test]
+fn a_queue_is_not_reset_without_the_feature() {
+    let driver = Driver::new(disk(), 0);
+    driver.store(0x30, 0);
+    driver.store(0xc0, 1);
+    assert_eq!(driver.load(0x44), 1);
+}
+
+#[test]
+fn the_line_is_high_until_all_is_acknowledged() {
+    let mut driver = Driver::new(disk(), 0);
+    assert!(!driver.high());
+    driver.submit(0, &[(BUFFERS, 16, false), (BUFFERS + 16, 513, true)]);
+    assert!(driver.high());
+    driver.store(0x64, 2);
+    assert!(driver.high());
+    assert_eq!(driver.take_interrupt(), 1);
+    assert!(!driver.high());
+    driver.memory.poke(driver.driver_area(0), &1u16.to_le_bytes());
+    driver.submit(0, &[(BUFFERS, 16, false), (BUFFERS + 16, 513, true)]);
+    assert!(!driver.high(), "the driver polls");
+    assert_eq!(driver.used_index(0), 2);
+}
+
+#[test]
+fn a_reason_that_is_left_makes_a_new_edge() {
+    let screen = Arc::new(Screen::default());
+    let mut driver = Driver::new(Console::new(screen, Some(Size { columns: 80, rows: 25 })).unwrap(), 1);
+    driver.submit(1, &[(BUFFERS, 4, false)]);
+    driver.device.resize(Size { columns: 132, rows: 43 });
+    assert_eq!((driver.load(0x60), driver.line.edges.load(Ordering::Relaxed)), (3, 1));
+    driver.store(0x64, 1);
+    assert!(driver.high());
+    assert_eq!(driver.line.edges.load(Ordering::Relaxed), 2);
+    assert_eq!(driver.take_interrupt(), 2);
+    assert!(!driver.high());
+}
+
+#[test]
+fn notifications_count_only_while_the_driver_is_at_work() {
+    let mut driver = Driver::new(disk(), 0);
+    driver.chain(0, 0, &[(BUFFERS, 16, false), (BUFFERS + 16, 513, true)]);
+    driver.make_available(0, 0);
+    for queue in [1, 2, usize::MAX] {
+        assert_eq!(driver.notify(queue), Work::Idle);
+    }
+    driver.store(STATUS, 128);
+    assert_eq!(driver.notify(0), Work::Idle);
+    assert_eq!(driver.used(0), None, "the driver has failed");
+    driver.device.reset();
+    assert_eq!(driver.notify(0), Work::Idle);
+    assert_eq!(driver.used(0), None);
+}
+
+#[test]
+fn a_driver_that_gives_up_in_the_middle_of_work_ends_it() {
+    let mut driver = Driver::new(Block::new(Arc::new(RamDisk::new(4096)), b"").unwrap(), 0);
+    driver.chain(0, 0, &[(BUFFERS, 16, false), (BUFFERS + 16, 2 << 20, true), (BUFFERS + (3 << 20), 1, true)]);
+    driver.make_available(0, 0);
+    assert_eq!(driver.notify(0), Work::More);
+    driver.store(STATUS, 128);
+    assert_eq!(driver.device.run(), Work::Idle);
+    assert_eq!(driver.used(0), None);
+}
+
+#[test]
+fn a_reset_in_the_middle_of_work_ends_it() {
+    let mut driver = Driver::new(Block::new(Arc::new(RamDisk::new(4096)), b"").unwrap(), 0);
+    driver.chain(0, 0, &[(BUFFERS, 16, false), (BUFFERS + 16, 2 << 20, true), (BUFFERS + (3 << 20), 1, true)]);
+    driver.make_available(0, 0);
+    assert_eq!(driver.notify(0), Work::More);
+    assert!(!driver.high());
+    driver.store(STATUS, 0);
+    let copies = driver.memory.copies.load(Ordering::Relaxed);
+    assert_eq!(driver.device.run(), Work::Idle);
+    assert_eq!(driver.memory.copies.load(Ordering::Relaxed), copies);
+}

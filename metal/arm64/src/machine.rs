@@ -1,0 +1,353 @@
+//! [`Metal`]: the core's machine, on instructions.
+//!
+//! Purpose: words, pages, caches and TLBs. Frames are reached through EL2's identity map, cacheable.
+//!
+//! Protocol: [`Metal::set_pool`] names the frames that the core may ask for, before any other method is called and
+//! before other CPUs use it; every method refuses others with a panic, so that no mistake of the core reaches the
+//! hypervisor's own memory.
+//!
+//! TLB invalidation names a VMID by loading it: VTTBR_EL2 is changed for the moment of the instruction if another one is
+//! loaded. EL2 does not translate by it, and is not interrupted.
+//!
+//! Page contents are moved by assembly only: a guest may write the same memory at the same time, which is no data race
+//! for instructions, but would be for Rust.
+//!
+//! Sources: Arm DDI 0487 D8.16 and D8.17 (TLB maintenance), D7.5 (caches), C6.2 (CPYFP, LDP, STP), B2.3 (order).
+
+use core::arch::asm;
+
+use arrayvec::ArrayVec;
+use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
+use entresol_machine::{Features, Machine, TlbOp, Vmid, Word};
+use entresol_sync::Once;
+use entresol_sync::atomic::{AtomicU64, Ordering};
+
+use crate::boot::memory::MAX_FREE;
+use crate::features::{self, Feature};
+use crate::operand::{self, Step};
+
+/// Frames above which all instruction caches are invalidated instead of lines.
+const MOST_ICACHE_FRAMES: u64 = 64;
+
+/// VTTBR_EL2.VMID.
+const VMID_SHIFT: u32 = 48;
+
+/// The largest range of the pool, for the check that nearly always decides: first frame and number.
+static POOL_START: AtomicU64 = AtomicU64::new(0);
+static POOL_COUNT: AtomicU64 = AtomicU64::new(0);
+/// All ranges of the pool.
+static POOL: Once<ArrayVec<PfnRange, MAX_FREE>> = Once::new();
+
+/// Bytes of a DC ZVA block; 0: not used.
+static ZVA_BLOCK: AtomicU64 = AtomicU64::new(0);
+/// Bytes of the smallest data and instruction cache lines.
+static DATA_LINE: AtomicU64 = AtomicU64::new(64);
+static INSTRUCTION_LINE: AtomicU64 = AtomicU64::new(64);
+
+/// This machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Metal;
+
+/// Reads what the methods need of the cache type registers. The boot CPU, once.
+pub(crate) fn init() {
+    let (ctr, dczid) = (mrs!("ctr_el0"), mrs!("dczid_el0"));
+    DATA_LINE.store(4 << (ctr >> 16 & 0xf), Ordering::Relaxed);
+    INSTRUCTION_LINE.store(4 << (ctr & 0xf), Ordering::Relaxed);
+    let block = if features::has(Feature::DC_ZVA) { 4 << (dczid & 0xf) } else { 0 };
+    ZVA_BLOCK.store(block, Ordering::Relaxed);
+}
+
+impl Metal {
+    /// Names the frames that the methods may touch, largest range first. Once; later calls change nothing.
+    ///
+    /// # Panics
+    ///
+    /// If there are none, or more ranges than `boot::memory` makes.
+    pub fn set_pool(ranges: &[PfnRange]) {
+        let pool = POOL.call_once(|| ranges.iter().copied().collect());
+        let largest = pool.first().expect("a machine has memory");
+        POOL_START.store(largest.start().get(), Ordering::Relaxed);
+        POOL_COUNT.store(largest.count(), Ordering::Release);
+    }
+
+    /// The address of `frames`, which lie in the pool.
+    #[inline]
+    fn own(frames: PfnRange) -> u64 {
+        let offset = frames.start().get().wrapping_sub(POOL_START.load(Ordering::Relaxed));
+        let count = POOL_COUNT.load(Ordering::Relaxed);
+        if offset >= count || frames.count() > count - offset {
+            Self::own_elsewhere(frames);
+        }
+        frames.start().base().get()
+    }
+
+    #[cold]
+    fn own_elsewhere(frames: PfnRange) {
+        let inside = POOL.get().is_some_and(|pool| pool.iter().any(|range| range.covers(frames)));
+        assert!(inside, "{frames:x?} are not in the frame pool");
+    }
+
+    #[inline]
+    fn word(word: Word) -> *mut u64 {
+        Self::own(PfnRange::single(word.frame()));
+        word.address().get() as *mut u64
+    }
+
+    /// The address of `bytes` bytes at `address`, all in the pool.
+    #[inline]
+    fn bytes(address: Hpa, bytes: usize) -> u64 {
+        let frames = (address.page_offset() + bytes as u64).div_ceil(PAGE_SIZE);
+        Self::own(PfnRange::new(address.frame(), frames).expect("bytes of the machine do not wrap"));
+        address.get()
+    }
+}
+
+// SAFETY: every method checks its frames against the pool, which no Rust reference points into (1); words are accessed
+// as atomics and `published` is a barrier for walks (2); `complete` is a DSB of the inner-shareable domain, which waits
+// for maintenance of this CPU on all CPUs (3); features are read from registers that are constant (4).
+unsafe impl Machine for Metal {
+    fn features(&self) -> Features {
+        Features {
+            forced_write_back: features::has(Feature::FORCED_WRITE_BACK),
+            coherent_icache: features::has(Feature::COHERENT_INSTRUCTION),
+            physical_bits: features::physical_bits(),
+            vmid_bits: if features::has(Feature::VMID_16) { 16 } else { 8 },
+        }
+    }
+
+    #[inline]
+    fn load(&self, word: Word) -> u64 {
+        // SAFETY: a word of the pool, aligned, and only ever accessed as an atomic.
+        unsafe { AtomicU64::from_ptr(Self::word(word)) }.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    fn store(&self, word: Word, value: u64) {
+        // SAFETY: as for `load`.
+        unsafe { AtomicU64::from_ptr(Self::word(word)) }.store(value, Ordering::Release);
+    }
+
+    #[inline]
+    fn compare_exchange(&self, word: Word, current: u64, new: u64) -> Result<u64, u64> {
+        // SAFETY: as for `load`.
+        let cell = unsafe { AtomicU64::from_ptr(Self::word(word)) };
+        cell.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    #[inline]
+    fn published(&self) {
+        // SAFETY: barriers.
+        unsafe { asm!("dsb ishst", "isb", options(nostack, preserves_flags)) };
+    }
+
+    #[inline]
+    fn zero(&self, frames: PfnRange) {
+        zero(Self::own(frames), frames.count() * PAGE_SIZE);
+    }
+
+    #[inline]
+    fn copy(&self, from: Pfn, to: Pfn, count: u64) {
+        let range = |start| PfnRange::new(start, count).expect("frames of the machine do not wrap");
+        assert!(!range(from).overlaps(range(to)), "copy of {count} frames from {from:?} to {to:?} overlaps");
+        move_bytes(Self::own(range(from)), Self::own(range(to)), count * PAGE_SIZE);
+    }
+
+    #[inline]
+    fn read(&self, from: Hpa, to: &mut [u8]) {
+        if !to.is_empty() {
+            move_bytes(Self::bytes(from, to.len()), to.as_mut_ptr() as u64, to.len() as u64);
+        }
+    }
+
+    #[inline]
+    fn write(&self, to: Hpa, from: &[u8]) {
+        if !from.is_empty() {
+            move_bytes(from.as_ptr() as u64, Self::bytes(to, from.len()), from.len() as u64);
+        }
+    }
+
+    fn clean_invalidate_to_poc(&self, frames: PfnRange) {
+        let start = Self::own(frames);
+        for line in lines(start, frames.count() * PAGE_SIZE, &DATA_LINE) {
+            // SAFETY: cleaning and invalidating changes no data.
+            unsafe { instruction_on!("dc civac", line) };
+        }
+    }
+
+    fn invalidate_icache(&self, frames: PfnRange) {
+        let (start, bytes) = (Self::own(frames), frames.count() * PAGE_SIZE);
+        if !features::has(Feature::COHERENT_DATA) {
+            for line in lines(start, bytes, &DATA_LINE) {
+                // SAFETY: cleaning changes no data.
+                unsafe { instruction_on!("dc cvau", line) };
+            }
+        }
+        if features::has(Feature::COHERENT_INSTRUCTION) {
+            return;
+        }
+        // SAFETY: a barrier: what was cleaned or written is visible before it can be fetched again.
+        unsafe { instruction!("dsb ish") };
+        // Guests see the frames at other virtual addresses: only a physically indexed cache is found by ours.
+        if features::has(Feature::PHYSICAL_INSTRUCTION_CACHE) && frames.count() <= MOST_ICACHE_FRAMES {
+            for line in lines(start, bytes, &INSTRUCTION_LINE) {
+                // SAFETY: invalidating an instruction cache changes no data.
+                unsafe { instruction_on!("ic ivau", line) };
+            }
+        } else {
+            // SAFETY: as above.
+            unsafe { instruction!("ic ialluis") };
+        }
+    }
+
+    fn tlb(&self, op: TlbOp) {
+        // SAFETY: a barrier: entries that were broken are broken for every walk before the invalidation begins.
+        unsafe { instruction!("dsb ishst") };
+        match op {
+            TlbOp::Ipa { vmid, gfn, leaf_only, .. } => as_vmid(vmid, || invalidate_ipa(gfn, leaf_only)),
+            TlbOp::Range { vmid, range } => as_vmid(vmid, || invalidate_range(range)),
+            // SAFETY: an invalidation loses nothing that a walk does not find again.
+            TlbOp::Vmid(vmid) => as_vmid(vmid, || unsafe { instruction!("tlbi vmalls12e1is") }),
+            // SAFETY: as above.
+            TlbOp::All => unsafe { asm!("tlbi alle1is", "ic ialluis", options(nostack, preserves_flags)) },
+        }
+    }
+
+    #[inline]
+    fn complete(&self) {
+        // SAFETY: barriers.
+        unsafe { asm!("dsb ish", "isb", options(nostack, preserves_flags)) };
+    }
+}
+
+/// Runs `invalidate` with `vmid` in VTTBR_EL2. The table's address is zero meanwhile, so that nothing can be walked.
+#[inline]
+fn as_vmid(vmid: Vmid, invalidate: impl FnOnce()) {
+    let (loaded, wanted) = (mrs!("vttbr_el2"), u64::from(vmid.get()));
+    if loaded >> VMID_SHIFT == wanted {
+        return invalidate();
+    }
+    // SAFETY: EL2 does not translate by VTTBR_EL2, no guest runs on this CPU, and the value is put back.
+    unsafe {
+        msr!("vttbr_el2", wanted << VMID_SHIFT);
+        instruction!("isb");
+        invalidate();
+        instruction!("dsb ish");
+        msr!("vttbr_el2", loaded);
+        instruction!("isb");
+    }
+}
+
+/// Stage 2 first, then what stage 1 combined from it; the barrier in between keeps a walk that still saw the old stage 2
+/// from combining it again after (D8.17.5).
+#[inline]
+fn invalidate_ipa(gfn: entresol_addr::Gfn, leaf_only: bool) {
+    let operand = operand::single(gfn);
+    // SAFETY: an invalidation loses nothing that a walk does not find again.
+    unsafe {
+        if leaf_only {
+            instruction_on!("tlbi ipas2le1is", operand);
+        } else {
+            instruction_on!("tlbi ipas2e1is", operand);
+        }
+        asm!("dsb ish", "tlbi vmalle1is", options(nostack, preserves_flags));
+    }
+}
+
+fn invalidate_range(range: entresol_addr::GfnRange) {
+    let Some(steps) = operand::steps(range, features::has(Feature::TLB_RANGE)) else {
+        // SAFETY: an invalidation loses nothing that a walk does not find again.
+        return unsafe { instruction!("tlbi vmalls12e1is") };
+    };
+    for step in steps {
+        // SAFETY: as above; RIPAS2E1IS (SYS #4, C8, C0, #2) exists with FEAT_TLBIRANGE.
+        unsafe {
+            match step {
+                Step::Single(operand) => instruction_on!("tlbi ipas2e1is", operand),
+                Step::Range(operand) => instruction_on!("sys #4, c8, c0, #2", operand),
+            }
+        }
+    }
+    // SAFETY: as above.
+    unsafe { asm!("dsb ish", "tlbi vmalle1is", options(nostack, preserves_flags)) };
+}
+
+/// Line addresses of whole pages.
+fn lines(start: u64, bytes: u64, line: &AtomicU64) -> impl Iterator<Item = u64> {
+    (start..start + bytes).step_by(line.load(Ordering::Relaxed) as usize)
+}
+
+/// Fills whole pages of the pool with zero.
+#[inline]
+fn zero(start: u64, bytes: u64) {
+    let (block, end) = (ZVA_BLOCK.load(Ordering::Relaxed), start + bytes);
+    if start == end {
+        return;
+    }
+    if block == 0 {
+        // SAFETY: the caller checked the pages; four stores of 16 bytes a turn fill whole pages exactly.
+        unsafe {
+            asm!(
+                "2: stp xzr, xzr, [{at}]",
+                "stp xzr, xzr, [{at}, #16]",
+                "stp xzr, xzr, [{at}, #32]",
+                "stp xzr, xzr, [{at}, #48]",
+                "add {at}, {at}, #64",
+                "cmp {at}, {end}",
+                "b.lo 2b",
+                at = inout(reg) start => _, end = in(reg) end, options(nostack),
+            );
+        }
+        return;
+    }
+    // SAFETY: the caller checked the pages; the block divides a page, so the last one ends with it.
+    unsafe {
+        asm!(
+            "2: dc zva, {at}",
+            "add {at}, {at}, {block}",
+            "cmp {at}, {end}",
+            "b.lo 2b",
+            at = inout(reg) start => _, end = in(reg) end, block = in(reg) block, options(nostack),
+        );
+    }
+}
+
+/// Copies bytes between ranges that do not overlap, each valid: the pool's by the caller's check, others as slices.
+#[inline]
+fn move_bytes(from: u64, to: u64, bytes: u64) {
+    if features::has(Feature::MOPS) {
+        // SAFETY: the ranges are valid and apart; FEAT_MOPS was found. EL2 needs no enable for it.
+        unsafe {
+            asm!(
+                ".arch_extension mops",
+                "cpyfp [{to}]!, [{from}]!, {bytes}!",
+                "cpyfm [{to}]!, [{from}]!, {bytes}!",
+                "cpyfe [{to}]!, [{from}]!, {bytes}!",
+                ".arch_extension nomops",
+                to = inout(reg) to => _, from = inout(reg) from => _, bytes = inout(reg) bytes => _, options(nostack),
+            );
+        }
+        return;
+    }
+    let (words, rest) = (bytes & !31, bytes & 31);
+    // SAFETY: as above; Normal memory takes accesses of any alignment.
+    unsafe {
+        asm!(
+            "cbz {words}, 3f",
+            "2: ldp {a}, {b}, [{from}], #32",
+            "ldp {c}, {d}, [{from}, #-16]",
+            "stp {a}, {b}, [{to}], #32",
+            "stp {c}, {d}, [{to}, #-16]",
+            "subs {words}, {words}, #32",
+            "b.ne 2b",
+            "3: cbz {rest}, 5f",
+            "4: ldrb {a:w}, [{from}], #1",
+            "strb {a:w}, [{to}], #1",
+            "subs {rest}, {rest}, #1",
+            "b.ne 4b",
+            "5:",
+            to = inout(reg) to => _, from = inout(reg) from => _,
+            words = inout(reg) words => _, rest = inout(reg) rest => _,
+            a = out(reg) _, b = out(reg) _, c = out(reg) _, d = out(reg) _, options(nostack),
+        );
+    }
+}

@@ -51,7 +51,7 @@ pub fn linux_memory_is_demand_faulted(context: &Context) -> Result<()> {
     let mut control = machine.control()?;
     let before = mapped(&control.ask(json!({"op": "stats", "vm": "debian"}))?)?;
     machine.shell(
-        "mount -t tmpfs -o size=450m tmpfs /root && dd if=/dev/zero of=/root/fill bs=1M count=400 2>/dev/null",
+        "mkdir /fill && mount -t tmpfs -o size=450m tmpfs /fill && dd if=/dev/zero of=/fill/zero bs=1M count=400 2>/dev/null",
     )?;
     let after = mapped(&control.ask(json!({"op": "stats", "vm": "debian"}))?)?;
     ensure!(before < 512 << 20, "all {before} bytes were mapped before the guest touched them");
@@ -73,10 +73,10 @@ pub fn two_guests_run_side_by_side(context: &Context) -> Result<()> {
     let builder = Builder::new(context, "two_guests_run_side_by_side")?;
     let mut vms = Vec::new();
     for name in ["one", "two"] {
-        let script = "set -e\nhead -c 3 /dev/vda > /tmp/name\necho \"disk of $(cat /tmp/name)\"\n\
-                      dd if=/dev/urandom of=/tmp/r bs=1M count=64 2>/dev/null\n\
-                      dd if=/tmp/r of=/dev/vda bs=1M seek=1 2>/dev/null\nsync\necho 3 > /proc/sys/vm/drop_caches\n\
-                      dd if=/dev/vda bs=1M skip=1 count=64 2>/dev/null | cmp - /tmp/r && echo \"$(cat /tmp/name) is intact\"\n";
+        let script = "set -e\ncd /tmp\nhead -c 3 /dev/vda > name\necho \"disk of $(cat name)\"\n\
+                      dd if=/dev/urandom of=random bs=1M count=64 2>/dev/null\n\
+                      dd if=random of=/dev/vda bs=1M seek=1 2>/dev/null\nsync\necho 3 > /proc/sys/vm/drop_caches\n\
+                      dd if=/dev/vda bs=1M skip=1 count=64 2>/dev/null | cmp - random && echo \"$(cat name) is intact\"\n";
         let initrd = builder.initrd(&format!("{name}.cpio"), &Initrd::scripted(script))?;
         let mut disk = name.as_bytes().to_vec();
         disk.resize(65 << 20, 0);

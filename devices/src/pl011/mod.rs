@@ -10,17 +10,10 @@
 //!
 //! Receiving: the host calls [`Pl011::offer`], which takes what fits and no more; nothing from the host ever overruns.
 //!
-//! Input is held back until the guest listens. A Linux guest empties the FIFO when it opens the port, firmware resets
-//! it, and whoever pipes a script into a VM writes it before any of that: bytes accepted early would be lost. The guest
-//! listens when one of these holds:
-//!
-//! - its driver waits for interrupts: RXIM or RTIM is set in UARTIMSC, and UARTEN and RXE in UARTCR;
-//! - its program polls: [`POLLS`] loads of UARTFR in a row have seen RXFE. A store to UARTDR, UARTLCR_H, UARTCR or
-//!   UARTIMSC starts the count again, because a transmitter that looks at UARTFR before each byte, and a driver that is
-//!   setting the port up, are not waiting for input.
-//!
-//! When [`Pl011::offer`] took less than all, [`Terminal::input_wanted`] comes once the guest listens and the FIFO is
-//! empty.
+//! Input is held back until the guest listens ([`listener`]), because a driver that opens the port throws away what the
+//! FIFO holds, and whoever pipes a script into a VM writes it before any driver is there. When [`Pl011::offer`] took
+//! less than all, [`Terminal::input_wanted`] comes once the guest listens and the FIFO is empty. The program that owns
+//! the VM calls [`Pl011::tick`] every 10 ms or so.
 //!
 //! Receive interrupts: UARTRXINTR comes when a character brings the FIFO to its trigger level and goes when it falls
 //! below, or by UARTICR. UARTRTINTR, which hardware raises after 32 bit times of silence, comes at once: the host's
@@ -31,23 +24,22 @@
 //!
 //! Lock order: the port's lock, then the terminal's `put` or the line. `input_wanted` is called with neither.
 //!
-//! Known holes: no baud timing; no modem on the line, so CTS, DSR, DCD and RI read as zero outside loopback; a program
-//! that polls UARTRIS or UARTDR, and never UARTFR, gets no input.
+//! Known holes: no baud timing; no modem on the line, so CTS, DSR, DCD and RI read as zero outside loopback; and those of
+//! [`listener`].
 
 mod fifo;
+pub mod listener;
 mod registers;
 #[cfg(test)]
 mod tests;
 
 use entresol_sync::Mutex;
 use fifo::Fifo;
+use listener::Listener;
 use registers::{Control, Flags, Interrupts, LineControl};
 
 use crate::bus::{Device, Interrupt, Terminal, Work};
 use crate::primecell;
-
-/// Loads of UARTFR that find no input, in a row, after which a program counts as waiting for some.
-pub const POLLS: u8 = 16;
 
 /// Bytes of guest address space that it takes.
 pub const SIZE: u64 = 0x1000;
@@ -80,8 +72,7 @@ struct State {
     mask: Interrupts,
     raw: Interrupts,
     dmacr: u32,
-    /// Loads of UARTFR that found no input since the last store that was no waiting, up to [`POLLS`].
-    empty_polls: u8,
+    listener: Listener,
     /// Level of the line as last driven.
     high: bool,
     /// Input was refused since the terminal was last called for more.
@@ -98,9 +89,10 @@ impl<T: Terminal, L: Interrupt> Pl011<T, L> {
     /// [`Terminal::input_wanted`].
     pub fn offer(&self, bytes: &[u8]) -> usize {
         let mut state = self.state.lock();
-        let taken = if state.listens() { bytes.len().min(state.receive.room(state.depth())) } else { 0 };
+        let taken = state.acceptable(bytes);
         for byte in &bytes[..taken] {
             state.receive(u16::from(*byte));
+            state.listener.given(*byte);
         }
         state.refused |= taken < bytes.len();
         state.drive(&self.line);
@@ -111,6 +103,12 @@ impl<T: Terminal, L: Interrupt> Pl011<T, L> {
     pub fn wants_input(&self) -> bool {
         let state = self.state.lock();
         state.listens() && state.receive.room(state.depth()) > 0
+    }
+
+    /// Time passes: to be called every 10 ms or so, while the guest runs. Guests that cannot otherwise be told from ones
+    /// that are still setting the port up are heard after [`listener::TICKS`] of these.
+    pub fn tick(&self) {
+        self.access(|state| state.listener.tick(state.hears()));
     }
 
     /// Runs `act` on the registers, settles the line, and calls for input if the guest has come to want what was
@@ -168,7 +166,7 @@ impl State {
             mask: Interrupts::empty(),
             raw: Interrupts::empty(),
             dmacr: 0,
-            empty_polls: 0,
+            listener: Listener::new(),
             high: false,
             refused: false,
         }
@@ -194,9 +192,6 @@ impl State {
     }
 
     fn store(&mut self, register: u64, value: u32, terminal: &impl Terminal) {
-        if matches!(register, registers::DR | registers::LCR_H | registers::CR | registers::IMSC) {
-            self.empty_polls = 0;
-        }
         match register {
             registers::DR => self.send(value as u8, terminal),
             registers::RSR_ECR => self.receive_status = 0,
@@ -211,13 +206,37 @@ impl State {
             registers::DMACR => self.dmacr = value & 7,
             _ => {}
         }
+        match register {
+            registers::DR => self.listener.sent(),
+            registers::LCR_H | registers::IFLS | registers::CR => self.listener.set_up(self.unmasked()),
+            registers::IMSC => self.listener.set_mask(self.unmasked(), self.hears()),
+            registers::ICR => self.listener.cleared(),
+            _ => {}
+        }
     }
 
-    /// Whether the guest would notice input: see the module's text.
+    /// Whether the mask lets a receive interrupt through.
+    fn unmasked(&self) -> bool {
+        self.mask.intersects(Interrupts::RX | Interrupts::RT)
+    }
+
+    /// Whether input would interrupt the guest.
+    fn hears(&self) -> bool {
+        self.unmasked() && self.control.contains(Control::UARTEN | Control::RXE)
+    }
+
+    /// Whether the guest takes input now.
     fn listens(&self) -> bool {
-        let by_interrupt = self.mask.intersects(Interrupts::RX | Interrupts::RT)
-            && self.control.contains(Control::UARTEN | Control::RXE);
-        by_interrupt || self.empty_polls >= POLLS
+        self.listener.listens(self.hears())
+    }
+
+    /// How many of the first bytes the guest takes now.
+    fn acceptable(&self, bytes: &[u8]) -> usize {
+        if !self.listens() {
+            return 0;
+        }
+        let room = self.receive.room(self.depth()).min(bytes.len());
+        self.listener.portion(self.hears(), &bytes[..room])
     }
 
     /// Depth of the FIFOs.
@@ -233,7 +252,7 @@ impl State {
     /// UARTFR; counts loads that find nothing.
     fn poll_flags(&mut self) -> Flags {
         if self.receive.is_empty() {
-            self.empty_polls = self.empty_polls.saturating_add(1).min(POLLS);
+            self.listener.polled();
         }
         let mut flags = Flags::TXFE | self.modem();
         flags.set(Flags::RXFE, self.receive.is_empty());

@@ -109,6 +109,19 @@ fn one_queue_is_reset_and_works_again() {
 }
 
 #[test]
+fn a_reset_takes_the_interrupt_back() {
+    let mut driver = Driver::new(disk(), 0);
+    for reset in [|driver: &Driver<_>| driver.store(STATUS, 0), |driver: &Driver<_>| driver.device.reset()] {
+        driver.submit(0, &[(BUFFERS, 16, false), (BUFFERS + 16, 513, true)]);
+        assert!(driver.high());
+        reset(&driver);
+        assert!(!driver.high());
+        assert_eq!((driver.load(0x60), driver.load(STATUS)), (0, 0));
+        driver.bring_up(0, 16);
+    }
+}
+
+#[test]
 fn a_queue_is_not_reset_without_the_feature() {
     let driver = Driver::new(disk(), 0);
     driver.store(0x30, 0);

@@ -139,6 +139,9 @@ pub struct Policies {
     pub console: Console,
     /// What happens when it asks for a reset.
     pub on_guest_reset: OnReset,
+    /// Whether it may drive the hypervisor by vendor calls: for measurements and tests.
+    #[serde(default)]
+    pub services: bool,
 }
 
 /// What an access to an address that no device claims does.

@@ -87,6 +87,9 @@ pub struct WrittenPolicies {
     /// See [`Policies::on_guest_reset`].
     #[serde(default)]
     pub on_guest_reset: OnReset,
+    /// See [`Policies::services`].
+    #[serde(default)]
+    pub services: bool,
 }
 
 impl Written {
@@ -129,6 +132,7 @@ impl WrittenVm {
                 page_size: self.policies.page_size,
                 console: self.policies.console.unwrap_or(by_place),
                 on_guest_reset: self.policies.on_guest_reset,
+                services: self.policies.services,
             },
             disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
             name: self.name,

@@ -53,6 +53,14 @@ impl<'a> Message<'a> {
             _ => Err("it has not exactly one of `ok`, `error` and `event`".to_string()),
         }
     }
+
+    /// The same, borrowing nothing.
+    pub fn into_owned(self) -> Message<'static> {
+        match self {
+            Self::Response(response) => Message::Response(response.into_owned()),
+            Self::Event(event) => Message::Event(event.into_owned()),
+        }
+    }
 }
 
 impl Serialize for Message<'_> {

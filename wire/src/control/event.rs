@@ -4,6 +4,7 @@ use alloc::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
+use super::response::owned;
 use super::{Bytes, State};
 
 /// Something that happened.
@@ -43,4 +44,18 @@ pub enum Event<'a> {
         #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
         reason: Option<Cow<'a, str>>,
     },
+}
+
+impl Event<'_> {
+    /// The same, borrowing nothing.
+    pub fn into_owned(self) -> Event<'static> {
+        match self {
+            Self::Console { vm, data } => {
+                Event::Console { vm: owned(vm), data: Bytes(Cow::Owned(data.0.into_owned())) }
+            }
+            Self::Dropped { vm, bytes } => Event::Dropped { vm: owned(vm), bytes },
+            Self::InputReady { vm } => Event::InputReady { vm: owned(vm) },
+            Self::State { vm, state, reason } => Event::State { vm: owned(vm), state, reason: reason.map(owned) },
+        }
+    }
 }

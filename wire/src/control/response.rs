@@ -205,3 +205,48 @@ impl Error {
         Self::refused(Code::NoSuchVm, Refusal::text("vm", name, "must be the name of a virtual machine"))
     }
 }
+
+impl Response<'_> {
+    /// The same, borrowing nothing.
+    pub fn into_owned(self) -> Response<'static> {
+        Response { id: self.id, result: self.result.map(Answer::into_owned) }
+    }
+}
+
+impl Answer<'_> {
+    /// The same, borrowing nothing.
+    pub fn into_owned(self) -> Answer<'static> {
+        match self {
+            Self::Done => Answer::Done,
+            Self::Hello(hello) => Answer::Hello(Hello {
+                name: owned(hello.name),
+                version: owned(hello.version),
+                protocol: hello.protocol,
+            }),
+            Self::Ps(rows) => Answer::Ps(rows.into_iter().map(VmRow::into_owned).collect()),
+            Self::Stats(stats) => Answer::Stats(Box::new(stats.into_owned())),
+            Self::Slots(page) => Answer::Slots(SlotPage {
+                rows: page.rows.into_iter().map(SlotRow::into_owned).collect(),
+                next: page.next,
+            }),
+            Self::Accepted(bytes) => Answer::Accepted(bytes),
+        }
+    }
+}
+
+impl VmRow<'_> {
+    fn into_owned(self) -> VmRow<'static> {
+        VmRow { name: owned(self.name), reason: self.reason.map(owned), ..self }
+    }
+}
+
+impl SlotRow<'_> {
+    fn into_owned(self) -> SlotRow<'static> {
+        SlotRow { kind: owned(self.kind), flags: self.flags.into_iter().map(owned).collect(), ..self }
+    }
+}
+
+/// A text that borrows nothing.
+pub(super) fn owned(text: Cow<'_, str>) -> Cow<'static, str> {
+    Cow::Owned(text.into_owned())
+}

@@ -5,6 +5,8 @@ use alloc::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::response::owned;
+
 /// Counters and gauges of one virtual machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats<'a> {
@@ -25,6 +27,14 @@ pub struct Stats<'a> {
     pub free_frames: u64,
     /// Accesses to addresses that no device claims.
     pub unclaimed_mmio: u64,
+}
+
+impl Stats<'_> {
+    /// The same, borrowing nothing.
+    pub fn into_owned(self) -> Stats<'static> {
+        let exits = self.exits.into_iter().map(|(reason, count)| (owned(reason), count)).collect();
+        Stats { exits, ..self }
+    }
 }
 
 /// Second-stage faults, by kind. By cause: translation, permission, access flag. By outcome: the rest.

@@ -32,6 +32,7 @@ fn through_request(request: &Request<'_>) -> String {
 }
 
 fn through_message(message: &Message<'_>) -> String {
+    assert_eq!(&message.clone().into_owned(), message);
     let mut buffer = [0; MAX_LINE];
     line(message, message.encode(&mut buffer).expect("room"))
 }

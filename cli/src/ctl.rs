@@ -1,0 +1,177 @@
+//! The commands of `entresol ctl`: ask, show.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use entresol_wire::control::{Answer, Op, State};
+use serde::Serialize;
+
+use crate::client::{Client, ClientError, unexpected};
+use crate::console::{self, End};
+use crate::{Exit, socket, table};
+
+/// Options of `entresol ctl`.
+#[derive(Clone, Debug, Args)]
+pub struct Ctl {
+    /// The control channel's socket [default: $ENTRESOL_SOCKET, else $XDG_RUNTIME_DIR/entresol/ctl.sock, else
+    /// entresol-UID/ctl.sock in the folder for temporary files]
+    #[arg(long, value_name = "PATH", global = true)]
+    pub socket: Option<PathBuf>,
+    /// Print answers, and refusals on standard error, as one line of JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Seconds to wait for an answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400),
+          global = true)]
+    pub timeout: u64,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What `entresol ctl` can do.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// List virtual machines: state, vCPUs, memory
+    Ps,
+    /// Show what was counted for a virtual machine: faults, entries, TLB operations, exits
+    Stats {
+        /// Its name
+        vm: String,
+    },
+    /// Show a virtual machine's memory slots
+    Slots {
+        /// Its name
+        vm: String,
+    },
+    /// Stop a virtual machine's vCPUs until `resume`
+    Pause {
+        /// Its name
+        vm: String,
+    },
+    /// Let a paused virtual machine run, or start one that was not started
+    Resume {
+        /// Its name
+        vm: String,
+    },
+    /// End a virtual machine and give its memory back
+    Kill {
+        /// Its name
+        vm: String,
+    },
+    /// Join this terminal to a virtual machine's console; Ctrl-] q leaves it
+    Console {
+        /// Its name
+        vm: String,
+    },
+    /// End everything and power the outer machine off
+    Shutdown,
+}
+
+/// Carries a command out. Answers go to standard output, everything else to standard error.
+pub fn run(ctl: Ctl) -> Exit {
+    let json = ctl.json;
+    match carry_out(ctl) {
+        Ok(exit) => exit,
+        Err(Failure::Client(ClientError::Refused(error))) if json => {
+            eprintln!("{}", to_json(&error));
+            Exit::Refused
+        }
+        Err(failure) => {
+            eprintln!("entresol: {failure}");
+            failure.exit()
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error(transparent)]
+    Socket(#[from] socket::Foreign),
+}
+
+impl Failure {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Client(error) => error.exit(),
+            Self::Socket(_) => Exit::NoConnection,
+        }
+    }
+}
+
+fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
+    let socket = ctl.socket.map_or_else(socket::default_path, Ok)?;
+    let mut client = Client::connect(&socket, Duration::from_secs(ctl.timeout))?;
+    let out = Out { json: ctl.json };
+    match ctl.command {
+        Command::Ps => match client.call(Op::Ps)? {
+            Answer::Ps(rows) => out.answer(&rows, || table::ps(&rows)),
+            other => return Err(unexpected(&Op::Ps, &other).into()),
+        },
+        Command::Stats { vm } => {
+            let op = Op::Stats { vm: vm.into() };
+            match client.call(op.clone())? {
+                Answer::Stats(stats) => out.answer(&stats, || table::stats(&stats)),
+                other => return Err(unexpected(&op, &other).into()),
+            }
+        }
+        Command::Slots { vm } => {
+            let rows = client.slots(&vm)?;
+            out.answer(&rows, || table::slots(&rows));
+        }
+        Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
+        Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
+        Command::Kill { vm } => done(&mut client, Op::Kill { vm: vm.into() }, &out)?,
+        Command::Console { vm } => return Ok(left(console::attach(&mut client, &vm)?)),
+        Command::Shutdown => match done(&mut client, Op::Shutdown, &out) {
+            // The machine may be gone before its answer is out.
+            Err(ClientError::Closed) => out.answer(&Answer::Done, String::new),
+            other => other?,
+        },
+    }
+    Ok(Exit::Done)
+}
+
+/// A request whose answer is only that it is done.
+fn done(client: &mut Client, op: Op<'_>, out: &Out) -> Result<(), ClientError> {
+    match client.call(op.clone())? {
+        Answer::Done => out.answer(&Answer::Done, String::new),
+        other => return Err(unexpected(&op, &other)),
+    }
+    Ok(())
+}
+
+/// The exit status after a console; a signal ends the program by itself.
+fn left(end: End) -> Exit {
+    match end {
+        End::Over { state: State::Crashed, .. } => Exit::Refused,
+        End::Signal(signal) => {
+            if let Err(error) = signal_hook::low_level::emulate_default_handler(signal) {
+                eprintln!("entresol: signal {signal} does not end this program: {error}");
+            }
+            Exit::NoConnection
+        }
+        End::Quit | End::Over { .. } | End::OutputClosed => Exit::Done,
+    }
+}
+
+struct Out {
+    json: bool,
+}
+
+impl Out {
+    fn answer(&self, answer: &impl Serialize, table: impl FnOnce() -> String) {
+        if self.json {
+            println!("{}", to_json(answer));
+        } else {
+            print!("{}", table());
+        }
+    }
+}
+
+fn to_json(answer: &impl Serialize) -> String {
+    serde_json::to_string(answer).expect("every key of an answer is a text")
+}

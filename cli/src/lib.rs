@@ -1,0 +1,45 @@
+//! The host's side of Entresol: everything that the program `entresol` does, as functions.
+//!
+//! | room | what it does |
+//! |---|---|
+//! | [`config`] | reads and checks a configuration file and the files it names |
+//! | [`bundle`] | packs them into the boot bundle |
+//! | [`socket`] | knows where the hypervisor's control channel is |
+//! | [`client`] | speaks with a running hypervisor |
+//! | [`console`] | joins this terminal to a guest's console |
+//! | [`table`] | shows answers to people |
+//! | [`ctl`] | the commands of `entresol ctl` |
+//!
+//! Exit status of the program, which [`Exit`] names: 0 done; 1 the hypervisor refused, or the guest whose console was
+//! attached crashed; 2 the command line or the configuration is wrong; 3 nobody answers on the control channel.
+#![forbid(unsafe_code)]
+
+pub mod bundle;
+pub mod client;
+pub mod config;
+pub mod console;
+pub mod ctl;
+pub mod socket;
+pub mod table;
+
+use std::process::ExitCode;
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Everything asked for was done.
+    Done = 0,
+    /// The hypervisor refused, or the attached guest crashed.
+    Refused = 1,
+    /// The command line, the configuration or a file it names is wrong. What clap itself refuses ends so, too.
+    Usage = 2,
+    /// No connection to a hypervisor, or it was lost.
+    NoConnection = 3,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}

@@ -1,0 +1,139 @@
+//! Answers as tables for people.
+
+use comfy_table::{CellAlignment, Table, presets};
+use entresol_wire::config::format_size;
+use entresol_wire::control::{SlotRow, Stats, VmRow};
+
+/// Columns whose numbers are easier to compare with their last digits above each other.
+fn table(header: &[&str], right: &[usize]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    for &index in right {
+        if let Some(column) = table.column_mut(index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+/// Lines without blanks at their ends.
+fn text(table: &Table) -> String {
+    table.lines().map(|line| format!("{}\n", line.trim_end().strip_prefix(' ').unwrap_or(line.trim_end()))).collect()
+}
+
+/// `ps`.
+pub fn ps(rows: &[VmRow<'_>]) -> String {
+    let mut table = table(&["NAME", "STATE", "VCPUS", "MEMORY", "RESIDENT"], &[2, 3, 4]);
+    for row in rows {
+        let state = match &row.reason {
+            Some(reason) => format!("{} ({reason})", row.state),
+            None => row.state.to_string(),
+        };
+        let (vcpus, memory, resident) = (row.vcpus.to_string(), format_size(row.memory), in_kib(row.resident));
+        table.add_row([row.name.as_ref(), &state, &vcpus, &memory, &resident]);
+    }
+    text(&table)
+}
+
+/// `stats`.
+pub fn stats(stats: &Stats<'_>) -> String {
+    let Stats { faults, entries, tlb, .. } = stats;
+    let mut table = table(&["WHAT", "KIND", "COUNT"], &[2]);
+    let fixed = [
+        ("faults", "translation", faults.translation),
+        ("faults", "permission", faults.permission),
+        ("faults", "access flag", faults.access_flag),
+        ("faults", "fresh", faults.fresh),
+        ("faults", "populated", faults.populated),
+        ("faults", "retry", faults.retry),
+        ("faults", "spurious", faults.spurious),
+        ("faults", "outside", faults.outside),
+        ("faults", "injected", faults.injected),
+        ("entries", "4K", entries.size_4k),
+        ("entries", "2M", entries.size_2m),
+        ("entries", "1G", entries.size_1g),
+        ("tables", "pages", stats.table_pages),
+        ("tlb", "ipa", tlb.ipa),
+        ("tlb", "range", tlb.range),
+        ("tlb", "vmid", tlb.vmid),
+        ("tlb", "all", tlb.all),
+        ("frames", "resident", stats.resident_frames),
+        ("frames", "free", stats.free_frames),
+        ("mmio", "unclaimed", stats.unclaimed_mmio),
+    ];
+    let exits = stats.exits.iter().map(|(reason, count)| ("exits", reason.as_ref(), *count));
+    for (what, kind, count) in fixed.into_iter().chain(exits) {
+        table.add_row([what, kind, &count.to_string()]);
+    }
+    text(&table)
+}
+
+/// `slots`.
+pub fn slots(rows: &[SlotRow<'_>]) -> String {
+    let mut table = table(&["SLOT", "BASE", "SIZE", "OBJECT", "KIND", "FLAGS"], &[0, 1, 2, 3]);
+    for row in rows {
+        let flags = if row.flags.is_empty() { "-".into() } else { row.flags.join(",") };
+        let (id, object) = (row.id.to_string(), row.object.to_string());
+        let (base, size) = (format!("{:#x}", row.base), format_size(row.size));
+        table.add_row([id.as_str(), &base, &size, &object, row.kind.as_ref(), &flags]);
+    }
+    text(&table)
+}
+
+/// Resident memory changes by pages: whole KiB, so that numbers compare.
+fn in_kib(bytes: u64) -> String {
+    format!("{}K", bytes >> 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use entresol_wire::control::{Faults, State};
+
+    #[test]
+    fn virtual_machines_line_up() {
+        let row = |name: &'static str, state, reason: Option<&'static str>, resident| VmRow {
+            name: name.into(),
+            state,
+            reason: reason.map(Into::into),
+            vcpus: 2,
+            memory: 512 << 20,
+            resident,
+        };
+        let rows = [row("web", State::Running, None, 12 << 20), row("db", State::Paused, Some("OutOfMemory"), 4096)];
+        let expected = "\
+NAME  STATE                 VCPUS  MEMORY  RESIDENT
+web   running                   2    512M    12288K
+db    paused (OutOfMemory)      2    512M        4K
+";
+        assert_eq!(ps(&rows), expected);
+    }
+
+    #[test]
+    fn slots_line_up() {
+        let row = |id, flags: &[&'static str]| SlotRow {
+            id,
+            base: 1 << 30,
+            size: 2 << 20,
+            object: 1,
+            kind: "anonymous".into(),
+            flags: flags.iter().map(|&flag| flag.into()).collect(),
+        };
+        let expected = "\
+SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
+   0  0x40000000    2M       1  anonymous  -
+  10  0x40000000    2M       1  anonymous  read-only,dirty-log
+";
+        assert_eq!(slots(&[row(0, &[]), row(10, &["read-only", "dirty-log"])]), expected);
+    }
+
+    #[test]
+    fn every_count_is_shown() {
+        let faults = Faults { translation: 11, injected: 99, ..Faults::default() };
+        let stats = Stats { faults, exits: [("wfi".into(), 77)].into(), ..Stats::default() };
+        let shown = super::stats(&stats);
+        let line = |what: &str| shown.lines().find(|line| line.contains(what)).expect(what).split_whitespace().last();
+        assert_eq!((line("translation"), line("injected"), line("wfi")), (Some("11"), Some("99"), Some("77")));
+        assert_eq!(shown.lines().count(), 1 + 20 + 1);
+    }
+}

@@ -172,18 +172,26 @@ pub(crate) fn boot_stack_end() -> usize {
     StackArea::of(0).main.end as usize
 }
 
-/// Writes every block and makes this CPU number 0. Without MMU, before any other CPU runs.
-pub(crate) fn init_boot(info: &BootInfo) {
-    for (index, affinity) in info.cpus.iter().enumerate() {
-        let area = StackArea::of(index);
-        let state = AtomicU32::new(if index == 0 { RUNNING } else { OFF });
-        let content =
-            PerCpu { index, stack_top: area.main.end, emergency_top: area.emergency.end, affinity: *affinity, state };
-        // SAFETY: one CPU, no references; `StackArea::of` has checked the index.
-        unsafe { block(index).write(content) };
+/// Makes this CPU number 0. Without MMU, before any other CPU runs.
+pub(crate) fn init_self() {
+    init_block(0, affinity(), RUNNING);
+    set_block(0);
+}
+
+/// Writes the blocks of the other CPUs. Without MMU, before any of them runs.
+pub(crate) fn init_others(info: &BootInfo) {
+    for (index, affinity) in info.cpus.iter().enumerate().skip(1) {
+        init_block(index, *affinity, OFF);
     }
     COUNT.store(info.cpus.len(), Ordering::Relaxed);
-    set_block(0);
+}
+
+fn init_block(index: usize, affinity: u64, state: u32) {
+    let area = StackArea::of(index);
+    let (stack_top, emergency_top) = (area.main.end, area.emergency.end);
+    let content = PerCpu { index, stack_top, emergency_top, affinity, state: AtomicU32::new(state) };
+    // SAFETY: one CPU, no references; `StackArea::of` has checked the index.
+    unsafe { block(index).write(content) };
 }
 
 fn block(index: usize) -> *mut PerCpu {

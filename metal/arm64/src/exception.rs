@@ -49,7 +49,6 @@ global_asm!(
     .balign 0x80
     msr     tpidrro_el0, x0
     mrs     x0, tpidr_el2
-    cbz     x0, entresol_no_block
     ldr     x0, [x0, #{emergency_top}]
     sub     x0, x0, #{frame_size}
     stp     x1, x2, [x0, #8]
@@ -118,11 +117,7 @@ entresol_save_fatal:
     mov     sp, x0
     mov     x29, xzr
     mov     x30, xzr
-    bl      entresol_fatal
-
-entresol_no_block:                      // before the first stack: nothing can be said
-    wfe
-    b       entresol_no_block
+    bl      entresol_fatal              // does not return
     "#,
     emergency_top = const PER_CPU_EMERGENCY_TOP,
     frame_size = const FRAME_SIZE,
@@ -155,6 +150,9 @@ pub(crate) fn install() {
 /// Nobody reports yet.
 const NOBODY: usize = usize::MAX;
 
+/// Frames of a backtrace that are printed.
+const MOST_FRAMES: usize = 48;
+
 /// The CPU that reports.
 static REPORTER: AtomicUsize = AtomicUsize::new(NOBODY);
 
@@ -175,7 +173,7 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 }
 
 fn report(what: fmt::Arguments<'_>, trace: Trace) -> ! {
-    let cpu = if mrs!("tpidr_el2") == 0 { 0 } else { cpu::index() };
+    let cpu = cpu::index();
     match claim(cpu) {
         None => {}
         Some(reporter) if reporter == cpu => {
@@ -186,6 +184,10 @@ fn report(what: fmt::Arguments<'_>, trace: Trace) -> ! {
     }
     Emergency::print(format_args!("\nPANIC on CPU {cpu}: {what}\n"));
     for (depth, address) in trace.enumerate() {
+        if depth == MOST_FRAMES {
+            Emergency::print(format_args!("  ...\n"));
+            break;
+        }
         Emergency::print(format_args!("  #{depth:<2} {:#010x}\n", image_offset(address)));
     }
     Emergency::print(format_args!("END OF PANIC\n"));

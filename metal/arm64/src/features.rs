@@ -32,6 +32,8 @@ bitflags! {
         const PMU = 1 << 9;
         /// Activity monitors (ID_AA64PFR0_EL1.AMU).
         const AMU = 1 << 10;
+        /// Memory partitioning and monitoring (ID_AA64PFR0_EL1.MPAM, ID_AA64PFR1_EL1.MPAM_frac).
+        const MPAM = 1 << 18;
         /// Data caches need no clean for instruction fetch (CTR_EL0.IDC).
         const COHERENT_DATA = 1 << 11;
         /// Instruction caches need no invalidation (CTR_EL0.DIC).
@@ -102,6 +104,7 @@ pub(crate) fn init() {
         (Feature::MTE, field(pfr1, 8) >= 2),
         (Feature::PMU, !matches!(field(dfr0, 8), 0 | 0xf)),
         (Feature::AMU, field(pfr0, 44) != 0),
+        (Feature::MPAM, field(pfr0, 40) | field(pfr1, 16) != 0),
         (Feature::COHERENT_DATA, ctr >> 28 & 1 != 0),
         (Feature::COHERENT_INSTRUCTION, ctr >> 29 & 1 != 0),
         (Feature::PHYSICAL_INSTRUCTION_CACHE, ctr >> 14 & 3 == 3),

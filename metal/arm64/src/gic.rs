@@ -59,6 +59,8 @@ static DRIVER: Once<Mutex<Driver>> = Once::new();
 pub enum Error {
     /// `arm-gic` refuses it.
     Driver(GicError),
+    /// The device tree puts its registers at address 0.
+    NoRegisters,
     /// No redistributor has this CPU's affinity.
     NoRedistributor {
         /// The CPU.
@@ -80,6 +82,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Driver(error) => write!(f, "GICv3: {error}"),
+            Self::NoRegisters => write!(f, "GICv3: registers at address 0"),
             Self::NoRedistributor { cpu, mpidr } => {
                 write!(f, "GICv3: no redistributor for CPU {cpu}, MPIDR {mpidr:#x}")
             }
@@ -94,8 +97,8 @@ impl fmt::Display for Error {
 ///
 /// [`Error`]: the controller is not one that we can drive.
 pub fn init(info: &BootInfo) -> Result<(), Error> {
-    let gicd = NonNull::new(info.gicd.start as *mut Gicd).ok_or(Error::NoSuchInterrupt(0))?;
-    let gicr = NonNull::new(info.gicr.start as *mut GicrSgi).ok_or(Error::NoSuchInterrupt(0))?;
+    let gicd = NonNull::new(info.gicd.start as *mut Gicd).ok_or(Error::NoRegisters)?;
+    let gicr = NonNull::new(info.gicr.start as *mut GicrSgi).ok_or(Error::NoRegisters)?;
     let frames = (info.gicr.size() / REDISTRIBUTOR) as usize;
     // SAFETY: the device tree says that these are the GIC's registers; EL2 maps them as Device memory, and no other
     // code uses them.

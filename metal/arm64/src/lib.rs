@@ -10,6 +10,8 @@
 //! | [`boot`] | how does the machine start, and what is in it? |
 //! | `paging`, [`cpu`], `exception` | on what does the hypervisor itself stand? |
 //! | [`switch`], [`traps`], [`exit`] | how is a guest entered, what may it do, why did it come back? |
+//! | [`live`] | what do the registers of the loaded vCPU hold? |
+//! | [`features`], [`identity`], [`random`] | what can this CPU do? |
 //! | [`Metal`], [`operand`] | how do words, pages, caches and TLBs obey the core? |
 //! | [`gic`], [`timer`], [`console`], [`power`] | the devices that the hypervisor keeps for itself |
 //!
@@ -63,11 +65,17 @@ pub mod features;
 #[cfg(target_os = "none")]
 pub mod gic;
 #[cfg(target_os = "none")]
+pub mod identity;
+#[cfg(target_os = "none")]
+pub mod live;
+#[cfg(target_os = "none")]
 mod machine;
 #[cfg(target_os = "none")]
 mod paging;
 #[cfg(target_os = "none")]
 pub mod power;
+#[cfg(target_os = "none")]
+pub mod random;
 #[cfg(target_os = "none")]
 pub mod switch;
 #[cfg(target_os = "none")]

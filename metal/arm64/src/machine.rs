@@ -12,7 +12,7 @@
 //! Page contents are moved by assembly only: a guest may write the same memory at the same time, which is no data race
 //! for instructions, but would be for Rust.
 //!
-//! Sources: Arm DDI 0487 D8.16 and D8.17 (TLB maintenance), D7.5 (caches), C6.2 (CPYFP, LDP, STP), B2.3 (order).
+//! Sources: Arm DDI 0487 D8.16 and D8.17 (TLB maintenance), D7.5 (caches), C6.2 (CPYFP, SETP), B2.3 (order).
 
 use core::arch::asm;
 
@@ -281,6 +281,20 @@ fn lines(start: u64, bytes: u64, line: &AtomicU64) -> impl Iterator<Item = u64> 
 fn zero(start: u64, bytes: u64) {
     let (block, end) = (ZVA_BLOCK.load(Ordering::Relaxed), start + bytes);
     if start == end {
+        return;
+    }
+    if features::has(Feature::MOPS) {
+        // SAFETY: the caller checked the pages; FEAT_MOPS was found. EL2 needs no enable for it.
+        unsafe {
+            asm!(
+                ".arch_extension mops",
+                "setp [{at}]!, {bytes}!, xzr",
+                "setm [{at}]!, {bytes}!, xzr",
+                "sete [{at}]!, {bytes}!, xzr",
+                ".arch_extension nomops",
+                at = inout(reg) start => _, bytes = inout(reg) bytes => _, options(nostack),
+            );
+        }
         return;
     }
     if block == 0 {

@@ -113,6 +113,13 @@ const CNTHCTL: u64 = 1 << 0;
 /// that the register enables comes with registers that nobody switches, and stays off.
 const HCRX_MSCEN: u64 = 1 << 11;
 
+/// MPAM2_EL2 (Arm DDI 0598 7.2): default partition for EL2, TRAPMPAM1EL1 48, TRAPMPAM0EL1 49.
+const MPAM2_TRAPS: u64 = 1 << 48 | 1 << 49;
+/// MPAMIDR_EL1.HAS_HCR.
+const MPAMIDR_HAS_HCR: u64 = 1 << 17;
+/// MPAMHCR_EL2.TRAP_MPAMIDR_EL1: no virtual partitions.
+const MPAMHCR_TRAP_MPAMIDR: u64 = 1 << 31;
+
 /// ICC_SRE_EL2: SRE 0, DFB 1, DIB 2; EL1's own ICC_SRE_EL1 traps (Enable 3 is 0).
 const ICC_SRE_EL2: u64 = 0b111;
 
@@ -192,6 +199,12 @@ unsafe fn init_optional() {
         }
         if features::has(Feature::AMU) {
             msr!("s3_3_c13_c2_3", 0u64); // AMUSERENR_EL0
+        }
+        if features::has(Feature::MPAM) {
+            msr!("s3_4_c10_c5_0", MPAM2_TRAPS);
+            if mrs!("s3_0_c10_c4_4") & MPAMIDR_HAS_HCR != 0 {
+                msr!("s3_4_c10_c4_0", MPAMHCR_TRAP_MPAMIDR);
+            }
         }
         if features::has(Feature::AARCH32_EL0) && mrs!("id_aa64pfr0_el1") >> 4 & 0xf == 2 {
             // The registers of AArch32 EL1 are reached from EL2 only: constant, so that nothing leaks through them.

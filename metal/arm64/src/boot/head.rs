@@ -32,6 +32,14 @@ _start:
     mov     x19, x0                     // the device tree
     adrp    x20, __image_start          // linked at 0: where we run is also the offset to add
 
+    // A known EL2: little endian, no alignment checks, everything off.
+    mrs     x0, currentel
+    cmp     x0, #(2 << 2)
+    b.ne    1f
+    ldr     x0, =0x30c50830
+    msr     sctlr_el2, x0
+    isb
+1:
     // Writes from here to the MMU's start go past the caches: drop lines that could cover them.
     adrp    x0, __rodata_start
     adrp    x1, __bss_end
@@ -72,11 +80,16 @@ _start:
     b       5b
 
     // A CPU that PSCI started: MMU off, x0 = its block, whose line was cleaned to memory.
+    .ltorg
+
     .text
     .global entresol_secondary_head
 entresol_secondary_head:
     msr     daifset, #0xf
     mov     x19, x0
+    ldr     x1, =0x30c50830
+    msr     sctlr_el2, x1
+    isb
     ldr     x1, [x0, #{stack_top}]
     mov     sp, x1
     mov     x29, xzr
@@ -105,6 +118,8 @@ entresol_enable_mmu:
     msr     sctlr_el2, x4
     isb
     ret
+
+    .ltorg
 
     // Invalidates the data cache lines of [x0, x1) to the point of coherency. Clobbers x0, x2, x3.
     .global entresol_invalidate_to_poc

@@ -166,6 +166,12 @@ pub fn console_of(blob: &'static [u8]) -> Option<u64> {
     Some(uart.registers.start)
 }
 
+/// Whether PSCI is reached by HVC, as on a machine whose EL2 is its firmware's or absent.
+pub fn psci_is_hvc(blob: &'static [u8]) -> bool {
+    let method = Fdt::new(blob).ok().and_then(|fdt| fdt.find_node("/psci")).and_then(|psci| psci.property("method"));
+    method.is_some_and(|method| method.value() == b"hvc\0")
+}
+
 trait ChosenExt {
     fn bootargs_static(&self) -> Result<&'static str, PropertyError>;
 }

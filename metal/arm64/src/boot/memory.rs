@@ -75,7 +75,7 @@ pub fn without<const N: usize>(regions: &ArrayVec<Region, N>, hole: Region) -> A
 pub const fn pages_around(region: Region) -> Region {
     let end = match region.end.checked_next_multiple_of(PAGE_SIZE) {
         Some(end) => end,
-        None => u64::MAX & !(PAGE_SIZE - 1),
+        None => !(PAGE_SIZE - 1),
     };
     Region { start: region.start & !(PAGE_SIZE - 1), end }
 }
@@ -114,6 +114,6 @@ mod tests {
     fn pages_around_a_byte_are_one() {
         assert_eq!(pages_around(region(0x1fff, 0x2000)), region(0x1000, 0x2000));
         assert_eq!(pages_around(region(0x1fff, 0x2001)), region(0x1000, 0x3000));
-        assert_eq!(pages_around(region(u64::MAX - 1, u64::MAX)).end, u64::MAX & !0xfff);
+        assert_eq!(pages_around(region(u64::MAX - 1, u64::MAX)).end, !0xfff);
     }
 }

@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 use core::slice;
 
 use super::info::{self, BootInfo, Region};
-use crate::{console, cpu, exception, features, machine, paging, traps};
+use crate::{console, cpu, exception, features, machine, paging, power, traps};
 
 unsafe extern "Rust" {
     fn entresol_main(info: &'static BootInfo) -> !;
@@ -50,13 +50,16 @@ pub extern "C" fn entresol_boot(dtb: usize, exception_level: u64) -> ! {
     if let Some(uart) = blob.and_then(info::console_of) {
         console::early_init(uart);
     }
+    if exception_level != 2 {
+        refuse_level(exception_level, blob);
+    }
+    cpu::init_self();
+    exception::install();
     let Some(blob) = blob else { panic!("x0 = {dtb:#x} points to no device tree") };
-    assert!(exception_level == 2, "entered at EL{exception_level}; EL2 is needed: enable the machine's virtualization");
     assert!(
         features::has_large_system_extensions(),
         "this CPU has no large system extensions (FEAT_LSE), which we use"
     );
-    exception::install();
     let info = match info::parse(blob, dtb as u64, image(1), cpu::affinity()) {
         Ok(mut info) => {
             info.image = image(info.cpus.len());
@@ -65,7 +68,7 @@ pub extern "C" fn entresol_boot(dtb: usize, exception_level: u64) -> ! {
         }
         Err(error) => panic!("{error}"),
     };
-    cpu::init_boot(info);
+    cpu::init_others(info);
     traps::refuse_vhe();
     let registers = paging::build(info);
     // SAFETY: the tables map the image, RAM and devices where they are; what was written without caches is in memory,
@@ -81,6 +84,18 @@ pub extern "C" fn entresol_boot(dtb: usize, exception_level: u64) -> ! {
     traps::init_cpu();
     // SAFETY: the hypervisor defines it with this type, as the crate's documentation demands.
     unsafe { entresol_main(info) }
+}
+
+/// Says that this is not EL2, and turns the machine off as far as its firmware can be reached from here. Nothing of EL2
+/// may be touched, so this is no panic.
+fn refuse_level(level: u64, blob: Option<&'static [u8]>) -> ! {
+    console::Emergency::print(format_args!(
+        "\nPANIC: entered at EL{level}; EL2 is needed: enable the machine's virtualization\nEND OF PANIC\n"
+    ));
+    if level == 1 && blob.is_some_and(info::psci_is_hvc) {
+        power::off_by_hvc();
+    }
+    cpu::halt()
 }
 
 /// The image with the stack areas of `cpus` CPUs; areas beyond are RAM like any other.

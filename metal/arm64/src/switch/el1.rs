@@ -93,6 +93,25 @@ state! {
     vmpidr = "vmpidr_el2";
 }
 
+/// MDSCR_EL1 of the loaded vCPU.
+pub fn mdscr() -> u64 {
+    mrs!("mdscr_el1")
+}
+
+/// Sets MDSCR_EL1 of the loaded vCPU, whose own writes trap. The caller lets through only what a guest may have.
+pub fn set_mdscr(value: u64) {
+    // SAFETY: debug exceptions go to EL1 (MDCR_EL2.TDE is 0), and EL2 keeps PSTATE.D set.
+    unsafe { msr!("mdscr_el1", value) };
+}
+
+/// Sets the syndrome that the loaded vCPU's next virtual SError (`Hcr::VSE`) reports, where the machine can.
+pub fn set_vsesr(syndrome: u64) {
+    if features::has(Feature::RAS) {
+        // SAFETY: VSESR_EL2 exists with RAS, and is seen by the guest only.
+        unsafe { msr!("s3_4_c5_c2_3", syndrome) };
+    }
+}
+
 /// SCTLR_EL1 after a warm reset: MMU, caches and alignment checks off; RES1 bits 29, 28, 23, 22, 20, 11, 8, 7.
 pub const SCTLR_RESET: u64 = 0x30d0_0980;
 

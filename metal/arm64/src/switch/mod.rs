@@ -19,6 +19,11 @@ pub mod timer;
 use core::arch::global_asm;
 use core::mem::offset_of;
 
+pub use el1::El1State;
+pub use fp::FpState;
+pub use gic::GicState;
+pub use timer::TimerState;
+
 /// A guest's general registers, as it left them.
 #[repr(C, align(16))]
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,36 @@
+//! EL1 registers of the vCPU that is loaded, for whoever gives its guest an exception.
+//!
+//! Protocol: valid between a vCPU's load and its save (`switch::El1State`).
+
+/// VBAR_EL1.
+pub fn vbar_el1() -> u64 {
+    mrs!("vbar_el1")
+}
+
+/// SCTLR_EL1.
+pub fn sctlr_el1() -> u64 {
+    mrs!("sctlr_el1")
+}
+
+/// What an exception entry to EL1 leaves in its registers; `far` only where the exception writes it.
+pub fn set_exception(elr: u64, spsr: u64, esr: u64, far: Option<u64>) {
+    // SAFETY: registers of EL1, which runs no code of ours; the guest is entered next and reads them.
+    unsafe {
+        msr!("elr_el1", elr);
+        msr!("spsr_el1", spsr);
+        msr!("esr_el1", esr);
+        if let Some(far) = far {
+            msr!("far_el1", far);
+        }
+    }
+}
+
+/// Forgets, on this CPU, what stage 1 of the loaded VMID has cached: another vCPU's ASIDs mean something else.
+pub fn flush_stage1() {
+    // SAFETY: TLB maintenance of EL1&0 by the VMID that VTTBR_EL2 names; it can only cost time.
+    unsafe {
+        instruction!("tlbi vmalle1");
+        instruction!("dsb nsh");
+        instruction!("isb");
+    }
+}

@@ -9,16 +9,16 @@ mod console;
 mod terminal;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use entresol_wire::config::parse_size;
+use entresol_wire::config::{WrittenVm, parse_size};
 
-use crate::bundle::{self, VmRequest};
+use crate::bundle;
 use crate::fetch;
 use crate::image;
 use crate::initrd::{self, Initrd};
@@ -88,24 +88,22 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
 fn prepare(options: &Options) -> Result<(Outer, Option<String>)> {
     let work = workspace::output_dir()?;
-    let (config, ready) = if let Some(config) = &options.config {
-        (config.clone(), None)
+    // An owner's mistakes are told before anything is built.
+    let (loaded, ready) = if let Some(config) = &options.config {
+        (bundle::load(config)?, None)
     } else {
         let files = Files::choose(options, &work)?;
         if options.bare {
             return bare(options, files);
         }
-        let config = work.join("vms.toml");
-        let text = bundle::to_toml(&options.outer_memory, options.cpus, &[request(options, &files)?]);
-        image::write_new(&config, text.as_bytes())?;
-        (config, files.ready)
+        let vm = request(options, &files)?;
+        (bundle::check(bundle::written(&options.outer_memory, options.cpus, vec![vm]))?, files.ready)
     };
-    // The owner's mistakes are told before anything is built.
-    let size = bundle::outer_of(&config)?;
     let image = image::build(&[])?;
-    let bundle = work.join("bundle.img");
-    bundle::pack(&config, &bundle)?;
-    let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(bundle), ..Outer::new(&image.raw) };
+    let packed = work.join("bundle.img");
+    bundle::pack(&loaded, &packed)?;
+    let size = loaded.config().outer;
+    let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(packed), ..Outer::new(&image.raw) };
     Ok((outer, options.feed_after.clone().or(ready)))
 }
 
@@ -118,17 +116,17 @@ fn bare(options: &Options, files: Files) -> Result<(Outer, Option<String>)> {
     Ok((outer, options.feed_after.clone().or(files.ready)))
 }
 
-fn request(options: &Options, files: &Files) -> Result<VmRequest> {
-    let disks = options.disk.iter().map(|disk| Ok((found(disk)?, false))).collect::<Result<Vec<_>>>()?;
-    Ok(VmRequest {
+fn request(options: &Options, files: &Files) -> Result<WrittenVm> {
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    Ok(WrittenVm {
         name: "guest".to_owned(),
         memory: options.memory.clone(),
-        vcpus: options.vcpus,
-        kernel: files.kernel.clone(),
-        initrd: files.initrd.clone(),
+        vcpus: Some(options.vcpus.into()),
+        kernel: text(&files.kernel),
+        initrd: files.initrd.as_deref().map(text),
         cmdline: options.append.clone(),
-        disks,
-        policies: Vec::new(),
+        disks: options.disk.iter().map(|disk| Ok(bundle::disk(&found(disk)?))).collect::<Result<_>>()?,
+        ..WrittenVm::default()
     })
 }
 
@@ -164,23 +162,16 @@ fn found(path: &Path) -> Result<PathBuf> {
     path.canonicalize().with_context(|| format!("cannot find {}", path.display()))
 }
 
-/// Where `entresol ctl` looks: `$ENTRESOL_SOCKET`, else in `$XDG_RUNTIME_DIR`, else in a folder of the user's own below
-/// the folder for temporary files.
+/// Where `entresol ctl` looks, in a folder that is the user's alone.
 fn control_socket() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os("ENTRESOL_SOCKET").filter(|path| !path.is_empty()) {
-        return Ok(path.into());
-    }
-    let folder = match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute()) {
-        Some(runtime) => runtime.join("entresol"),
-        None => std::env::temp_dir().join(format!("entresol-{}", rustix::process::getuid().as_raw())),
-    };
-    if !folder.is_dir() {
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let socket = entresol_cli::socket::default_path()?;
+    let folder = socket.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
         // Whoever can connect owns the machine.
-        let private = fs::Permissions::from_mode(0o700);
-        fs::set_permissions(&folder, private).with_context(|| format!("cannot make {} private", folder.display()))?;
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        made.with_context(|| format!("cannot make {}", folder.display()))?;
     }
-    Ok(folder.join("ctl.sock"))
+    Ok(socket)
 }
 
 /// QEMU would take the socket away from a machine that is still running.

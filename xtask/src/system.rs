@@ -8,7 +8,6 @@
 //! this test alone.
 
 mod boot;
-pub mod control;
 pub mod machine;
 pub mod transcript;
 

@@ -91,7 +91,8 @@ fn judge(metadata: &Metadata) -> Vec<Finding> {
         for dependency in package.dependencies.iter().filter(|dependency| dependency.path.is_some()) {
             let other = dependency.name.strip_prefix(PREFIX).unwrap_or(&dependency.name);
             let for_tests = TEST_ARROWS.iter().any(|(from, to)| *from == name && to.contains(&other));
-            if !allowed.contains(&other) && !(for_tests && dependency.kind.as_deref() == Some("dev")) {
+            let is_test = dependency.kind.as_deref() == Some("dev");
+            if !(allowed.contains(&other) || for_tests && is_test) {
                 let kind = dependency.kind.as_deref().unwrap_or("normal");
                 findings
                     .push(finding(format!("{name} imports {other} ({kind}); it may import: {}", allowed.join(", "))));

@@ -1,20 +1,21 @@
 //! Linux boots: on the hypervisor, and on the bare machine to prove that what was fetched and packed is good.
 
-use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use anyhow::{Result, bail, ensure};
+use entresol_cli::client::Client;
+use entresol_wire::control::{Answer, Op};
 
 use super::Context;
 use super::machine::{Builder, Machine};
-use crate::bundle::VmRequest;
+use crate::bundle::{self, linux};
 use crate::initrd::{self, Initrd};
 
 /// An unmodified Debian kernel on the hypervisor answers at its shell and powers off by PSCI.
 pub fn linux_boots_to_shell(context: &Context) -> Result<()> {
     let builder = Builder::new(context, "linux_boots_to_shell")?;
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
-    let mut vm = VmRequest::linux("debian", &context.guest.kernel()?, &initrd);
-    vm.vcpus = 2;
-    use_the_shell(builder.boot(&[vm])?)
+    let mut vm = linux("debian", &context.guest.kernel()?, &initrd);
+    vm.vcpus = Some(2);
+    use_the_shell(builder.boot(vec![vm])?)
 }
 
 /// The same without the hypervisor.
@@ -42,18 +43,18 @@ pub fn linux_memory_is_demand_faulted(context: &Context) -> Result<()> {
     const TOUCHED: u64 = 400 << 20;
     let builder = Builder::new(context, "linux_memory_is_demand_faulted")?.outer("2G", 2);
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
-    let mut vm = VmRequest::linux("debian", &context.guest.kernel()?, &initrd);
-    vm.vcpus = 4;
-    let mut machine = builder.boot(&[vm])?;
+    let mut vm = linux("debian", &context.guest.kernel()?, &initrd);
+    vm.vcpus = Some(4);
+    let mut machine = builder.boot(vec![vm])?;
     machine.expect(initrd::READY)?;
     let cpus = machine.shell("nproc")?;
     ensure!(cpus == "4", "nproc says {cpus:?}");
     let mut control = machine.control()?;
-    let before = mapped(&control.ask(json!({"op": "stats", "vm": "debian"}))?)?;
+    let before = mapped(&mut control, "debian")?;
     machine.shell(
         "mkdir /fill && mount -t tmpfs -o size=450m tmpfs /fill && dd if=/dev/zero of=/fill/zero bs=1M count=400 2>/dev/null",
     )?;
-    let after = mapped(&control.ask(json!({"op": "stats", "vm": "debian"}))?)?;
+    let after = mapped(&mut control, "debian")?;
     ensure!(before < 512 << 20, "all {before} bytes were mapped before the guest touched them");
     ensure!(after >= TOUCHED, "{after} bytes are mapped after {TOUCHED} were touched");
     ensure!(after > before, "the touch mapped nothing: {before} bytes before, {after} after");
@@ -61,11 +62,11 @@ pub fn linux_memory_is_demand_faulted(context: &Context) -> Result<()> {
     machine.expect_power_off().map(drop)
 }
 
-/// Bytes that the second stage maps, by entries and their size.
-fn mapped(stats: &Value) -> Result<u64> {
-    let count =
-        |size: &str| stats["entries"][size].as_u64().with_context(|| format!("stats have no entries.{size}: {stats}"));
-    Ok((count("size_4k")? << 12) + (count("size_2m")? << 21) + (count("size_1g")? << 30))
+/// Bytes that a VM's second stage maps, by entries and their size.
+fn mapped(control: &mut Client, vm: &str) -> Result<u64> {
+    let Answer::Stats(stats) = control.call(Op::Stats { vm: vm.into() })? else { bail!("stats have no counters") };
+    let entries = stats.entries;
+    Ok((entries.size_4k << 12) + (entries.size_2m << 21) + (entries.size_1g << 30))
 }
 
 /// Two guests, each with a disk of its own; each reads its own and nothing else.
@@ -80,11 +81,11 @@ pub fn two_guests_run_side_by_side(context: &Context) -> Result<()> {
         let initrd = builder.initrd(&format!("{name}.cpio"), &Initrd::scripted(script))?;
         let mut disk = name.as_bytes().to_vec();
         disk.resize(65 << 20, 0);
-        let mut vm = VmRequest::linux(name, &context.guest.kernel()?, &initrd);
-        vm.disks.push((builder.file(&format!("{name}.img"), &disk)?, false));
+        let mut vm = linux(name, &context.guest.kernel()?, &initrd);
+        vm.disks.push(bundle::disk(&builder.file(&format!("{name}.img"), &disk)?));
         vms.push(vm);
     }
-    let mut machine = builder.boot(&vms)?;
+    let mut machine = builder.boot(vms)?;
     machine.expect("one is intact")?;
     // Ctrl-] n: the hypervisor shows what the next guest has printed meanwhile.
     machine.send(b"\x1dn")?;

@@ -4,17 +4,24 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use entresol_cli::client::Client;
+use entresol_cli::config::Loaded;
+use entresol_wire::config::WrittenVm;
+
 use super::Context;
-use super::control::Control;
 use super::transcript::Transcript;
-use crate::bundle::{self, VmRequest};
+use crate::bundle;
 use crate::image;
 use crate::initrd::{self, Initrd};
 use crate::outer::Outer;
 use crate::workspace;
+
+/// The hypervisor answers from an interrupt; a host that is busy may take its time.
+const ANSWER: Duration = Duration::from_secs(180);
 
 /// What a machine of a test is made of. `name` is its test's (and, with a suffix, a second machine's).
 pub struct Builder<'a> {
@@ -68,20 +75,19 @@ impl<'a> Builder<'a> {
     ///
     /// # Errors
     /// When something does not build, the configuration is refused, or QEMU does not start.
-    pub fn boot(self, vms: &[VmRequest]) -> Result<Machine> {
-        let config = bundle::to_toml(&self.outer_memory, self.outer_cpus, vms);
-        let config = self.file("vms.toml", config.as_bytes())?;
-        self.boot_config(&config)
+    pub fn boot(self, vms: Vec<WrittenVm>) -> Result<Machine> {
+        let loaded = bundle::check(bundle::written(&self.outer_memory, self.outer_cpus, vms))?;
+        self.boot_loaded(&loaded)
     }
 
-    /// Starts the hypervisor with a configuration file.
+    /// Starts the hypervisor with a checked configuration.
     ///
     /// # Errors
     /// As [`Builder::boot`].
-    pub fn boot_config(self, config: &Path) -> Result<Machine> {
-        let size = bundle::outer_of(config)?;
+    pub fn boot_loaded(self, loaded: &Loaded) -> Result<Machine> {
         let packed = self.folder.join("bundle.img");
-        bundle::pack(config, &packed)?;
+        bundle::pack(loaded, &packed)?;
+        let size = loaded.config().outer;
         let kernel = &self.context.hypervisor()?.raw;
         let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(packed), ..Outer::new(kernel) };
         Machine::start(self, outer)
@@ -166,16 +172,16 @@ impl Machine {
         Ok(output.replace('\r', "").trim().to_owned())
     }
 
-    /// Connects to the control channel.
+    /// Starts a session on the control channel. One at a time is served.
     ///
     /// # Errors
-    /// When nobody is there.
-    pub fn control(&mut self) -> Result<Control> {
+    /// When the hypervisor does not answer.
+    pub fn control(&mut self) -> Result<Client> {
         // QEMU makes the socket before the machine's first instruction: output means that it is there.
         if self.console.text().is_empty() {
             self.console.expect_anything()?;
         }
-        Control::connect(&self.socket)
+        Client::connect(&self.socket, ANSWER).map_err(|error| self.console.failure(&error.to_string()))
     }
 
     /// Waits for the machine's end, which must be a good one: status 0 and no panic of the hypervisor.

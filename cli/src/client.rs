@@ -99,7 +99,7 @@ pub struct Client {
     limit: Duration,
     hello: Option<Hello<'static>>,
     /// Held until the session ends.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Client {
@@ -110,7 +110,7 @@ impl Client {
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, ClientError> {
         let nobody = |error| ClientError::NoHypervisor { path: path.to_owned(), error };
         path.metadata().map_err(nobody)?;
-        let lock = lock(path)?;
+        let lock = Lock::take(path)?;
         let stream = UnixStream::connect(path).map_err(nobody)?;
         stream.set_write_timeout(Some(limit))?;
         let lines = Lines::new(MAX_LINE - 1).map_err(|error| io::Error::new(io::ErrorKind::OutOfMemory, error))?;
@@ -288,16 +288,32 @@ pub(crate) fn unexpected(op: &Op<'_>, answer: &Answer<'_>) -> ClientError {
     ClientError::Protocol(format!("it answers {:?} with {answer:?}", op.name()))
 }
 
-/// Takes the lock beside the socket, or says who is in the way.
-fn lock(socket: &Path) -> Result<File, ClientError> {
-    let mut path = socket.as_os_str().to_owned();
-    path.push(".lock");
-    let path = PathBuf::from(path);
-    let failed = |error| ClientError::Lock { path: path.clone(), error };
-    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(ClientError::Busy { path: socket.to_owned() }),
-        Err(TryLockError::Error(error)) => Err(failed(error)),
+/// The lock beside a socket.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Lock {
+    /// Takes it, or says who is in the way.
+    fn take(socket: &Path) -> Result<Self, ClientError> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let failed = |error| ClientError::Lock { path: path.clone(), error };
+        let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self(file)),
+            Err(TryLockError::WouldBlock) => Err(ClientError::Busy { path: socket.to_owned() }),
+            Err(TryLockError::Error(error)) => Err(failed(error)),
+        }
+    }
+}
+
+impl Drop for Lock {
+    /// Closing the file would not do: the lock belongs to the open file, and a program that another thread is just
+    /// starting has that open as well until it runs (fork, then exec).
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            eprintln!("entresol: the control channel's lock is not released before this program ends: {error}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The commands of `entresol ctl`: ask, show.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -91,6 +92,8 @@ enum Failure {
     Client(#[from] ClientError),
     #[error(transparent)]
     Socket(#[from] socket::Foreign),
+    #[error("cannot write the answer: {0}")]
+    Output(#[from] io::Error),
 }
 
 impl Failure {
@@ -98,6 +101,7 @@ impl Failure {
         match self {
             Self::Client(error) => error.exit(),
             Self::Socket(_) => Exit::NoConnection,
+            Self::Output(_) => Exit::Usage,
         }
     }
 }
@@ -108,19 +112,19 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
     let out = Out { json: ctl.json };
     match ctl.command {
         Command::Ps => match client.call(Op::Ps)? {
-            Answer::Ps(rows) => out.answer(&rows, || table::ps(&rows)),
+            Answer::Ps(rows) => out.answer(&rows, || table::ps(&rows))?,
             other => return Err(unexpected(&Op::Ps, &other).into()),
         },
         Command::Stats { vm } => {
             let op = Op::Stats { vm: vm.into() };
             match client.call(op.clone())? {
-                Answer::Stats(stats) => out.answer(&stats, || table::stats(&stats)),
+                Answer::Stats(stats) => out.answer(&stats, || table::stats(&stats))?,
                 other => return Err(unexpected(&op, &other).into()),
             }
         }
         Command::Slots { vm } => {
             let rows = client.slots(&vm)?;
-            out.answer(&rows, || table::slots(&rows));
+            out.answer(&rows, || table::slots(&rows))?;
         }
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
@@ -128,7 +132,7 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
         Command::Console { vm } => return Ok(left(console::attach(&mut client, &vm)?)),
         Command::Shutdown => match done(&mut client, Op::Shutdown, &out) {
             // The machine may be gone before its answer is out.
-            Err(ClientError::Closed) => out.answer(&Answer::Done, String::new),
+            Err(Failure::Client(ClientError::Closed)) => out.answer(&Answer::Done, String::new)?,
             other => other?,
         },
     }
@@ -136,12 +140,11 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
 }
 
 /// A request whose answer is only that it is done.
-fn done(client: &mut Client, op: Op<'_>, out: &Out) -> Result<(), ClientError> {
+fn done(client: &mut Client, op: Op<'_>, out: &Out) -> Result<(), Failure> {
     match client.call(op.clone())? {
-        Answer::Done => out.answer(&Answer::Done, String::new),
-        other => return Err(unexpected(&op, &other)),
+        Answer::Done => Ok(out.answer(&Answer::Done, String::new)?),
+        other => Err(unexpected(&op, &other).into()),
     }
-    Ok(())
 }
 
 /// The exit status after a console; a signal ends the program by itself.
@@ -163,12 +166,8 @@ struct Out {
 }
 
 impl Out {
-    fn answer(&self, answer: &impl Serialize, table: impl FnOnce() -> String) {
-        if self.json {
-            println!("{}", to_json(answer));
-        } else {
-            print!("{}", table());
-        }
+    fn answer(&self, answer: &impl Serialize, table: impl FnOnce() -> String) -> io::Result<()> {
+        crate::print(&if self.json { to_json(answer) + "\n" } else { table() })
     }
 }
 

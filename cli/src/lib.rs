@@ -11,7 +11,7 @@
 //! | [`ctl`] | the commands of `entresol ctl` |
 //!
 //! Exit status of the program, which [`Exit`] names: 0 done; 1 the hypervisor refused, or the guest whose console was
-//! attached crashed; 2 the command line or the configuration is wrong; 3 nobody answers on the control channel.
+//! attached crashed; 2 the command line or the configuration is wrong, or a file cannot be written; 3 nobody answers on the control channel.
 #![forbid(unsafe_code)]
 
 pub mod bundle;
@@ -22,6 +22,7 @@ pub mod ctl;
 pub mod socket;
 pub mod table;
 
+use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 /// How the program ends.
@@ -41,5 +42,17 @@ pub enum Exit {
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
         Self::from(exit as u8)
+    }
+}
+
+/// Prints to standard output. A reader that went away has read what it wanted.
+///
+/// # Errors
+/// Those of standard output.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
     }
 }

@@ -65,11 +65,12 @@ fn report(result: Result<(), ConfigError>) -> Exit {
 fn check(path: &Path) -> Result<(), ConfigError> {
     let loaded = config::load(path)?;
     let total = bundle::pack(&loaded)?.total();
+    let mut text = String::new();
     for vm in &loaded.config().vms {
-        println!("{}: vcpus {}, memory {}, kernel {}", vm.name, vm.vcpus, format_size(vm.memory), vm.kernel);
+        text += &format!("{}: vcpus {}, memory {}, kernel {}\n", vm.name, vm.vcpus, format_size(vm.memory), vm.kernel);
     }
-    println!("{}: right; its bundle has {total} bytes", path.display());
-    Ok(())
+    text += &format!("{}: right; its bundle has {total} bytes\n", path.display());
+    entresol_cli::print(&text).map_err(|error| ConfigError::Write { path: "standard output".into(), error })
 }
 
 fn pack(path: &Path, output: &Path) -> Result<(), ConfigError> {

@@ -250,6 +250,7 @@ impl Session<'_> {
     /// A line of ours. Raw terminals do not return the carriage by themselves.
     fn say(&self, words: fmt::Arguments<'_>) {
         let end = if self.escape.is_some() { "\r\n" } else { "\n" };
-        eprint!("{end}[{words}]{end}");
+        // Who closed standard error wants to hear nothing; the console goes on.
+        drop(write!(io::stderr(), "{end}[{words}]{end}"));
     }
 }

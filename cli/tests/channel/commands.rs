@@ -1,0 +1,148 @@
+//! `entresol ctl` against a fake hypervisor.
+
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use crate::fake::{Fake, Manner};
+use entresol_cli::client::{Client, ClientError};
+use entresol_wire::control::{Answer, Op};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn ctl(fake: &Fake, arguments: &[&str]) -> Output {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_entresol"));
+    program.arg("ctl").args(arguments).env("ENTRESOL_SOCKET", fake.socket()).stdin(Stdio::null());
+    program.output().expect("it starts")
+}
+
+fn text(bytes: &[u8]) -> &str {
+    str::from_utf8(bytes).expect("text")
+}
+
+#[test]
+fn tables_are_for_people() {
+    let fake = Fake::start(Manner::Good);
+    let ps = ctl(&fake, &["ps"]);
+    let table = "\
+NAME  STATE                 VCPUS  MEMORY  RESIDENT
+web   running                   2    512M        8K
+db    paused (OutOfMemory)      2    512M        8K
+";
+    assert_eq!((text(&ps.stdout), ps.status.code()), (table, Some(0)));
+    let stats = ctl(&fake, &["stats", "web"]);
+    assert!(text(&stats.stdout).lines().any(|line| line.split_whitespace().eq(["exits", "wfi", "6"])));
+    let slots = ctl(&fake, &["slots", "web"]);
+    assert_eq!(text(&slots.stdout).lines().count(), 1 + 3);
+}
+
+#[test]
+fn json_is_for_programs() {
+    let fake = Fake::start(Manner::Good);
+    let json = |arguments: &[&str]| -> serde_json::Value {
+        let output = ctl(&fake, arguments);
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(text(&output.stdout).lines().count(), 1);
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    assert_eq!(json(&["ps", "--json"])[1]["reason"], "OutOfMemory");
+    assert_eq!(json(&["--json", "stats", "web"])["exits"]["wfi"], 6);
+    let slots = json(&["slots", "web", "--json"]);
+    let ids: Vec<_> = slots.as_array().expect("rows").iter().map(|row| row["id"].as_u64()).collect();
+    assert_eq!(ids, [Some(0), Some(1), Some(2)]);
+    assert_eq!(json(&["kill", "web", "--json"]), "done");
+}
+
+#[test]
+fn every_command_asks_what_it_should() {
+    let fake = Fake::start(Manner::Good);
+    for command in ["pause", "resume", "kill"] {
+        let output = ctl(&fake, &[command, "web"]);
+        assert_eq!((output.status.code(), output.stdout.len(), output.stderr.len()), (Some(0), 0, 0));
+        assert_eq!([fake.said(), fake.said()], ["hello", command]);
+    }
+    assert_eq!(ctl(&fake, &["shutdown"]).status.code(), Some(0));
+    assert_eq!([fake.said(), fake.said()], ["hello", "shutdown"]);
+    assert_eq!(ctl(&fake, &["slots", "web"]).status.code(), Some(0));
+    assert_eq!([fake.said(), fake.said(), fake.said()], ["hello", "slots 0", "slots 2"]);
+}
+
+#[test]
+fn refusals_end_with_status_1() {
+    let fake = Fake::start(Manner::Good);
+    let output = ctl(&fake, &["stats", "wbe"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(text(&output.stderr), "entresol: refused: vm = \"wbe\": must be the name of a virtual machine\n");
+    let output = ctl(&fake, &["pause", "db", "--json"]);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
+    let error: serde_json::Value = serde_json::from_slice(&output.stderr).expect("JSON");
+    assert_eq!(error["code"], "wrong-state");
+}
+
+#[test]
+fn remains_of_another_session_are_passed_over() {
+    let fake = Fake::start(Manner::Remains);
+    let mut client = Client::connect(&fake.socket(), LIMIT).expect("a session");
+    assert_eq!(client.hello().map(|hello| hello.name.as_ref()), Some("entresol"));
+    assert_eq!(client.event(), None);
+    assert!(matches!(client.call(Op::Ps), Ok(Answer::Ps(rows)) if rows.len() == 2));
+}
+
+#[test]
+fn nobody_there_ends_with_status_3() {
+    let fake = Fake::start(Manner::Good);
+    let absent = fake.folder().join("absent.sock");
+    let output = ctl(&fake, &["--socket", absent.to_str().expect("UTF-8"), "ps"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("no hypervisor listens at"), "{}", text(&output.stderr));
+    let left = fake.folder().join("left.sock");
+    drop(UnixListener::bind(&left).expect("a socket"));
+    let error = Client::connect(&left, LIMIT).expect_err("nobody listens");
+    assert!(matches!(error, ClientError::NoHypervisor { .. }), "{error}");
+}
+
+#[test]
+fn a_second_client_is_told_that_the_channel_is_busy() {
+    let fake = Fake::start(Manner::Good);
+    let first = Client::connect(&fake.socket(), LIMIT).expect("a session");
+    let output = ctl(&fake, &["ps"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("busy: another `entresol ctl` is connected"), "{}", text(&output.stderr));
+    drop(first);
+    assert_eq!(ctl(&fake, &["ps"]).status.code(), Some(0));
+}
+
+#[test]
+fn silence_is_told_after_the_limit() {
+    let fake = Fake::start(Manner::Silent);
+    let error = Client::connect(&fake.socket(), Duration::from_millis(50)).expect_err("silence");
+    assert!(matches!(error, ClientError::NoAnswer { .. }), "{error}");
+    let output = ctl(&fake, &["--timeout", "1", "ps"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("no answer within 1s"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn another_protocol_is_refused() {
+    let fake = Fake::start(Manner::Newer);
+    let output = ctl(&fake, &["ps"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("has version 2, not 1"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_machine_that_goes_away_is_told_but_not_after_shutdown() {
+    let fake = Fake::start(Manner::Closing);
+    let output = ctl(&fake, &["ps"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(text(&output.stderr), "entresol: the hypervisor closed the control channel\n");
+    assert_eq!(ctl(&fake, &["shutdown"]).status.code(), Some(0));
+}
+
+#[test]
+fn wrong_commands_end_with_status_2() {
+    let fake = Fake::start(Manner::Good);
+    for wrong in [&["fork", "web"][..], &["stats"], &["ps", "--timeout", "0"], &[]] {
+        assert_eq!(ctl(&fake, wrong).status.code(), Some(2), "{wrong:?}");
+    }
+}

@@ -111,11 +111,11 @@ pub enum Entry {
 /// How an architecture writes entries.
 ///
 /// An implementor promises, and its tests show:
-/// 1. `decode(leaf(&l), level_of(l.size)) == Entry::Leaf(l)` and `decode(table(p), level) == Entry::Table(p)` for levels 0–2,
-///    for every frame below `1 << FRAME_BITS`.
+/// 1. `decode(leaf(&l), level_of(l.size)) == Entry::Leaf(l)`, and `decode(table(p), level) == Entry::Table(p)` for levels
+///    0–2, for every frame below `1 << FRAME_BITS`.
 /// 2. `decode` is total, gives `Vacant` for [`VACANT`] only, and never a table at level 3.
-/// 3. A word whose low [`Self::MARKER_BITS`] bits equal `BROKEN` is invalid for the hardware whatever its other bits, decodes as
-///    `Broken`, and is no leaf's, no table's and not vacant.
+/// 3. A word whose low [`Self::MARKER_BITS`] bits equal `BROKEN` is invalid for the hardware whatever its other bits,
+///    decodes as `Broken`, and is no leaf's, no table's and not vacant.
 pub trait Format: Copy + Sync {
     /// Low bits of a word that `BROKEN` occupies; the bits above carry this crate's own data.
     const MARKER_BITS: u32 = 12;

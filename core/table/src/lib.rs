@@ -12,8 +12,8 @@
 //! | word | meaning | who may change it | what others do |
 //! |---|---|---|---|
 //! | vacant (0) | nothing is here, and no TLB holds anything for here | anyone, by compare-and-swap | install |
-//! | claimed | one call is changing the entry and will put something valid (back) | its claimant | a fault gets `Busy`; a range operation waits |
-//! | removed(t) | the entry is gone, TLBs may still hold it | the [`FlushDebt`] with ticket `t` | `Busy`; range operations pass |
+//! | claimed | one call will put something valid here | its claimant | a fault gets `Busy`; a range operation waits |
+//! | removed(t) | gone, but TLBs may hold it | the [`FlushDebt`] with ticket `t` | `Busy`; range operations pass |
 //! | frozen | the table page itself is unlinked | nobody, until the frame is reused | `Busy`; start again at the root |
 //!
 //! # Protocol
@@ -39,8 +39,9 @@
 //!
 //! # Invariants
 //!
-//! INV-1 and INV-2 as above. INV-5 as far as this crate can see it: a leaf is aligned to its size on both sides. INV-7 for table pages:
-//! each is in the tree, in a `Reserve`, in a `FlushDebt` or in a `Retired`, and leaves each of these by value.
+//! INV-1 and INV-2 as above. INV-5 as far as this crate can see it: a leaf is aligned to its size on both sides. INV-7
+//! for table pages: each is in the tree, in a `Reserve`, in a `FlushDebt` or in a `Retired`, and leaves each of these by
+//! value.
 //!
 //! # Lock order
 //!

@@ -57,3 +57,58 @@ impl Marker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Entry, Geometry, Leaf};
+    use entresol_addr::Pfn;
+
+    /// The widest format that the layout allows.
+    #[derive(Clone, Copy)]
+    struct Wide;
+
+    impl Format for Wide {
+        const BROKEN: u64 = 0x80;
+        const FRAME_BITS: u32 = 40;
+
+        fn geometry(&self, ipa_bits: u8) -> Option<Geometry> {
+            Geometry::new(ipa_bits, 1)
+        }
+
+        fn decode(&self, _: u64, _: u8) -> Entry {
+            Entry::Broken
+        }
+
+        fn leaf(&self, _: &Leaf) -> u64 {
+            1
+        }
+
+        fn table(&self, _: Pfn) -> u64 {
+            3
+        }
+
+        fn young(&self, raw: u64) -> u64 {
+            raw
+        }
+    }
+
+    #[test]
+    fn decoding_undoes_encoding() {
+        let most = (1 << VALUE_BITS) - 1;
+        let values = (0..VALUE_BITS).map(|bit| 1 << bit).chain([0, most, 1 << 40]);
+        for value in values {
+            for marker in [Marker::Claimed, Marker::Removed(Ticket::new(value)), Marker::Frozen(value)] {
+                let raw = marker.encode::<Wide>();
+                assert_eq!(Marker::decode::<Wide>(raw), marker);
+                assert_eq!(raw & ((1 << Wide::MARKER_BITS) - 1), Wide::BROKEN);
+            }
+        }
+    }
+
+    #[test]
+    fn a_ticket_stays_in_its_width() {
+        assert_eq!(Ticket::new(1 << VALUE_BITS), Ticket::new(0));
+        assert_ne!(Ticket::new(1), Ticket::new(0));
+    }
+}

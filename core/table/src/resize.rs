@@ -88,7 +88,8 @@ impl<F: Format> Table<F> {
         Ok(frame)
     }
 
-    /// Replaces 512 leaves around `gfn` by the one leaf of `size` (2 MiB or 1 GiB) that says the same. It is young if one of them was.
+    /// Replaces 512 leaves around `gfn` by the one leaf of `size` (2 MiB or 1 GiB) that says the same. It is young if one
+    /// of them was.
     ///
     /// Returns the table page, to be freed after a grace period.
     ///

@@ -81,8 +81,8 @@ impl<F: Format> Table<F> {
         young
     }
 
-    /// Calls `f` with the first guest frame of each leaf of `range`, and the leaf, in address order. Each leaf is as it was at
-    /// some moment of the call; together they are no snapshot.
+    /// Calls `f` with the first guest frame of each leaf of `range`, and the leaf, in address order. Each leaf is as it
+    /// was at some moment of the call; together they are no snapshot.
     pub fn visit<M: Machine>(&self, machine: &M, range: GfnRange, mut f: impl FnMut(Gfn, Leaf)) {
         self.each_leaf(machine, range, |place, leaf, _| {
             f(place.gfn, leaf);

@@ -5,8 +5,8 @@
 //! these words vacant. In between a fault there is `Busy`, so no new translation stands beside an old cached one
 //! (INV-2), and table pages and memory stay where they are (INV-7).
 //!
-//! What another unmap removed and has not flushed yet is passed over, and flushed by this debt too: when `settle` returns,
-//! nothing that was mapped before `unmap` began can be reached, whoever removed it.
+//! What another unmap removed and has not flushed yet is passed over, and flushed by this debt too: when `settle`
+//! returns, nothing that was mapped before `unmap` began can be reached, whoever removed it.
 
 use entresol_addr::{GfnRange, PageSize};
 use entresol_machine::{Machine, TlbOp, Vmid};

@@ -15,8 +15,9 @@ pub trait PageWork {
         false
     }
 
-    /// Makes the page of the new entry, or the wider use of the old one, safe to be seen; finished, `Machine::complete` included,
-    /// when it returns. Runs at most once in a call, and only for the CPU that won the entry.
+    /// Makes the page of the new entry, or the wider use of the old one, safe to be seen; finished, `Machine::complete`
+    /// included, when it returns. Runs at most once in a call; for a new entry only on the CPU that won it, for a wider
+    /// one before the entry changes, so perhaps for nothing.
     #[inline]
     fn prepare(&mut self) {}
 
@@ -27,8 +28,8 @@ pub trait PageWork {
         false
     }
 
-    /// `leaf`, the block of which starts at `gfn`, is no longer in the table. Unless [`Self::flush_before_removed`], TLBs may still
-    /// translate to it: nothing may be freed here.
+    /// `leaf`, the block of which starts at `gfn`, is no longer in the table. Unless [`Self::flush_before_removed`],
+    /// TLBs may still translate to it: nothing may be freed here.
     #[inline]
     fn removed(&mut self, gfn: Gfn, leaf: Leaf) {
         let _ = (gfn, leaf);

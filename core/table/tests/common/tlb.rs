@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use entresol_addr::{Gfn, GfnRange, Pfn, PfnRange};
 use entresol_machine::flat::Event;
 use entresol_machine::{TlbOp, Word};
-use entresol_table::{Entry, Format, Geometry, Leaf, index, level_of, shift};
+use entresol_table::{Entry, Format, Geometry, Leaf, level_of, shift};
 
 use super::Plain;
 
@@ -32,7 +32,8 @@ struct Stale {
 }
 
 pub struct GreedyTlb {
-    words: HashMap<Word, u64>,
+    /// The words of each frame, as far as the log told.
+    words: HashMap<Pfn, Box<[u64; 512]>>,
     links: HashMap<Pfn, Link>,
     stale: Vec<Stale>,
     /// Reachable leaves by first guest frame.
@@ -52,7 +53,7 @@ impl GreedyTlb {
         for event in events {
             match event {
                 Event::Word(word, raw) => self.word(word, raw),
-                Event::Zero(frames) => self.words.retain(|word, _| !frames.contains(word.frame())),
+                Event::Zero(frames) => self.words.retain(|frame, _| !frames.contains(*frame)),
                 Event::Tlb(op) => self.start(op),
                 Event::Complete => {
                     self.stale.retain(|stale| !stale.flushing);
@@ -65,12 +66,13 @@ impl GreedyTlb {
 
     /// Nothing is cached that is not in the table.
     pub fn assert_settled(&self) {
-        assert!(self.stale.is_empty(), "cached but gone: {:x?}", self.stale);
+        assert!(self.stale.is_empty(), "cached but gone: {:x?}", self.stale.first());
         assert!(!self.links.values().any(|link| link.lingers), "an unlinked table is in the walk caches");
     }
 
     fn word(&mut self, word: Word, raw: u64) {
-        let old = self.words.insert(word, raw).unwrap_or(0);
+        let frame = self.words.entry(word.frame()).or_insert_with(|| Box::new([0; 512]));
+        let old = std::mem::replace(&mut frame[word.index() as usize], raw);
         let Some(link) = self.links.get(&word.frame()).copied() else { return };
         let start = link.start + ((word.index() as u64) << shift(link.level));
         self.leave(start, link.level, old, link.lingers);
@@ -92,9 +94,8 @@ impl GreedyTlb {
     }
 
     fn unlink(&mut self, frame: Pfn, start: u64, level: u8) {
-        for index in 0..512 {
-            let raw = self.words.get(&Word::new(frame, index)).copied().unwrap_or(0);
-            self.leave(start + ((index as u64) << shift(level)), level, raw, false);
+        for (index, raw) in self.words_of(frame) {
+            self.leave(start + (index << shift(level)), level, raw, false);
         }
         let link = self.links.get_mut(&frame).expect("it was linked");
         link.lingers = true;
@@ -112,6 +113,9 @@ impl GreedyTlb {
                 if lingers {
                     self.stale.push(Stale { start, leaf, flushing: false });
                 } else {
+                    // What is put back just as it was is not stale any more.
+                    let again = |stale: &Stale| stale.start == start && same_but_for_age(&stale.leaf, &leaf);
+                    self.stale.retain(|stale| !again(stale));
                     assert_eq!(level, level_of(leaf.size));
                     self.live.insert(start, leaf);
                 }
@@ -119,13 +123,18 @@ impl GreedyTlb {
             Entry::Table(frame) => {
                 let link = Link { level: level + 1, start, lingers, flushing: false };
                 self.links.insert(frame, link);
-                for below in 0..512 {
-                    let raw = self.words.get(&Word::new(frame, below)).copied().unwrap_or(0);
-                    self.enter(start + ((below as u64) << shift(level + 1)), level + 1, raw, lingers);
+                for (index, raw) in self.words_of(frame) {
+                    self.enter(start + (index << shift(level + 1)), level + 1, raw, lingers);
                 }
             }
             Entry::Vacant | Entry::Broken => {}
         }
+    }
+
+    /// The words of a frame that are not zero.
+    fn words_of(&self, frame: Pfn) -> Vec<(u64, u64)> {
+        let words = self.words.get(&frame).into_iter().flat_map(|words| words.iter());
+        (0..).zip(words.copied()).filter(|(_, raw)| *raw != 0).collect()
     }
 
     fn start(&mut self, op: TlbOp) {
@@ -152,7 +161,6 @@ impl GreedyTlb {
     }
 }
 
-/// The word of `gfn` in a table page.
-pub fn word_in(frame: Pfn, gfn: u64, level: u8) -> Word {
-    Word::new(frame, index(Gfn::new(gfn), level))
+fn same_but_for_age(one: &Leaf, other: &Leaf) -> bool {
+    Leaf { young: true, ..*one } == Leaf { young: true, ..*other }
 }

@@ -1,2 +1,129 @@
-//! placeholder
-fn main() {}
+//! The Entresol hypervisor: the program that owns the machine.
+//!
+//! Purpose: starts on the bare machine at EL2 (`entresol-metal-arm64` brings it up), reads the boot bundle, makes the virtual
+//! machines that it describes, and runs their vCPUs on all CPUs until none is left.
+//!
+//! Rooms:
+//!
+//! | room | question |
+//! |---|---|
+//! | [`run`], [`sched`] | which vCPU runs on this CPU, and when does it leave? |
+//! | [`exit`] | why did a guest leave, and what is done about it? |
+//! | [`vm`], [`vcpu`] | what is a virtual machine made of? |
+//! | [`irq`], [`host_work`] | what does the hypervisor do for itself? |
+//! | [`console`], [`control`] | how do people reach guests, and the hypervisor? |
+//! | [`registry`] | which virtual machines are there? |
+//!
+//! Invariants: a guest is hostile. Nothing it does may panic here, allocate on the heap, or wait without bound.
+//!
+//! Lock order, first to last: a vCPU's state · registry · a VM's status · a device · console input · scheduler · vGIC ·
+//! core's own locks · machine's console.
+//!
+//! It builds for the bare machine only: `cargo xtask run`.
+#![no_std]
+#![no_main]
+#![allow(unsafe_code, reason = "entry symbols, the heap, entering guests: every block says why it is sound")]
+
+extern crate alloc;
+
+mod clock;
+mod console;
+mod control;
+mod counters;
+mod entropy;
+mod exit;
+mod heap;
+mod host;
+mod host_work;
+mod irq;
+mod physical_timer;
+mod registry;
+mod report;
+mod run;
+mod sched;
+mod service;
+mod vcpu;
+mod vm;
+
+use alloc::vec::Vec;
+
+use entresol_metal_arm64::boot::{BootInfo, memory};
+use entresol_metal_arm64::{cpu, gic};
+use entresol_sync::Once;
+use entresol_wire::bundle::Bundle;
+use entresol_wire::config::Console;
+
+/// Set when the secondary CPUs may run vCPUs.
+static READY: Once<()> = Once::new();
+
+#[unsafe(no_mangle)]
+fn entresol_main(info: &'static BootInfo) -> ! {
+    start(info);
+    READY.call_once(|| ());
+    run::forever(cpu::index())
+}
+
+#[unsafe(no_mangle)]
+fn entresol_secondary(cpu: usize) -> ! {
+    READY.wait();
+    start_cpu();
+    run::forever(cpu)
+}
+
+/// Ends the machine with what is wrong: nothing was started.
+fn refuse(what: core::fmt::Arguments<'_>) -> ! {
+    panic!("{what}")
+}
+
+fn start(info: &'static BootInfo) {
+    let frames: u64 = info.ram.iter().map(|region| region.size() >> entresol_addr::PAGE_SHIFT).sum();
+    let memory = memory::split(info, heap::size(frames)).unwrap_or_else(|error| {
+        refuse(format_args!(
+            "the machine's memory is too small: {} bytes of heap do not fit in {}",
+            error.wanted, error.largest
+        ))
+    });
+    // SAFETY: `split` took the region out of free RAM, and gives it to nobody else.
+    unsafe { heap::init(memory.heap) };
+    if host::init(&memory.frames, cpu::count()).is_err() {
+        refuse(format_args!("the heap has no room for the records of {frames} frames"));
+    }
+    gic::init(info).unwrap_or_else(|error| refuse(format_args!("{error}")));
+    start_cpu();
+    clock::init(info);
+    log::info!(
+        "entresol {}: {} CPUs, {} MiB for guests",
+        env!("CARGO_PKG_VERSION"),
+        cpu::count(),
+        host::get().pool.free_frames() >> 8
+    );
+    if let Err(error) = cpu::start_all() {
+        log::error!("{error}: going on with fewer");
+    }
+    start_guests(info);
+}
+
+/// What each CPU needs before it runs vCPUs.
+fn start_cpu() {
+    let ready =
+        gic::init_cpu().and_then(|()| gic::enable(gic::HYPERVISOR_TIMER)).and_then(|()| gic::enable(gic::MAINTENANCE));
+    ready.unwrap_or_else(|error| refuse(format_args!("CPU {}: {error}", cpu::index())));
+}
+
+fn start_guests(info: &'static BootInfo) {
+    let Some(region) = info.bundle else {
+        refuse(format_args!("no boot bundle: the loader must pass one as initial RAM disk"));
+    };
+    // SAFETY: the loader put the bundle there, `split` keeps it out of heap and frames, and nothing writes to it.
+    let bytes = unsafe { core::slice::from_raw_parts(region.start as *const u8, region.size() as usize) };
+    let bundle = Bundle::parse(bytes).unwrap_or_else(|error| refuse(format_args!("boot bundle: {error}")));
+    let names: Vec<&str> = bundle.config().vms.iter().map(|vm| vm.name.as_str()).collect();
+    let foreground = bundle.config().vms.iter().position(|vm| vm.policies.console == Console::Foreground);
+    if console::init(info, &names, foreground.unwrap_or(0)).is_err() || control::init(info).is_err() {
+        refuse(format_args!("the heap has no room for consoles and the control channel"));
+    }
+    drop(names);
+    if let Err((name, error)) = registry::init(bundle) {
+        refuse(format_args!("vm {name}: {error}"));
+    }
+}

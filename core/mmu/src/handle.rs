@@ -36,7 +36,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         };
         let grant = match object.grant(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write) {
             Ok(grant) => grant,
-            Err(error) => return self.no_grant(fault, error),
+            Err(error) => return self.no_grant(pin.cpu(), fault, error),
         };
         if fault.is_fetch() && grant.memory == Memory::Device {
             return self.refused(Outcome::Inject(Abort::External));
@@ -99,7 +99,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             Some(Ok(mapped)) => self.installed(mapped),
             Some(Err(MapError::NoTable { .. })) => self.retry(),
             Some(Err(error)) => self.not_mapped(error),
-            None => self.refused(Outcome::Exit(Reason::OutOfMemory)),
+            None => self.out_of_memory(cpu),
         }
     }
 
@@ -174,13 +174,22 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     #[cold]
-    fn no_grant(&self, fault: &Fault, error: GrantError) -> Outcome {
+    fn no_grant(&self, cpu: usize, fault: &Fault, error: GrantError) -> Outcome {
         match error {
             GrantError::Busy => self.retry(),
-            GrantError::OutOfMemory => self.refused(Outcome::Exit(Reason::OutOfMemory)),
+            GrantError::OutOfMemory => self.out_of_memory(cpu),
             GrantError::ReadOnly => self.refused(access::read_only(fault)),
             GrantError::Outside { .. } => self.refused(Outcome::Exit(Reason::BadObject)),
         }
+    }
+
+    /// Frames whose grace period is over may be there yet.
+    #[cold]
+    fn out_of_memory(&self, cpu: usize) -> Outcome {
+        if self.host.pool.reap(&self.host.epoch, cpu, usize::MAX) != 0 {
+            return self.retry();
+        }
+        self.refused(Outcome::Exit(Reason::OutOfMemory))
     }
 
     #[cold]

@@ -82,6 +82,18 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         Ok(())
     }
 
+    /// Cleans and invalidates every cacheable page that is mapped: what set/way maintenance means to a guest. A page that
+    /// is mapped meanwhile was cleaned before it was.
+    pub fn clean_all(&self) {
+        let machine = &self.host.machine;
+        self.table.visit(machine, self.everything(), |_, leaf| {
+            if leaf.memory == entresol_table::Memory::Normal {
+                machine.clean_invalidate_to_poc(PfnRange::block(leaf.pfn, leaf.size));
+            }
+        });
+        machine.complete();
+    }
+
     fn unmap(&self, range: GfnRange) {
         let machine = &self.host.machine;
         let mut work = Withdraw { machine, clean: !machine.features().forced_write_back };

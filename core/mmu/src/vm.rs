@@ -51,6 +51,11 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         self.table.census()
     }
 
+    /// Bits of a guest physical address.
+    pub fn ipa_bits(&self) -> u8 {
+        self.options.ipa_bits
+    }
+
     /// CPU `cpu` is about to run one of its vCPUs: the VMID to run under, until [`Vm::put`].
     pub fn load(&self, cpu: usize) -> Vmid {
         self.host.vmids.load(&self.host.machine, cpu, &self.vmid)

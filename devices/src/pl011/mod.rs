@@ -105,6 +105,11 @@ impl<T: Terminal, L: Interrupt> Pl011<T, L> {
         state.listens() && state.receive.room(state.depth()) > 0
     }
 
+    /// Whether the guest listens to this port, with or without room at the moment.
+    pub fn is_heard(&self) -> bool {
+        self.state.lock().listens()
+    }
+
     /// Time passes: to be called every 10 ms or so, while the guest runs. Guests that cannot otherwise be told from ones
     /// that are still setting the port up are heard after [`listener::TICKS`] of these.
     pub fn tick(&self) {

@@ -1,0 +1,61 @@
+//! Exits by reason.
+
+use entresol_mmu::Counter;
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// Why a guest left.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Reason {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Reason {
+            const ALL: &'static [(Self, &'static str)] = &[$((Self::$name, $text),)*];
+        }
+
+        const REASONS: usize = [$($text),*].len();
+    };
+}
+
+reasons! {
+    /// Data abort.
+    DataAbort = "data-abort",
+    /// Instruction abort.
+    InstructionAbort = "instruction-abort",
+    /// Of the aborts: an access to a device or to nothing.
+    Mmio = "mmio",
+    /// Of the aborts: an access that the hardware did not describe.
+    NoSyndrome = "no-syndrome",
+    /// HVC.
+    Hvc = "hvc",
+    /// SMC.
+    Smc = "smc",
+    /// MSR, MRS, SYS, or their AArch32 forms.
+    SystemRegister = "system-register",
+    /// WFI, WFE.
+    Wait = "wait",
+    /// A physical interrupt.
+    Interrupt = "interrupt",
+    /// Something that is UNDEFINED for a guest.
+    Undefined = "undefined",
+    /// SError.
+    SystemError = "system-error",
+}
+
+/// Counts by reason.
+#[derive(Debug, Default)]
+pub struct Counters([Counter; REASONS]);
+
+impl Counters {
+    /// One more.
+    #[inline]
+    pub fn bump(&self, reason: Reason) {
+        self.0[reason as usize].bump();
+    }
+
+    /// Names and counts.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Reason::ALL.iter().map(|(reason, name)| (*name, self.0[*reason as usize].get()))
+    }
+}

@@ -1,0 +1,88 @@
+//! Memory aborts: into the core's pipeline, and what its outcomes mean here.
+
+use entresol_arch_arm64::abort;
+use entresol_arch_arm64::inject::{Exception, Status};
+use entresol_fault::{Access, Fault};
+use entresol_metal_arm64::exit as hardware;
+use entresol_mmu::{Abort, Outcome, Reason};
+
+use super::{Next, mmio, undefined};
+use crate::host;
+use crate::sched::{Leave, VcpuRef};
+use crate::vcpu::State;
+use crate::vm::{Crash, Pause};
+
+/// SError syndrome for an asynchronous external abort of the guest's access: implementation defined, nothing known.
+const SERROR_ISS: u32 = 1 << 24;
+
+/// Handles an instruction or data abort from the second stage.
+#[inline]
+pub fn abort(cpu: usize, vcpu: &VcpuRef, state: &mut State, esr: u64) -> Next {
+    let far = hardware::far();
+    let hpfar = if abort::hpfar_is_valid(esr) { Some(hardware::hpfar()) } else { translate(far) };
+    // The guest's own tables changed meanwhile: it faults again, or not.
+    let Some(hpfar) = hpfar else { return Next::Look };
+    let fault = abort::fault(esr, far, hpfar);
+    let outcome = {
+        let pin = host::get().epoch.pin(cpu);
+        vcpu.vm.memory.handle(&pin, &state.hint, &fault)
+    };
+    match outcome {
+        Outcome::Resume => Next::Again,
+        Outcome::Mmio => mmio::access(vcpu, state, &fault, esr, far),
+        other => rare(vcpu, state, &fault, esr, far, other),
+    }
+}
+
+/// The intermediate address of `far`, in HPFAR_EL2's layout, where the hardware does not report it.
+#[cold]
+fn translate(far: u64) -> Option<u64> {
+    hardware::translate_stage1(far).ok().and_then(abort::hpfar_from_par)
+}
+
+#[cold]
+fn rare(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u64, outcome: Outcome) -> Next {
+    match outcome {
+        Outcome::Resume | Outcome::Mmio => Next::Again,
+        Outcome::Retry => Next::Look,
+        Outcome::Skip => {
+            state.skip(esr);
+            Next::Again
+        }
+        Outcome::Inject(abort) => {
+            inject(state, fault, far, abort);
+            Next::Again
+        }
+        Outcome::Exit(Reason::OutOfMemory) => {
+            vcpu.vm.pause(Pause::OutOfMemory);
+            Next::Leave(Leave::Park)
+        }
+        Outcome::Exit(Reason::Unsupported { syndrome }) => crash(vcpu, Crash::Unsupported { syndrome }),
+        Outcome::Exit(Reason::BadObject) => crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() }),
+    }
+}
+
+fn crash(vcpu: &VcpuRef, crash: Crash) -> Next {
+    vcpu.vm.crash(crash);
+    Next::Leave(Leave::Park)
+}
+
+/// Gives the guest the abort that its access deserves.
+#[cold]
+pub fn inject(state: &mut State, fault: &Fault, far: u64, abort: Abort) {
+    let status = match abort {
+        Abort::External => Status::External,
+        Abort::AddressSize => Status::AddressSize,
+        Abort::SystemError => return undefined::enter(state, Exception::SError { iss: SERROR_ISS }),
+    };
+    let exception = match fault.access {
+        Access::Fetch => Exception::InstructionAbort { address: far, status },
+        access => Exception::DataAbort {
+            address: far,
+            status,
+            write: access == Access::Write,
+            cache_maintenance: fault.cache_maintenance,
+        },
+    };
+    undefined::enter(state, exception);
+}

@@ -1,0 +1,99 @@
+//! Why a guest left, and what is done about it: one room for each kind of reason.
+//!
+//! Protocol: the vCPU is loaded, its general registers are in its [`State`], everything else of it is in the hardware.
+//! A handler either lets it run on ([`Next::Again`]), has it look up first ([`Next::Look`]: a slice may be over, the hypervisor
+//! may have work), or makes it leave its CPU.
+//!
+//! Invariants: nothing that a guest does ends in a panic: what is not known is UNDEFINED for it. Memory is behind
+//! [`memory::abort`], which alone pins the grace period.
+
+mod firmware;
+pub mod interrupts;
+mod memory;
+mod mmio;
+mod registers;
+pub mod timers;
+mod undefined;
+mod wait;
+
+use entresol_arch_arm64::syndrome::{self, Exit};
+use entresol_metal_arm64::exit as hardware;
+
+use crate::counters::Reason;
+use crate::sched::{Leave, VcpuRef};
+use crate::vcpu::State;
+use crate::vm::Crash;
+
+/// What follows an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Into the guest again.
+    Again,
+    /// Into the guest again, unless its turn is over.
+    Look,
+    /// Off the CPU.
+    Leave(Leave),
+}
+
+/// Handles a synchronous exit.
+#[inline]
+pub fn synchronous(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next {
+    let esr = hardware::esr();
+    let counters = &vcpu.vm.counters;
+    match syndrome::decode(esr) {
+        Exit::DataAbort => {
+            counters.bump(Reason::DataAbort);
+            memory::abort(cpu, vcpu, state, esr)
+        }
+        Exit::InstructionAbort => {
+            counters.bump(Reason::InstructionAbort);
+            memory::abort(cpu, vcpu, state, esr)
+        }
+        Exit::Hvc { .. } => {
+            counters.bump(Reason::Hvc);
+            firmware::call(vcpu, state)
+        }
+        Exit::Smc { condition, .. } => {
+            counters.bump(Reason::Smc);
+            state.skip(esr);
+            if condition.holds(state.regs.pstate) { firmware::call(vcpu, state) } else { Next::Again }
+        }
+        Exit::System(access) => {
+            counters.bump(Reason::SystemRegister);
+            registers::system(vcpu, state, esr, access)
+        }
+        Exit::Wait { kind, timeout, condition } => {
+            counters.bump(Reason::Wait);
+            state.skip(esr);
+            if condition.holds(state.regs.pstate) { wait::wait(vcpu, state, kind, timeout) } else { Next::Again }
+        }
+        other => rare(vcpu, state, esr, other),
+    }
+}
+
+#[cold]
+fn rare(vcpu: &VcpuRef, state: &mut State, esr: u64, exit: Exit) -> Next {
+    match exit {
+        Exit::Coprocessor(access) => {
+            vcpu.vm.counters.bump(Reason::SystemRegister);
+            registers::coprocessor(vcpu, state, esr, &access)
+        }
+        Exit::CoprocessorPair(access) => {
+            vcpu.vm.counters.bump(Reason::SystemRegister);
+            registers::coprocessor_pair(vcpu, state, esr, &access)
+        }
+        _ => {
+            vcpu.vm.counters.bump(Reason::Undefined);
+            undefined::inject(state);
+            Next::Again
+        }
+    }
+}
+
+/// An SError that was taken from the guest: nothing tells what it hit, so the virtual machine ends.
+#[cold]
+pub fn system_error(vcpu: &VcpuRef) -> Next {
+    vcpu.vm.counters.bump(Reason::SystemError);
+    vcpu.vm.crash(Crash::SystemError { syndrome: hardware::esr() });
+    Next::Leave(Leave::Park)
+}

@@ -1,0 +1,64 @@
+//! What the hypervisor does on its own account, between two turns of vCPUs, on the boot CPU.
+//!
+//! Protocol: whoever has something for the hypervisor raises its bit; the boot CPU leaves the vCPU that it runs and does it
+//! with no vCPU loaded and no grace period pinned, so it may wait for grace periods and for other CPUs to leave a VM. All
+//! of it runs on one CPU, so it needs no order among itself.
+
+use entresol_metal_arm64::{cpu, gic};
+use entresol_sync::atomic::{AtomicU64, Ordering};
+
+use crate::sched::KICK;
+use crate::{console, control, host, registry};
+
+/// The CPU that does it.
+pub const CPU: usize = 0;
+
+/// A kind of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// The console has input, or a guest has room for input.
+    Console = 1 << 0,
+    /// The control channel has moved.
+    Control = 1 << 1,
+    /// A virtual machine has come to its end.
+    Lifecycle = 1 << 2,
+}
+
+static PENDING: AtomicU64 = AtomicU64::new(0);
+
+/// There is work.
+pub fn raise(work: Work) {
+    PENDING.fetch_or(work as u64, Ordering::SeqCst);
+    if cpu::index() != CPU {
+        gic::send_sgi(CPU, KICK);
+    }
+}
+
+/// Whether CPU `cpu` should look after it now.
+#[inline]
+pub fn pending(cpu: usize) -> bool {
+    cpu == CPU && PENDING.load(Ordering::SeqCst) != 0
+}
+
+/// Deferred frames given back in one go.
+const REAP: usize = 64;
+
+/// Does what CPU `cpu` has to do.
+pub fn run(cpu: usize) {
+    let host = host::get();
+    host.pool.reap(&host.epoch, cpu, REAP);
+    if cpu != CPU {
+        return;
+    }
+    let work = PENDING.swap(0, Ordering::SeqCst);
+    let has = |kind: Work| work & kind as u64 != 0;
+    if has(Work::Console) {
+        console::pump();
+    }
+    if has(Work::Control) {
+        control::serve();
+    }
+    if has(Work::Lifecycle) {
+        registry::settle();
+    }
+}

@@ -1,0 +1,150 @@
+//! What a physical CPU does all day: pick a vCPU, load it, run it until it leaves, put it, look after the host's work.
+//!
+//! Protocol of one turn in the guest: interrupts of the vCPU are settled before every entry; an exit is handled with the
+//! vCPU still loaded; only [`crate::exit::Next`] other than `Again` ends the turn. Physical interrupts are masked
+//! while the hypervisor runs, so an event between the last check and the entry makes the guest exit at once.
+//!
+//! Invariants: nothing here allocates. The CPU is pinned to the grace period only inside `exit`, never across an entry.
+//! Lock order: vCPU state (for the whole turn) → everything else.
+
+use entresol_metal_arm64::switch::{self, ExitKind};
+use entresol_metal_arm64::{cpu, timer, traps};
+
+use crate::exit::{self, Next};
+use crate::sched::{self, Leave, VcpuRef};
+use crate::vcpu::State;
+use crate::{host_work, irq};
+
+/// Length of a turn while others are ready, in milliseconds.
+const SLICE_MS: u64 = 10;
+
+/// Length of a turn in counts of the timer.
+fn slice() -> u64 {
+    timer::frequency() / 1000 * SLICE_MS
+}
+
+/// Runs vCPUs on CPU `cpu` for ever.
+pub fn forever(cpu: usize) -> ! {
+    loop {
+        host_work::run(cpu);
+        match sched::pick(cpu) {
+            Some(vcpu) => turn(cpu, vcpu),
+            None => idle(cpu),
+        }
+    }
+}
+
+/// Sleeps until an interrupt, and handles it.
+fn idle(cpu: usize) {
+    arm(cpu, None, None);
+    if !host_work::pending(cpu) {
+        cpu::wait_for_interrupt();
+    }
+    sched::wake_self(cpu);
+    irq::take(cpu, None);
+}
+
+/// Sets the CPU's timer to the first moment at which something must happen.
+pub fn arm(cpu: usize, slice_end: Option<u64>, vcpu_deadline: Option<u64>) {
+    let deadline = [slice_end, vcpu_deadline, sched::next_expiry(cpu)].into_iter().flatten().min();
+    match deadline {
+        Some(deadline) => timer::set_deadline(deadline),
+        None => timer::clear(),
+    }
+}
+
+/// One turn of one vCPU.
+fn turn(cpu: usize, vcpu: VcpuRef) {
+    let leave = {
+        let mut state = vcpu.vm.vcpu(vcpu.index).state.lock();
+        load(cpu, &vcpu, &mut state);
+        let leave = enter_until_it_leaves(cpu, &vcpu, &mut state);
+        put(cpu, &vcpu, &mut state);
+        match leave {
+            Leave::Wait(at_most) => Leave::Wait([at_most, deadline(&vcpu, &state)].into_iter().flatten().min()),
+            other => other,
+        }
+    };
+    let vm = vcpu.vm.clone();
+    let index = vcpu.index;
+    sched::put(cpu, vcpu, leave, || vm.wakes(index));
+}
+
+fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave {
+    let mut slice_end = timer::now() + slice();
+    tick(vcpu);
+    arm(cpu, Some(slice_end), state.physical_timer.deadline(timer::now()));
+    loop {
+        if !vcpu.vm.may_run() {
+            return Leave::Park;
+        }
+        if vcpu.vm.has_device_work() {
+            vcpu.vm.run_devices();
+        }
+        if vcpu.vm.gic.needs_sync(vcpu.index) {
+            exit::interrupts::flush(vcpu, state);
+        }
+        // SAFETY: `load` made the hardware hold this vCPU's state and its VM's tables; nothing else runs on this CPU.
+        let kind = unsafe { switch::enter(&mut state.regs) };
+        let next = match kind {
+            ExitKind::Synchronous => exit::synchronous(cpu, vcpu, state),
+            ExitKind::Interrupt => irq::take(cpu, Some((vcpu, state))),
+            ExitKind::SError => exit::system_error(vcpu),
+        };
+        match next {
+            Next::Again => {}
+            Next::Leave(leave) => return leave,
+            Next::Look => {
+                let now = timer::now();
+                if now >= slice_end {
+                    tick(vcpu);
+                    if sched::contended() {
+                        return Leave::Ready;
+                    }
+                    slice_end = now + slice();
+                }
+                if host_work::pending(cpu) {
+                    return Leave::Ready;
+                }
+                arm(cpu, Some(slice_end), state.physical_timer.deadline(now));
+            }
+        }
+    }
+}
+
+/// Devices that keep time are the first vCPU's business.
+fn tick(vcpu: &VcpuRef) {
+    if vcpu.index == 0 {
+        vcpu.vm.devices.tick();
+    }
+}
+
+/// When a vCPU that waits has to be woken by a timer.
+fn deadline(vcpu: &VcpuRef, state: &State) -> Option<u64> {
+    let alarm = if vcpu.index == 0 { vcpu.vm.devices.alarm() } else { None };
+    [state.timer.deadline(), state.physical_timer.deadline(timer::now()), alarm].into_iter().flatten().min()
+}
+
+/// Makes the hardware this vCPU.
+fn load(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
+    let vm = &vcpu.vm;
+    vm.load_tables(cpu, vcpu.index);
+    if let Some(boot) = vm.vcpu(vcpu.index).boot.lock().take() {
+        state.start(boot);
+    }
+    // SAFETY: no guest runs on this CPU, and this state's vCPU is entered next.
+    unsafe { state.el1.load() };
+    traps::trap_fp(false);
+    state.fp.load();
+    exit::interrupts::load(state);
+    exit::timers::load(vcpu, state);
+}
+
+/// Takes this vCPU out of the hardware.
+fn put(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
+    exit::timers::put(vcpu, state);
+    exit::interrupts::save(vcpu, state);
+    state.fp.save();
+    state.el1.save();
+    vcpu.vm.put_tables(cpu);
+}

@@ -1,0 +1,260 @@
+//! The scheduler: which vCPU a CPU runs next.
+//!
+//! Purpose: vCPUs of all virtual machines share the physical CPUs round-robin, preempted when a slice ends and another
+//! vCPU is ready. A vCPU that waits for an interrupt gives its CPU away; a timer or an interrupt makes it ready again.
+//!
+//! Protocol: every change of a vCPU's [`Run`] state happens under the one lock here. A CPU that finds nothing to run
+//! marks itself idle under the same lock, so a wake-up either sees it idle and sends it an interrupt, or happens before
+//! it looks for work. A vCPU goes to wait only if, under the lock, nothing is deliverable to it: whoever makes an
+//! interrupt pending does so first and takes the lock after.
+//!
+//! Invariants: a vCPU is in at most one place: the ready queue, the waiting list, one CPU, or none. The queue and the
+//! list have room for every vCPU that exists ([`reserve`]), so nothing here allocates while guests run.
+//! Lock order: a vCPU's own state → scheduler; nothing is taken under the scheduler but the interrupt controller's
+//! redistributor lock (for "is anything deliverable").
+
+use alloc::collections::VecDeque;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use entresol_devices::gic::Kick;
+use entresol_metal_arm64::{cpu, gic};
+use entresol_sync::Mutex;
+use entresol_sync::atomic::Ordering;
+
+use crate::vm::{OutOfHeap, Vm};
+
+/// Software-generated interrupt that makes another CPU look up from what it does.
+pub const KICK: u32 = 1;
+
+/// Where a vCPU is. Stored in the vCPU, written under the scheduler's lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// Powered off, as PSCI means it.
+    Off,
+    /// In the ready queue.
+    Ready,
+    /// On a CPU.
+    Running(usize),
+    /// Waits for an interrupt.
+    Waiting,
+    /// Would be ready, but its virtual machine is paused.
+    Parked,
+}
+
+/// Why a vCPU leaves its CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// Its slice is over, or the hypervisor has work.
+    Ready,
+    /// It waits for an interrupt, at the latest until this count of the physical counter.
+    Wait(Option<u64>),
+    /// It powered itself off.
+    Off,
+    /// Its virtual machine no longer runs.
+    Park,
+}
+
+/// A vCPU by name.
+#[derive(Clone)]
+pub struct VcpuRef {
+    /// Its virtual machine.
+    pub vm: Arc<Vm>,
+    /// Its number there.
+    pub index: usize,
+}
+
+impl VcpuRef {
+    fn is(&self, vm: &Vm, index: usize) -> bool {
+        core::ptr::eq(Arc::as_ptr(&self.vm), vm) && self.index == index
+    }
+}
+
+struct Waiter {
+    vcpu: VcpuRef,
+    deadline: Option<u64>,
+    cpu: usize,
+}
+
+struct Queues {
+    ready: VecDeque<VcpuRef>,
+    waiting: Vec<Waiter>,
+    idle: u64,
+    vcpus: usize,
+}
+
+static QUEUES: Mutex<Queues> = Mutex::new(Queues { ready: VecDeque::new(), waiting: Vec::new(), idle: 0, vcpus: 0 });
+
+/// Makes room for `vcpus` more vCPUs.
+///
+/// # Errors
+///
+/// [`OutOfHeap`]; nothing changed.
+pub fn reserve(vcpus: usize) -> Result<(), OutOfHeap> {
+    let mut queues = QUEUES.lock();
+    let total = queues.vcpus + vcpus;
+    let (ready, waiting) = (queues.ready.len(), queues.waiting.len());
+    queues.ready.try_reserve(total - ready).map_err(|_| OutOfHeap)?;
+    queues.waiting.try_reserve(total - waiting).map_err(|_| OutOfHeap)?;
+    queues.vcpus = total;
+    Ok(())
+}
+
+/// Gives back the room of a virtual machine whose vCPUs are all gone.
+pub fn release(vcpus: usize) {
+    QUEUES.lock().vcpus -= vcpus;
+}
+
+impl Queues {
+    fn make_ready(&mut self, vcpu: VcpuRef) {
+        let slot = vcpu.vm.vcpu(vcpu.index);
+        if !vcpu.vm.may_run() {
+            slot.set_run(Run::Parked);
+            return;
+        }
+        slot.set_run(Run::Ready);
+        self.ready.push_back(vcpu);
+        if self.idle != 0 {
+            gic::send_sgi(self.idle.trailing_zeros() as usize, KICK);
+        }
+    }
+
+    fn stop_waiting(&mut self, vm: &Vm, index: usize) -> Option<VcpuRef> {
+        let place = self.waiting.iter().position(|waiter| waiter.vcpu.is(vm, index))?;
+        Some(self.waiting.swap_remove(place).vcpu)
+    }
+}
+
+/// Powers a vCPU on. False if it is on already.
+pub fn power_on(vcpu: VcpuRef, prepare: impl FnOnce()) -> bool {
+    let mut queues = QUEUES.lock();
+    if vcpu.vm.vcpu(vcpu.index).run() != Run::Off {
+        return false;
+    }
+    prepare();
+    queues.make_ready(vcpu);
+    true
+}
+
+/// The next vCPU for CPU `cpu`, now running there; or `None`, and the CPU counts as idle.
+pub fn pick(cpu: usize) -> Option<VcpuRef> {
+    let mut queues = QUEUES.lock();
+    while let Some(vcpu) = queues.ready.pop_front() {
+        let slot = vcpu.vm.vcpu(vcpu.index);
+        if vcpu.vm.may_run() {
+            slot.set_run(Run::Running(cpu));
+            queues.idle &= !(1 << cpu);
+            return Some(vcpu);
+        }
+        slot.set_run(Run::Parked);
+    }
+    queues.idle |= 1 << cpu;
+    None
+}
+
+/// CPU `cpu` is not idle any more: it looks for work again.
+pub fn wake_self(cpu: usize) {
+    QUEUES.lock().idle &= !(1 << cpu);
+}
+
+/// A vCPU has left CPU `cpu`; its state is saved. `deliverable` says whether an interrupt waits for it.
+pub fn put(cpu: usize, vcpu: VcpuRef, leave: Leave, deliverable: impl FnOnce() -> bool) {
+    let mut queues = QUEUES.lock();
+    let slot = vcpu.vm.vcpu(vcpu.index);
+    match leave {
+        Leave::Off => slot.set_run(Run::Off),
+        Leave::Park => queues.make_ready(vcpu),
+        Leave::Ready => queues.make_ready(vcpu),
+        Leave::Wait(_) if deliverable() => queues.make_ready(vcpu),
+        Leave::Wait(deadline) => {
+            slot.set_run(Run::Waiting);
+            queues.waiting.push(Waiter { vcpu, deadline, cpu });
+        }
+    }
+}
+
+/// Something may be deliverable to these vCPUs of `vm`: the waiting become ready, the running look.
+pub fn kick(vm: &Vm, vcpus: Kick) {
+    let this = cpu::index();
+    let mut queues = QUEUES.lock();
+    for index in vcpus.iter().filter(|index| *index < vm.vcpus()) {
+        match vm.vcpu(index).run() {
+            Run::Waiting => {
+                if let Some(vcpu) = queues.stop_waiting(vm, index) {
+                    queues.make_ready(vcpu);
+                }
+            }
+            Run::Running(cpu) if cpu != this => gic::send_sgi(cpu, KICK),
+            Run::Running(_) | Run::Off | Run::Ready | Run::Parked => {}
+        }
+    }
+}
+
+/// Every vCPU of `vm` that runs elsewhere looks up.
+pub fn interrupt(vm: &Vm) {
+    let this = cpu::index();
+    let _queues = QUEUES.lock();
+    for index in 0..vm.vcpus() {
+        if let Run::Running(cpu) = vm.vcpu(index).run()
+            && cpu != this
+        {
+            gic::send_sgi(cpu, KICK);
+        }
+    }
+}
+
+/// The vCPUs of `vm` that were parked become ready: it runs again.
+pub fn unpark(vm: &Arc<Vm>) {
+    let mut queues = QUEUES.lock();
+    for index in 0..vm.vcpus() {
+        if vm.vcpu(index).run() == Run::Parked {
+            queues.make_ready(VcpuRef { vm: vm.clone(), index });
+        }
+    }
+}
+
+/// Takes every vCPU of `vm` off: none is ready, waits, or runs once this returns. The virtual machine must already
+/// refuse to run, and the caller must not be inside one of its vCPUs.
+pub fn withdraw(vm: &Vm) {
+    {
+        let mut queues = QUEUES.lock();
+        queues.ready.retain(|vcpu| !core::ptr::eq(Arc::as_ptr(&vcpu.vm), vm));
+        queues.waiting.retain(|waiter| !core::ptr::eq(Arc::as_ptr(&waiter.vcpu.vm), vm));
+        for index in 0..vm.vcpus() {
+            match vm.vcpu(index).run() {
+                Run::Running(cpu) => gic::send_sgi(cpu, KICK),
+                Run::Ready | Run::Waiting => vm.vcpu(index).set_run(Run::Parked),
+                Run::Off | Run::Parked => {}
+            }
+        }
+    }
+    // A running vCPU leaves at its next exit, which the interrupt forces; its CPU never waits for this one.
+    while (0..vm.vcpus()).any(|index| matches!(vm.vcpu(index).run(), Run::Running(_))) {
+        core::hint::spin_loop();
+    }
+    core::sync::atomic::fence(Ordering::SeqCst);
+}
+
+/// Makes ready every vCPU that waited on this CPU's timer and whose time has come.
+pub fn expire(cpu: usize, now: u64) {
+    let mut queues = QUEUES.lock();
+    while let Some(place) = queues
+        .waiting
+        .iter()
+        .position(|waiter| waiter.cpu == cpu && waiter.deadline.is_some_and(|deadline| deadline <= now))
+    {
+        let vcpu = queues.waiting.swap_remove(place).vcpu;
+        queues.make_ready(vcpu);
+    }
+}
+
+/// The earliest moment at which [`expire`] has something to do on `cpu`.
+pub fn next_expiry(cpu: usize) -> Option<u64> {
+    let queues = QUEUES.lock();
+    queues.waiting.iter().filter(|waiter| waiter.cpu == cpu).filter_map(|waiter| waiter.deadline).min()
+}
+
+/// Whether another vCPU is ready, so that a slice must end.
+pub fn contended() -> bool {
+    !QUEUES.lock().ready.is_empty()
+}

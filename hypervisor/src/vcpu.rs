@@ -1,0 +1,146 @@
+//! One virtual CPU.
+//!
+//! Purpose: everything a guest believes to be its CPU: general registers, EL1 state, floating point, the image of its
+//! interrupt interface, its timers. While it runs, most of it stands in the hardware; [`State`] is where it stands
+//! otherwise.
+//!
+//! Protocol: the CPU that runs a vCPU holds the lock of its [`State`] from `load` to `put`. Where the vCPU *is* belongs to
+//! the scheduler ([`crate::sched::Run`]). A sibling that powers it on leaves the first registers in [`Vcpu::boot`], which the
+//! CPU that loads it next takes.
+//!
+//! Lock order: state → scheduler; the boot registers are a leaf.
+
+use entresol_arch_arm64::mpidr::Affinity;
+use entresol_arch_arm64::syndrome;
+use entresol_devices::gic::ListRegisters;
+use entresol_metal_arm64::switch::gic::{self, GicState};
+use entresol_metal_arm64::switch::{El1State, FpState, Registers, TimerState};
+use entresol_slot::Hint;
+use entresol_sync::Mutex;
+use entresol_sync::atomic::{AtomicU64, Ordering};
+
+use crate::physical_timer::PhysicalTimer;
+use crate::sched::Run;
+
+/// PSTATE of a vCPU at its first instruction: EL1h, all exceptions masked (PSCI, CPU_ON; Linux boot protocol).
+const RESET_PSTATE: u64 = 0b1111 << 6 | 0b0101;
+
+/// SPSR_EL2.SS: a software step that is due is taken before the next instruction, not again for this one.
+const SINGLE_STEP: u64 = 1 << 21;
+
+/// The registers that a vCPU starts with.
+#[derive(Clone, Copy, Debug)]
+pub struct Boot {
+    /// First instruction.
+    pub entry: u64,
+    /// X0.
+    pub argument: u64,
+}
+
+/// What stands in the hardware while the vCPU runs.
+pub struct State {
+    /// General registers, PC, PSTATE: saved at every exit.
+    pub regs: Registers,
+    /// EL1 and EL0 system registers.
+    pub el1: El1State,
+    /// SIMD and floating point.
+    pub fp: FpState,
+    /// List registers and the rest of the virtual CPU interface.
+    pub gic: ListRegisters,
+    /// The same as the hardware takes it, with the active priorities.
+    pub interface: GicState,
+    /// The virtual timer.
+    pub timer: TimerState,
+    /// The emulated physical timer.
+    pub physical_timer: PhysicalTimer,
+    /// Where its last fault found its slot.
+    pub hint: Hint,
+}
+
+/// A virtual CPU.
+pub struct Vcpu {
+    run: AtomicU64,
+    /// The registers for its next start.
+    pub boot: Mutex<Option<Boot>>,
+    /// See the module.
+    pub state: Mutex<State>,
+}
+
+const OFF: u64 = 0;
+const READY: u64 = 1;
+const WAITING: u64 = 2;
+const PARKED: u64 = 3;
+const RUNNING: u64 = 4;
+
+impl Vcpu {
+    /// vCPU `index`, powered off.
+    pub fn new(index: u8) -> Self {
+        let state = State {
+            regs: Registers::ZERO,
+            el1: El1State::reset(Affinity::of_vcpu(index).fields()),
+            fp: FpState::ZERO,
+            gic: ListRegisters::new(gic::list_registers() as u64 - 1),
+            interface: GicState::RESET,
+            timer: TimerState::default(),
+            physical_timer: PhysicalTimer::default(),
+            hint: Hint::new(),
+        };
+        Self { run: AtomicU64::new(OFF), boot: Mutex::new(None), state: Mutex::new(state) }
+    }
+
+    /// Where it is. Stable only under the scheduler's lock.
+    pub fn run(&self) -> Run {
+        match self.run.load(Ordering::Acquire) {
+            OFF => Run::Off,
+            READY => Run::Ready,
+            WAITING => Run::Waiting,
+            PARKED => Run::Parked,
+            running => Run::Running((running - RUNNING) as usize),
+        }
+    }
+
+    /// For the scheduler, under its lock.
+    pub fn set_run(&self, run: Run) {
+        let raw = match run {
+            Run::Off => OFF,
+            Run::Ready => READY,
+            Run::Waiting => WAITING,
+            Run::Parked => PARKED,
+            Run::Running(cpu) => RUNNING + cpu as u64,
+        };
+        self.run.store(raw, Ordering::SeqCst);
+    }
+}
+
+impl State {
+    /// Back to power-on, then to where `boot` says.
+    pub fn start(&mut self, boot: Boot) {
+        self.el1 = El1State::reset(self.el1.vmpidr);
+        self.fp = FpState::ZERO;
+        self.timer = TimerState { offset: self.timer.offset, ..TimerState::default() };
+        self.physical_timer = PhysicalTimer::default();
+        self.regs = Registers::ZERO;
+        self.regs.x[0] = boot.argument;
+        self.regs.pc = boot.entry;
+        self.regs.pstate = RESET_PSTATE;
+    }
+
+    /// Steps over the instruction that exited with syndrome `esr`.
+    #[inline]
+    pub fn skip(&mut self, esr: u64) {
+        self.regs.pc = self.regs.pc.wrapping_add(syndrome::instruction_bytes(esr));
+        self.regs.pstate &= !SINGLE_STEP;
+    }
+
+    /// General register `index` as an instruction reads it: 31 is zero.
+    pub fn read(&self, index: u8) -> u64 {
+        self.regs.x.get(usize::from(index)).copied().unwrap_or(0)
+    }
+
+    /// General register `index` as an instruction writes it: 31 is discarded.
+    pub fn write(&mut self, index: u8, value: u64) {
+        if let Some(register) = self.regs.x.get_mut(usize::from(index)) {
+            *register = value;
+        }
+    }
+}

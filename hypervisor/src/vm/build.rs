@@ -1,0 +1,264 @@
+//! Making a virtual machine from its configuration and its files.
+//!
+//! Everything that can be wrong with them is found before anything is started; what was made until then is given back.
+
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::mem::ManuallyDrop;
+
+use entresol_addr::{Gpa, PAGE_SIZE, PageSize};
+use entresol_arch_arm64::idregs::{self, VmFeatures};
+use entresol_arch_arm64::stage2::{self, Stage2};
+use entresol_arch_arm64::sysreg::SysReg;
+use entresol_backing::{ObjectHandle, Policy, Spec};
+use entresol_devices::gic::{Config as GicConfig, Vgic};
+use entresol_loader::kernel::{self, Hint};
+use entresol_loader::{Memory as _, Ram, Region, fdt, layout, virt};
+use entresol_metal_arm64::features::{self, Feature};
+use entresol_metal_arm64::traps::Hcr;
+use entresol_metal_arm64::{Metal, cpu, identity};
+use entresol_mmu::{Counter, Options, Vm as Memory};
+use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
+use entresol_sync::Mutex;
+use entresol_sync::atomic::{AtomicBool, AtomicUsize};
+use entresol_wire::bundle::{Bundle, FileIndex};
+use entresol_wire::config::{self, KernelFormat, LargestEntry};
+
+use super::devices::Devices;
+use super::lines::Link;
+use super::memory::BootMemory;
+use super::{ID_REGISTERS, OutOfHeap, Overlay, Pause, Status, Vm};
+use crate::console::Terminal;
+use crate::counters::Counters;
+use crate::entropy;
+use crate::host;
+use crate::sched;
+use crate::vcpu::{Boot, Vcpu};
+
+/// SPIs of a guest's interrupt controller, as QEMU's `virt` has.
+const SPIS: usize = 256;
+/// Slots of a virtual machine.
+const SLOTS: u32 = 64;
+/// Bits of guest physical address: enough for the most memory that a machine may have, from 1 GiB.
+const IPA_BITS: u8 = 40;
+
+/// Why a virtual machine was not made: which, and the rule.
+#[derive(Clone, Debug)]
+pub struct BuildError(String);
+
+impl fmt::Display for BuildError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<OutOfHeap> for BuildError {
+    fn from(_: OutOfHeap) -> Self {
+        Self("the hypervisor's heap has no room for it".to_string())
+    }
+}
+
+fn because(what: &str) -> impl Fn(&dyn fmt::Display) -> BuildError + '_ {
+    move |error| BuildError(alloc::format!("{what}: {error}"))
+}
+
+/// A virtual machine that is ready to start at `boot`.
+pub struct Built {
+    /// It.
+    pub vm: Arc<Vm>,
+    /// Where vCPU 0 starts.
+    pub boot: Boot,
+}
+
+/// Makes the virtual machine `config` says, with files of `bundle`, its console on `terminal`.
+///
+/// # Errors
+///
+/// [`BuildError`]; nothing is left behind.
+pub fn build(
+    config: &config::Vm<FileIndex>,
+    bundle: &Bundle<'static>,
+    terminal: &Arc<Terminal>,
+    disks: &[Arc<Overlay>],
+) -> Result<Built, BuildError> {
+    let guest = Guest::recognise(config, bundle)?;
+    let vm = assemble(config, terminal, disks)?;
+    let boot = guest.place(&vm.memory)?;
+    Ok(Built { vm, boot })
+}
+
+/// Everything but the guest's files. What can fail fails before the virtual machine exists; from then on dropping it
+/// gives everything back.
+fn assemble(
+    config: &config::Vm<FileIndex>,
+    terminal: &Arc<Terminal>,
+    disks: &[Arc<Overlay>],
+) -> Result<Arc<Vm>, BuildError> {
+    let vcpus = config.vcpus as usize;
+    let gic = Vgic::new(GicConfig { vcpus, spis: SPIS }).map_err(|error| because("interrupts")(&error))?;
+    let (gic, link) = (Arc::new(gic), Link::default());
+    let devices = Devices::new(&link, &gic, terminal, disks)?;
+    let mut all = Vec::new();
+    all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
+    all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
+    let ram = create_ram(config)?;
+    let (memory, vtcr) = create_memory(config, ram).inspect_err(|_| destroy_ram(ram))?;
+    if let Err(error) = sched::reserve(vcpus) {
+        memory.destroy(cpu::index());
+        destroy_ram(ram);
+        return Err(error.into());
+    }
+    let id_registers = id_registers(memory.ipa_bits());
+    let vm = Arc::new(Vm {
+        config: config.clone(),
+        memory: ManuallyDrop::new(memory),
+        gic,
+        counters: Counters::default(),
+        unclaimed: Counter::new(),
+        devices,
+        ram,
+        vcpus: all.into_boxed_slice(),
+        status: Mutex::new(Status::Paused(Pause::NotStarted)),
+        runs: AtomicBool::new(false),
+        id_registers,
+        vtcr,
+        hcr: Hcr::guest() | Hcr::TWE,
+        last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
+        memory_end: virt::RAM_BASE + config.memory,
+    });
+    link.tie(&vm);
+    Ok(vm)
+}
+
+/// The memory with its one slot, and VTCR_EL2 for it.
+fn create_memory(
+    config: &config::Vm<FileIndex>,
+    ram: ObjectHandle,
+) -> Result<(Memory<'static, Metal, Stage2>, u64), BuildError> {
+    let largest = match config.policies.page_size {
+        LargestEntry::Block2M => PageSize::Size2M,
+        LargestEntry::Page4K => PageSize::Size4K,
+    };
+    let physical_bits = features::physical_bits();
+    let options = Options { ipa_bits: IPA_BITS.min(physical_bits), slots: SLOTS, largest };
+    let format = Stage2 { fwb: features::has(Feature::FORCED_WRITE_BACK) };
+    let failed = |error: &dyn fmt::Debug| BuildError(alloc::format!("memory: {error:?}"));
+    let memory = Memory::new(host::get(), cpu::index(), format, options).map_err(|error| failed(&error))?;
+    let vtcr = stage2::vtcr(memory.table().geometry(), physical_bits, features::has(Feature::VMID_16));
+    let ready = vtcr.map_err(|error| failed(&error)).and_then(|vtcr| set_ram(&memory, config, ram).map(|()| vtcr));
+    match ready {
+        Ok(vtcr) => Ok((memory, vtcr)),
+        Err(error) => {
+            memory.destroy(cpu::index());
+            Err(error)
+        }
+    }
+}
+
+fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildError> {
+    let host = host::get();
+    let policy = match config.policies.page_size {
+        LargestEntry::Block2M => Policy::Blocks,
+        LargestEntry::Page4K => Policy::Pages,
+    };
+    let spec = Spec::Anonymous { frames: config.memory / PAGE_SIZE, policy };
+    host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))
+}
+
+fn destroy_ram(ram: ObjectHandle) {
+    let host = host::get();
+    if let Err(error) = host.objects.destroy(&host.supply(cpu::index()), &host.epoch, ram) {
+        log::error!("a memory object stays: {error:?}");
+    }
+}
+
+fn set_ram(
+    memory: &Memory<'static, Metal, Stage2>,
+    config: &config::Vm<FileIndex>,
+    ram: ObjectHandle,
+) -> Result<(), BuildError> {
+    let request = SlotRequest {
+        id: 0,
+        base: Gpa::new(virt::RAM_BASE),
+        size: config.memory,
+        object: ObjectId::new(ram.raw()),
+        offset: 0,
+        flags: SlotFlags::empty().bits(),
+    };
+    memory.set_slot(cpu::index(), &request).map_err(|error| because("memory")(&error))
+}
+
+/// What the guest reads of every identification register.
+fn id_registers(physical_bits: u8) -> [u64; ID_REGISTERS] {
+    let vm = VmFeatures {
+        physical_bits,
+        aarch32: features::has(Feature::AARCH32_EL0),
+        pointer_auth: features::has(Feature::PAUTH),
+        memory_copy: features::has(Feature::MOPS) && features::has(Feature::HCRX),
+    };
+    core::array::from_fn(|index| {
+        let (crm, op2) = (index as u8 / 8 + 1, index as u8 % 8);
+        idregs::sanitise(SysReg::new(3, 0, 0, crm, op2), identity::register(crm, op2), &vm)
+    })
+}
+
+/// The files of a guest, looked at but not yet in its memory.
+struct Guest<'b> {
+    config: &'b config::Vm<FileIndex>,
+    kernel: kernel::Kernel,
+    file: &'static [u8],
+    initrd: &'static [u8],
+}
+
+impl<'b> Guest<'b> {
+    fn recognise(config: &'b config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Result<Self, BuildError> {
+        let data = |index, what: &str| {
+            let file = bundle.file(index).map(|file| file.data);
+            file.ok_or_else(|| BuildError(alloc::format!("{what}: the bundle has no such file")))
+        };
+        let file = data(config.kernel, "kernel")?;
+        let initrd = config.initrd.map_or(Ok(&[][..]), |index| data(index, "initrd"))?;
+        let hint = match config.kernel_format {
+            KernelFormat::Auto => Hint::Auto,
+            KernelFormat::Flat => Hint::Flat,
+        };
+        let kernel = kernel::recognise(file, hint).map_err(|error| because("kernel")(&error))?;
+        Ok(Self { config, kernel, file, initrd })
+    }
+
+    /// Puts everything where it belongs, and says where to start.
+    fn place(&self, memory: &Memory<'static, Metal, Stage2>) -> Result<Boot, BuildError> {
+        let ram = Ram { base: Gpa::new(virt::RAM_BASE), size: self.config.memory };
+        let seeds = entropy::seeds();
+        let mut machine = fdt::Machine {
+            ram,
+            vcpus: self.config.vcpus as u8,
+            cmdline: &self.config.cmdline,
+            initrd: (!self.initrd.is_empty()).then_some(Region { start: ram.base, size: self.initrd.len() as u64 }),
+            virtio: u32::MAX,
+            rng_seed: seeds.map(|(seed, _)| seed),
+            kaslr_seed: seeds.map(|(_, seed)| seed),
+        };
+        let size = fdt::generate(&machine).map_err(|error| because("device tree")(&error))?.len() as u64;
+        let layout = layout::layout(ram, &self.kernel, self.initrd.len() as u64, size);
+        let layout = layout.map_err(|error| because("memory")(&error))?;
+        machine.initrd = layout.initrd;
+        let tree = fdt::generate(&machine).map_err(|error| because("device tree")(&error))?;
+        let mut boot = BootMemory::new(memory);
+        kernel::place(&self.kernel, self.file, &layout, &mut boot)
+            .map_err(|error| BuildError(alloc::format!("kernel: {error:?}")))?;
+        let put = |boot: &mut BootMemory<'_>, at: Region, bytes: &[u8]| {
+            boot.write(at.start, bytes).map_err(|error| BuildError(alloc::format!("memory: {error:?}")))
+        };
+        if let Some(initrd) = layout.initrd {
+            put(&mut boot, initrd, self.initrd)?;
+        }
+        put(&mut boot, layout.dtb, &tree)?;
+        if let Some(copy) = layout.dtb_at_base {
+            put(&mut boot, copy, &tree)?;
+        }
+        Ok(Boot { entry: layout.entry.get(), argument: layout.dtb.start.get() })
+    }
+}

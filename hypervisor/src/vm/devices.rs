@@ -1,0 +1,236 @@
+//! The guest's map: which device answers at which address.
+//!
+//! Addresses are those of QEMU's `virt` machine ([`entresol_loader::virt`]). Disks come first among the virtio transports, then
+//! the console, then entropy; the others exist and are empty.
+//!
+//! Work that a device could not finish within one exit is remembered in a bit for each transport, and carried on before
+//! some vCPU enters the guest again.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use entresol_addr::Gpa;
+use entresol_devices::bus::{Device, Work};
+use entresol_devices::gic::{GicError, REDISTRIBUTOR_SIZE, Vgic};
+use entresol_devices::pl011::Pl011;
+use entresol_devices::pl031::Pl031;
+use entresol_devices::virtio::block::Block;
+use entresol_devices::virtio::console::Console as VirtioConsole;
+use entresol_devices::virtio::entropy::EntropySource;
+use entresol_devices::virtio::{self, VirtioMmio, empty::EmptySlot};
+use entresol_loader::virt;
+use entresol_sync::atomic::{AtomicU32, Ordering};
+use entresol_wire::config::UnclaimedMmio;
+
+use super::lines::{Line, Link};
+use super::memory::DeviceMemory;
+use super::{OutOfHeap, Overlay, Pause, Vm};
+use crate::clock::{self, WallClock};
+use crate::console::Terminal;
+use crate::entropy::MachineEntropy;
+use crate::exit::interrupts;
+use crate::sched::VcpuRef;
+use crate::vcpu::State;
+
+/// First SPI's INTID.
+const FIRST_SPI: u32 = 32;
+
+/// How an access ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// A load's value.
+    Value(u64),
+    /// A store is done.
+    Done,
+    /// A store is done, and the vCPU has to look up.
+    Look,
+    /// Nobody is there, and the owner wants the guest to know.
+    Abort,
+}
+
+type SerialPort = Pl011<Arc<Terminal>, Line>;
+type VirtioPort = VirtioMmio<VirtioConsole, DeviceMemory, Line>;
+
+/// The devices of one virtual machine.
+pub struct Devices {
+    serial: SerialPort,
+    clock: Pl031<WallClock, Line>,
+    transports: Box<[Arc<dyn Device>]>,
+    port: Arc<VirtioPort>,
+    unfinished: AtomicU32,
+}
+
+impl From<GicError> for OutOfHeap {
+    fn from(_: GicError) -> Self {
+        Self
+    }
+}
+
+impl From<virtio::OutOfMemory> for OutOfHeap {
+    fn from(_: virtio::OutOfMemory) -> Self {
+        Self
+    }
+}
+
+impl Devices {
+    /// The devices of the virtual machine at the end of `link`, with these disks, on `terminal`.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfHeap`].
+    pub fn new(
+        link: &Link,
+        gic: &Arc<Vgic>,
+        terminal: &Arc<Terminal>,
+        disks: &[Arc<Overlay>],
+    ) -> Result<Self, OutOfHeap> {
+        let line = |spi: u32| Ok::<_, OutOfHeap>(Line::new(link.clone(), gic.clone(), gic.spi(FIRST_SPI + spi)?));
+        let memory = || DeviceMemory::new(link.clone());
+        let mut transports: Vec<Arc<dyn Device>> = Vec::new();
+        transports.try_reserve_exact(virt::VIRTIO_SLOTS as usize).map_err(|_| OutOfHeap)?;
+        let wire = |slot: usize| line(virt::VIRTIO_SPI + slot as u32);
+        for (index, disk) in disks.iter().enumerate() {
+            let name = [b'v', b'd', b'a' + index as u8];
+            let block = VirtioMmio::new(Block::new(disk.clone(), &name)?, memory(), wire(transports.len())?)?;
+            transports.push(Arc::new(block));
+        }
+        let console = VirtioConsole::new(terminal.clone(), None)?;
+        let port = Arc::new(VirtioMmio::new(console, memory(), wire(transports.len())?)?);
+        transports.push(port.clone());
+        if let Some(source) = MachineEntropy::of_this_machine() {
+            let entropy = VirtioMmio::new(EntropySource::new(source)?, memory(), wire(transports.len())?)?;
+            transports.push(Arc::new(entropy));
+        }
+        let empty: Arc<dyn Device> = Arc::new(EmptySlot);
+        transports.resize(virt::VIRTIO_SLOTS as usize, empty);
+        Ok(Self {
+            serial: Pl011::new(terminal.clone(), line(virt::UART_SPI)?),
+            clock: Pl031::new(WallClock, line(virt::RTC_SPI)?),
+            transports: transports.into_boxed_slice(),
+            port,
+            unfinished: AtomicU32::new(0),
+        })
+    }
+
+    /// Gives the guest input; returns how many of the first bytes it took. The serial port has precedence; a guest that
+    /// listens only at its virtio console gets it there.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        let taken = self.serial.offer(bytes);
+        if taken == 0 && !self.serial.is_heard() { self.port.offer(bytes) } else { taken }
+    }
+
+    /// Work that was stalled goes on.
+    pub fn resume(&self) {
+        self.unfinished.store(u32::MAX, Ordering::Release);
+    }
+
+    /// The count at which its clock's alarm must be looked at.
+    pub fn alarm(&self) -> Option<u64> {
+        self.clock.next_alarm().map(clock::count_at)
+    }
+
+    /// Time passes: to be called when a turn of its first vCPU begins, and every slice of it.
+    pub fn tick(&self) {
+        self.serial.tick();
+        if self.clock.next_alarm().is_some() {
+            self.clock.check(clock::unix_seconds());
+        }
+    }
+
+    fn at(&self, gpa: u64) -> Option<(&dyn Device, u64, Option<usize>)> {
+        let inside = |base: u64, size: u64| gpa.checked_sub(base).filter(|offset| *offset < size);
+        if let Some(offset) = inside(virt::UART_BASE, virt::UART_SIZE) {
+            return Some((&self.serial, offset, None));
+        }
+        if let Some(offset) = inside(virt::VIRTIO_BASE, virt::VIRTIO_SIZE * u64::from(virt::VIRTIO_SLOTS)) {
+            let slot = (offset / virt::VIRTIO_SIZE) as usize;
+            return self.transports.get(slot).map(|device| (&**device, offset % virt::VIRTIO_SIZE, Some(slot)));
+        }
+        inside(virt::RTC_BASE, virt::RTC_SIZE).map(|offset| (&self.clock as &dyn Device, offset, None))
+    }
+}
+
+impl Vm {
+    /// A guest's load of `size` bytes at `gpa`.
+    pub fn device_read(&self, vcpu: &VcpuRef, state: &mut State, gpa: Gpa, size: u8) -> Claim {
+        let address = gpa.get();
+        if let Some((device, offset, _)) = self.devices.at(address) {
+            return Claim::Value(device.read(offset, size));
+        }
+        if let Some((frame, offset)) = gic_frame(address) {
+            interrupts::sync(vcpu, state);
+            let (value, kick) = match frame {
+                None => self.gic.dist_read(offset, size),
+                Some(frame) => self.gic.redist_read(frame, offset, size),
+            };
+            interrupts::kick(vcpu, kick);
+            return Claim::Value(value);
+        }
+        self.unclaimed.bump();
+        match self.config.policies.unclaimed_mmio {
+            UnclaimedMmio::Abort => Claim::Abort,
+            UnclaimedMmio::ReadAsZero => Claim::Value(0),
+        }
+    }
+
+    /// A guest's store of the low `size` bytes of `value` at `gpa`.
+    pub fn device_write(&self, vcpu: &VcpuRef, state: &mut State, gpa: Gpa, size: u8, value: u64) -> Claim {
+        let address = gpa.get();
+        if let Some((device, offset, slot)) = self.devices.at(address) {
+            let work = device.write(offset, size, value);
+            return if self.note(slot, work) { Claim::Look } else { Claim::Done };
+        }
+        if let Some((frame, offset)) = gic_frame(address) {
+            interrupts::sync(vcpu, state);
+            let kick = match frame {
+                None => self.gic.dist_write(offset, size, value),
+                Some(frame) => self.gic.redist_write(frame, offset, size, value),
+            };
+            interrupts::kick(vcpu, kick);
+            return Claim::Done;
+        }
+        self.unclaimed.bump();
+        match self.config.policies.unclaimed_mmio {
+            UnclaimedMmio::Abort => Claim::Abort,
+            UnclaimedMmio::ReadAsZero => Claim::Done,
+        }
+    }
+
+    /// Remembers what `work` left to do; true if there is something.
+    fn note(&self, slot: Option<usize>, work: Work) -> bool {
+        match (work, slot) {
+            (Work::Idle, _) | (_, None) => false,
+            (Work::More, Some(slot)) => {
+                self.devices.unfinished.fetch_or(1 << slot, Ordering::AcqRel);
+                true
+            }
+            (Work::Stalled, Some(_)) => self.pause(Pause::OutOfMemory),
+        }
+    }
+
+    /// Whether a device has work to carry on.
+    #[inline]
+    pub fn has_device_work(&self) -> bool {
+        self.devices.unfinished.load(Ordering::Acquire) != 0
+    }
+
+    /// Carries on the work of every device that has some, one part of each.
+    #[cold]
+    pub fn run_devices(&self) {
+        let unfinished = self.devices.unfinished.swap(0, Ordering::AcqRel);
+        for slot in (0..virt::VIRTIO_SLOTS as usize).filter(|slot| unfinished >> slot & 1 != 0) {
+            self.note(Some(slot), self.devices.transports[slot].run());
+        }
+    }
+}
+
+/// The GIC's frame at `address`: `None` for the distributor, or the number of a redistributor; and the offset in it.
+fn gic_frame(address: u64) -> Option<(Option<usize>, u64)> {
+    let inside = |base: u64, size: u64| address.checked_sub(base).filter(|offset| *offset < size);
+    if let Some(offset) = inside(virt::GICD_BASE, virt::GICD_SIZE) {
+        return Some((None, offset));
+    }
+    let offset = inside(virt::GICR_BASE, virt::GICR_SIZE)?;
+    Some((Some((offset / REDISTRIBUTOR_SIZE) as usize), offset % REDISTRIBUTOR_SIZE))
+}

@@ -1,0 +1,311 @@
+//! A virtual machine: its memory, its vCPUs, its interrupt controller, its devices.
+//!
+//! Protocol of its life: [`build`] makes it from its configuration and files, not running; [`Vm::start`] powers vCPU 0 on; it
+//! runs until someone pauses or ends it. Whoever ends it only sets its [`Status`] and makes its vCPUs look up; taking it apart
+//! is the host's work, done with none of its vCPUs on a CPU.
+//!
+//! Invariants: `runs` is true exactly in [`Status::Running`]. A vCPU that sees it false leaves its CPU before it enters
+//! the guest again. A virtual machine is dropped by the host's work only, unpinned.
+//! Lock order: status → scheduler.
+
+pub mod build;
+mod devices;
+mod lines;
+mod memory;
+mod overlay;
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::mem::ManuallyDrop;
+
+use entresol_arch_arm64::stage2::{self, Stage2};
+use entresol_arch_arm64::sysreg::SysReg;
+use entresol_backing::ObjectHandle;
+use entresol_devices::gic::Vgic;
+use entresol_metal_arm64::features::{self, Feature};
+use entresol_metal_arm64::traps::{self, Hcr};
+use entresol_metal_arm64::{Metal, cpu, live};
+use entresol_mmu::Counter;
+use entresol_sync::Mutex;
+use entresol_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use entresol_wire::bundle::FileIndex;
+use entresol_wire::config;
+
+use crate::counters::Counters;
+use crate::host;
+use crate::host_work::{self, Work};
+use crate::sched::{self, VcpuRef};
+use crate::vcpu::{Boot, Vcpu};
+use devices::Devices;
+
+pub use build::BuildError;
+pub use devices::Claim;
+pub use overlay::Overlay;
+
+/// The heap has no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfHeap;
+
+/// Why a virtual machine is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// It was never started: its configuration says so.
+    NotStarted,
+    /// Its owner asked for it.
+    Owner,
+    /// A page was needed and there is no frame.
+    OutOfMemory,
+}
+
+/// How a virtual machine ended by its own doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// PSCI SYSTEM_OFF.
+    PowerOff,
+    /// PSCI SYSTEM_RESET.
+    Reset,
+    /// Its owner killed it.
+    Killed,
+}
+
+/// How it ended because something that cannot go on happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crash {
+    /// An SError was taken from it.
+    SystemError {
+        /// ESR_EL2.
+        syndrome: u64,
+    },
+    /// A fault that no rule covers.
+    Unsupported {
+        /// ESR_EL2.
+        syndrome: u64,
+    },
+    /// A slot without an object behind it.
+    BadObject {
+        /// Where.
+        gpa: u64,
+    },
+}
+
+/// Where it is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Its vCPUs may run.
+    Running,
+    /// They may not, for now.
+    Paused(Pause),
+    /// They never will again.
+    Stopped(Stop),
+    /// Likewise.
+    Crashed(Crash),
+}
+
+/// ID registers a guest may read: op1 0, CRn 0, CRm 1–7, op2 0–7.
+const ID_REGISTERS: usize = 56;
+
+/// A virtual machine.
+pub struct Vm {
+    /// What its owner wants.
+    pub config: config::Vm<FileIndex>,
+    /// Its memory.
+    pub memory: ManuallyDrop<entresol_mmu::Vm<'static, Metal, Stage2>>,
+    /// Its interrupt controller.
+    pub gic: Arc<Vgic>,
+    /// Exits by reason.
+    pub counters: Counters,
+    /// Accesses that no memory and no device served.
+    pub unclaimed: Counter,
+    pub(crate) devices: Devices,
+    ram: ObjectHandle,
+    vcpus: Box<[Vcpu]>,
+    status: Mutex<Status>,
+    runs: AtomicBool,
+    id_registers: [u64; ID_REGISTERS],
+    vtcr: u64,
+    hcr: Hcr,
+    /// The vCPU that ran last on each CPU, plus one: the ASIDs of another mean something else.
+    last: [AtomicUsize; entresol_sync::epoch::MAX_CPUS],
+    memory_end: u64,
+}
+
+impl Vm {
+    /// Number of vCPUs.
+    #[inline]
+    pub fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// vCPU `index`.
+    #[inline]
+    pub fn vcpu(&self, index: usize) -> &Vcpu {
+        &self.vcpus[index]
+    }
+
+    /// Whether its vCPUs may run.
+    #[inline]
+    pub fn may_run(&self) -> bool {
+        self.runs.load(Ordering::SeqCst)
+    }
+
+    /// Where it is in its life.
+    pub fn status(&self) -> Status {
+        *self.status.lock()
+    }
+
+    /// Whether `address` is the guest's memory.
+    pub fn is_memory(&self, address: u64) -> bool {
+        (entresol_loader::virt::RAM_BASE..self.memory_end).contains(&address)
+    }
+
+    /// Frames that its memory holds.
+    pub fn resident_frames(&self) -> u64 {
+        let host = host::get();
+        let pin = host.epoch.pin(cpu::index());
+        host.objects.get(&pin, self.ram).map_or(0, |object| object.resident_frames())
+    }
+
+    /// The guest's view of an identification register.
+    pub fn id_register(&self, reg: SysReg) -> u64 {
+        self.id_registers.get(id_index(reg)).copied().unwrap_or(0)
+    }
+
+    /// Powers vCPU 0 on at `boot` and lets the virtual machine run.
+    pub fn start(self: &Arc<Self>, boot: Boot) {
+        self.set_status(Status::Running);
+        let vcpu = VcpuRef { vm: self.clone(), index: 0 };
+        let on = sched::power_on(vcpu, || *self.vcpu(0).boot.lock() = Some(boot));
+        assert!(on, "a virtual machine that was just built has no vCPU on");
+    }
+
+    /// Powers vCPU 0 on at `boot`, but the virtual machine waits for its owner.
+    pub fn start_paused(self: &Arc<Self>, boot: Boot) {
+        self.set_status(Status::Paused(Pause::NotStarted));
+        let vcpu = VcpuRef { vm: self.clone(), index: 0 };
+        let on = sched::power_on(vcpu, || *self.vcpu(0).boot.lock() = Some(boot));
+        assert!(on, "a virtual machine that was just built has no vCPU on");
+    }
+
+    fn set_status(&self, status: Status) {
+        let mut current = self.status.lock();
+        *current = status;
+        self.runs.store(status == Status::Running, Ordering::SeqCst);
+    }
+
+    /// Goes from `Running` to `to`; false if it is not running. Its vCPUs leave their CPUs soon.
+    fn leave_running(&self, to: Status) -> bool {
+        {
+            let mut status = self.status.lock();
+            if *status != Status::Running {
+                return false;
+            }
+            *status = to;
+            self.runs.store(false, Ordering::SeqCst);
+        }
+        sched::interrupt(self);
+        true
+    }
+
+    /// Stops its vCPUs until [`Vm::resume`]. False if it is not running.
+    pub fn pause(&self, reason: Pause) -> bool {
+        let paused = self.leave_running(Status::Paused(reason));
+        if paused && reason == Pause::OutOfMemory {
+            log::warn!("vm {}: paused: OutOfMemory", self.config.name);
+        }
+        if paused {
+            crate::control::state_changed(self);
+        }
+        paused
+    }
+
+    /// Lets a paused virtual machine run. False if it is not paused.
+    pub fn resume(self: &Arc<Self>) -> bool {
+        {
+            let mut status = self.status.lock();
+            if !matches!(*status, Status::Paused(_)) {
+                return false;
+            }
+            *status = Status::Running;
+            self.runs.store(true, Ordering::SeqCst);
+        }
+        self.devices.resume();
+        sched::unpark(self);
+        crate::control::state_changed(self);
+        true
+    }
+
+    /// The end, by the guest's or the owner's wish. The first end counts.
+    pub fn stop(&self, stop: Stop) {
+        self.end(Status::Stopped(stop));
+    }
+
+    /// The end, because it cannot go on.
+    pub fn crash(&self, crash: Crash) {
+        log::error!("vm {}: crashed: {crash:x?}", self.config.name);
+        self.end(Status::Crashed(crash));
+    }
+
+    fn end(&self, to: Status) {
+        {
+            let mut status = self.status.lock();
+            if matches!(*status, Status::Stopped(_) | Status::Crashed(_)) {
+                return;
+            }
+            *status = to;
+            self.runs.store(false, Ordering::SeqCst);
+        }
+        sched::interrupt(self);
+        host_work::raise(Work::Lifecycle);
+    }
+
+    /// Whether an interrupt waits that ends the wait of vCPU `index`, which is on no CPU.
+    pub fn wakes(&self, index: usize) -> bool {
+        let state = self.vcpu(index).state.lock();
+        self.gic.deliverable(index, &state.gic)
+    }
+
+    /// CPU `cpu` is about to run vCPU `index`.
+    pub fn load_tables(&self, cpu: usize, index: usize) {
+        let vmid = self.memory.load(cpu);
+        let vttbr = stage2::vttbr(self.memory.table().root().start(), vmid);
+        // SAFETY: the table maps this virtual machine's slots only, and lives until no CPU has it loaded.
+        unsafe { traps::set_stage2(self.vtcr, vttbr) };
+        traps::set_hcr(self.hcr);
+        if self.last[cpu].swap(index + 1, Ordering::Relaxed) != index + 1 {
+            live::flush_stage1();
+        }
+    }
+
+    /// CPU `cpu` has put its vCPU.
+    pub fn put_tables(&self, cpu: usize) {
+        self.memory.put(cpu);
+    }
+
+    /// Cache maintenance by set/way: the guest means all of its memory. With forced write-back there is nothing that its
+    /// caches could hide; otherwise everything that is mapped is cleaned and invalidated.
+    pub fn set_way(&self) {
+        if !features::has(Feature::FORCED_WRITE_BACK) {
+            self.memory.clean_all();
+        }
+    }
+}
+
+/// Place of an ID register among [`ID_REGISTERS`].
+fn id_index(reg: SysReg) -> usize {
+    usize::from(reg.crm()).wrapping_sub(1).wrapping_mul(8).wrapping_add(usize::from(reg.op2()))
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let (host, cpu) = (host::get(), cpu::index());
+        // SAFETY: taken once, here, and not used after.
+        let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
+        memory.destroy(cpu);
+        let supply = host.supply(cpu);
+        if let Err(error) = host.objects.destroy(&supply, &host.epoch, self.ram) {
+            log::error!("vm {}: its memory object stays: {error:?}", self.config.name);
+        }
+        host.pool.reap(&host.epoch, cpu, usize::MAX);
+        sched::release(self.vcpus.len());
+    }
+}

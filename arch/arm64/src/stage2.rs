@@ -1,7 +1,8 @@
 //! Second-stage descriptors of VMSAv8-64 with the 4 KiB granule, and the registers that point at them.
 //!
 //! Purpose: the bits that `entresol_table` leaves to the architecture (Arm DDI 0487, D8.3 descriptor formats, D8.4
-//! permissions, D8.6 memory attributes), and the values of VTCR_EL2 (D24.2) and VTTBR_EL2 that make the hardware walk the same tree.
+//! permissions, D8.6 memory attributes), and the values of VTCR_EL2 and VTTBR_EL2 (D24.2) that make the hardware walk
+//! the same tree.
 //!
 //! | bits | leaf | value |
 //! |---|---|---|
@@ -20,7 +21,8 @@
 //! Invariants: INV-1 leans on the memory attributes: with FWB, whatever the guest says, memory is write-back, and no
 //! clean to the point of coherency is owed; without it, the guest's own attributes combine with ours.
 //!
-//! Known holes: no LPA2, no 52-bit output addresses, no hardware-managed access flag or dirty state, no Realm or Secure state.
+//! Known holes: no LPA2, no 52-bit output addresses, no hardware-managed access flag or dirty state, no Realm or Secure
+//! state.
 
 use entresol_addr::Pfn;
 use entresol_table::{Entry, Format, Geometry, LEAF_LEVEL, Leaf, Memory, Permissions, VACANT, Vmid, size_at};

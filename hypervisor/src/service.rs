@@ -3,6 +3,7 @@
 //! Function identifiers are of the vendor-specific hypervisor range (Arm DEN 0028, 6.2); without the policy they do not exist.
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
+use entresol_metal_arm64::cpu;
 
 use crate::sched::VcpuRef;
 
@@ -29,7 +30,8 @@ fn zap(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {
         return INVALID;
     }
     // No grace period is pinned here: only memory aborts pin, and this is a call.
-    match GfnRange::new(Gpa::new(start).frame(), size / PAGE_SIZE).map(|range| vcpu.vm.memory.zap(range)) {
+    match GfnRange::new(Gpa::new(start).frame(), size / PAGE_SIZE).map(|range| vcpu.vm.memory.zap(cpu::index(), range))
+    {
         Some(Ok(())) => 0,
         Some(Err(_)) | None => INVALID,
     }

@@ -1,6 +1,7 @@
 //! Changes that come from the owner: slot updates, memory withdrawn, the end of a virtual machine.
 //!
-//! Nothing here may run on a CPU that is pinned: every one of these waits for grace periods.
+//! Nothing here may be called on a CPU that is pinned: every one of these waits for grace periods, or pins itself. `cpu`
+//! is the CPU that the caller runs on.
 
 use entresol_addr::{Gfn, GfnRange, PfnRange};
 use entresol_backing::{ObjectHandle, Order};
@@ -55,13 +56,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// # Errors
     ///
     /// [`InvalidateError`]; nothing changed.
-    pub fn invalidate_range_start(&self, range: GfnRange) -> Result<Invalidation, InvalidateError> {
+    pub fn invalidate_range_start(&self, cpu: usize, range: GfnRange) -> Result<Invalidation, InvalidateError> {
         if !self.everything().covers(range) {
             return Err(InvalidateError::Outside { range });
         }
         let invalidation = self.notifier.start(range)?;
         self.host.epoch.synchronize();
-        self.unmap(range);
+        self.unmap(cpu, range);
         self.stats.invalidations.bump();
         Ok(invalidation)
     }
@@ -76,16 +77,17 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// # Errors
     ///
     /// [`InvalidateError`]; nothing changed.
-    pub fn zap(&self, range: GfnRange) -> Result<(), InvalidateError> {
-        let invalidation = self.invalidate_range_start(range)?;
+    pub fn zap(&self, cpu: usize, range: GfnRange) -> Result<(), InvalidateError> {
+        let invalidation = self.invalidate_range_start(cpu, range)?;
         self.invalidate_range_end(invalidation);
         Ok(())
     }
 
     /// Cleans and invalidates every cacheable page that is mapped: what set/way maintenance means to a guest. A page that
     /// is mapped meanwhile was cleaned before it was.
-    pub fn clean_all(&self) {
+    pub fn clean_all(&self, cpu: usize) {
         let machine = &self.host.machine;
+        let _pin = self.host.epoch.pin(cpu);
         self.table.visit(machine, self.everything(), |_, leaf| {
             if leaf.memory == entresol_table::Memory::Normal {
                 machine.clean_invalidate_to_poc(PfnRange::block(leaf.pfn, leaf.size));
@@ -94,8 +96,10 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         machine.complete();
     }
 
-    fn unmap(&self, range: GfnRange) {
+    /// Pinned, because another invalidation may retire the table pages that this one walks.
+    fn unmap(&self, cpu: usize, range: GfnRange) {
         let machine = &self.host.machine;
+        let _pin = self.host.epoch.pin(cpu);
         let mut work = Withdraw { machine, clean: !machine.features().forced_write_back };
         let flushes = &self.stats.tlb_range;
         let debt = self.table.unmap(machine, self.flushes(flushes), range, &mut work);
@@ -124,7 +128,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         while self.notifier.is_active() {
             core::hint::spin_loop();
         }
-        let result = self.update_slot(request, shape);
+        let result = self.update_slot(cpu, request, shape);
         let (keep, gone) = match result {
             Ok(Change::Create(_)) => (held, None),
             Ok(Change::Delete(slot)) => (false, Some(slot.object)),
@@ -143,7 +147,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         self.host.objects.release(handle).expect("a held object exists");
     }
 
-    fn update_slot(&self, request: &SlotRequest, shape: Option<ObjectShape>) -> Result<Change, SlotError> {
+    fn update_slot(&self, cpu: usize, request: &SlotRequest, shape: Option<ObjectShape>) -> Result<Change, SlotError> {
         match self.slots.update(&self.host.epoch, request, shape)? {
             Update::Unchanged => Ok(Change::Nothing),
             Update::Publish(ready) => {
@@ -155,7 +159,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 let change = withdraw.change();
                 let ready = withdraw.invalidate();
                 if let Some(slot) = ready.withdrawn() {
-                    self.unmap(slot.range());
+                    self.unmap(cpu, slot.range());
                 }
                 ready.commit();
                 Ok(change)

@@ -110,7 +110,7 @@ fn what_a_zap_took_comes_back_with_its_content() {
     vm.set_slot(CPU, &slot(0, RAM, 512, object, SlotFlags::empty())).unwrap();
     assert_eq!(touch(&vm, RAM, Access::Write), Outcome::Resume);
     vm.write(&host.epoch.pin(CPU), &Hint::new(), Gpa::new(RAM + 4), b"still here").unwrap();
-    vm.zap(GfnRange::new(Gfn::new(RAM >> 12), 512).unwrap()).unwrap();
+    vm.zap(CPU, GfnRange::new(Gfn::new(RAM >> 12), 512).unwrap()).unwrap();
     assert_eq!(vm.census().of(PageSize::Size4K), 0);
     assert_eq!(touch(&vm, RAM, Access::Read), Outcome::Resume);
     assert_eq!((vm.stats.fresh.get(), vm.stats.populated.get()), (1, 1));
@@ -126,7 +126,7 @@ fn a_fault_inside_an_invalidation_retries_and_one_beside_it_does_not() {
     let object = memory(&host, 512, Policy::Pages);
     vm.set_slot(CPU, &slot(0, RAM, 512, object, SlotFlags::empty())).unwrap();
     let range = GfnRange::new(Gfn::new((RAM >> 12) + 10), 10).unwrap();
-    let invalidation = vm.invalidate_range_start(range).unwrap();
+    let invalidation = vm.invalidate_range_start(CPU, range).unwrap();
     assert_eq!(touch(&vm, RAM + 12 * PAGE_SIZE, Access::Read), Outcome::Retry);
     assert_eq!(touch(&vm, RAM + 20 * PAGE_SIZE, Access::Read), Outcome::Resume);
     vm.invalidate_range_end(invalidation);
@@ -267,7 +267,7 @@ fn parallel_faults_beside_invalidations() {
         }
         for round in 0..200 {
             let range = GfnRange::new(Gfn::new((RAM >> 12) + round % 200), 50).unwrap();
-            vm.zap(range).unwrap();
+            vm.zap(CPU, range).unwrap();
         }
     });
     for page in 0..256 {
@@ -306,7 +306,7 @@ proptest! {
                     model[at as usize..at as usize + 33].copy_from_slice(&bytes);
                 }
                 1 => prop_assert_eq!(touch(&vm, base + at, Access::Write), Outcome::Resume),
-                2 => vm.zap(GfnRange::new(Gpa::new(base + at).frame(), 3).unwrap()).unwrap(),
+                2 => vm.zap(CPU, GfnRange::new(Gpa::new(base + at).frame(), 3).unwrap()).unwrap(),
                 _ => {
                     base = if base == RAM { RAM + (1 << 30) + (u64::from(byte) << 12) } else { RAM };
                     vm.set_slot(CPU, &slot(0, base, 1024, object, SlotFlags::empty())).unwrap();

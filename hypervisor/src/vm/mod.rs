@@ -285,7 +285,7 @@ impl Vm {
     /// caches could hide; otherwise everything that is mapped is cleaned and invalidated.
     pub fn set_way(&self) {
         if !features::has(Feature::FORCED_WRITE_BACK) {
-            self.memory.clean_all();
+            self.memory.clean_all(cpu::index());
         }
     }
 }

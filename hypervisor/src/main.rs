@@ -48,7 +48,7 @@ mod vm;
 use alloc::vec::Vec;
 
 use entresol_metal_arm64::boot::{BootInfo, memory};
-use entresol_metal_arm64::{cpu, gic};
+use entresol_metal_arm64::{console as machine_console, cpu, gic, power};
 use entresol_sync::Once;
 use entresol_wire::bundle::Bundle;
 use entresol_wire::config::Console;
@@ -70,9 +70,11 @@ fn entresol_secondary(cpu: usize) -> ! {
     run::forever(cpu)
 }
 
-/// Ends the machine with what is wrong: nothing was started.
+/// Ends the machine with what is wrong: nothing was started. The line begins as a panic's does, so that whoever watches the
+/// console knows that this run failed.
 fn refuse(what: core::fmt::Arguments<'_>) -> ! {
-    panic!("{what}")
+    machine_console::write_fmt(format_args!("\nPANIC: refused to start: {what}\nEND OF PANIC\n"));
+    power::off()
 }
 
 fn start(info: &'static BootInfo) {

@@ -112,6 +112,8 @@ const fn register(reg: SysReg, read: bool) -> Policy {
         SysReg::CNTP_TVAL_EL0 => Policy::Timer(TimerRegister::TimerValue),
         SysReg::CNTPCT_EL0 | SysReg::CNTPCTSS_EL0 => when(read, Policy::Timer(TimerRegister::Count)),
         SysReg::ACTLR_EL1 => RAZ_WI,
+        // SRE, DFB, DIB: system registers are the only interface, and cannot be turned off (IHI 0069 12.2.22).
+        SysReg::ICC_SRE_EL1 => Policy::ReadAs(0b111),
         SysReg::REVIDR_EL1 | SysReg::AIDR_EL1 => when(read, RAZ_WI),
         // The rest of the identification space: CRm 1–7. Encodings without a name are RAZ (D23.3.1).
         id if id.op1() == 0 && id.crn() == 0 && id.crm() >= 1 && id.crm() <= 7 => when(read, Policy::IdRegister(id)),

@@ -4,6 +4,7 @@
 //! external abort.
 
 use entresol_fault::{Access, Fault, Transfer};
+use entresol_metal_arm64::live;
 use entresol_mmu::Abort;
 
 use super::{Next, memory};
@@ -22,11 +23,12 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
     };
     vcpu.vm.counters.bump(Reason::Mmio);
     let claim = if fault.access == Access::Write {
-        let value = truncate(state.read(transfer.register), transfer.size);
+        let value = order(state, truncate(state.read(transfer.register), transfer.size), transfer.size);
         vcpu.vm.device_write(vcpu, state, fault.gpa, transfer.size, value)
     } else {
         let claim = vcpu.vm.device_read(vcpu, state, fault.gpa, transfer.size);
         if let Claim::Value(value) = claim {
+            let value = order(state, truncate(value, transfer.size), transfer.size);
             state.write(transfer.register, extend(value, &transfer));
         }
         claim
@@ -45,6 +47,29 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
             Next::Again
         }
     }
+}
+
+/// SCTLR_EL1.E0E: data is big-endian at EL0 (Arm DDI 0487 D24.2, SCTLR_EL1).
+const SCTLR_E0E: u64 = 1 << 24;
+/// SCTLR_EL1.EE: data is big-endian at EL1.
+const SCTLR_EE: u64 = 1 << 25;
+/// PSTATE.EL.
+const PSTATE_EL: u64 = 0b1100;
+/// PSTATE.nRW: AArch32.
+const PSTATE_AARCH32: u64 = 1 << 4;
+/// PSTATE.E, in AArch32 only.
+const PSTATE_E: u64 = 1 << 9;
+
+/// `value` as the guest's byte order at this moment has it.
+fn order(state: &State, value: u64, size: u8) -> u64 {
+    let pstate = state.regs.pstate;
+    let big = if pstate & PSTATE_AARCH32 != 0 {
+        pstate & PSTATE_E != 0
+    } else {
+        let flag = if pstate & PSTATE_EL == 0 { SCTLR_E0E } else { SCTLR_EE };
+        live::sctlr_el1() & flag != 0
+    };
+    if big && size > 1 { value.swap_bytes() >> (64 - u32::from(size) * 8) } else { value }
 }
 
 /// The low `size` bytes.

@@ -11,13 +11,11 @@ use super::{Next, interrupts, timers, undefined};
 use crate::sched::VcpuRef;
 use crate::vcpu::State;
 
-/// ICC_DIR_EL1: traps because only the emulated GIC can deactivate what is in no list register of this vCPU.
-const ICC_DIR_EL1: SysReg = SysReg::new(3, 0, 12, 11, 1);
-
 /// An MSR, MRS or SYS.
 pub fn system(vcpu: &VcpuRef, state: &mut State, esr: u64, access: Access) -> Next {
     let value = state.read(access.rt);
-    if access.reg == ICC_DIR_EL1 && !access.read {
+    // Only the emulated GIC can deactivate what is in no list register of this vCPU.
+    if access.reg == SysReg::ICC_DIR_EL1 && !access.read {
         interrupts::sync(vcpu, state);
         let kick = vcpu.vm.gic.deactivate(vcpu.index, &mut state.gic, value);
         interrupts::kick(vcpu, kick);

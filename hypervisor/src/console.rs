@@ -110,11 +110,6 @@ impl Terminal {
         let count = to.iter_mut().zip(bytes).map(|(place, byte)| *place = *byte).count();
         (start, count)
     }
-
-    /// Position behind the last byte printed.
-    pub fn printed(&self) -> u64 {
-        self.output.lock().total
-    }
 }
 
 impl bus::Terminal for Terminal {

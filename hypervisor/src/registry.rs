@@ -27,6 +27,16 @@ struct Place {
     ended: Option<Status>,
 }
 
+impl Place {
+    fn status(&self) -> Status {
+        match (&self.vm, self.ended) {
+            (Some(vm), _) => vm.status(),
+            (None, Some(ended)) => ended,
+            (None, None) => Status::Stopped(Stop::Killed),
+        }
+    }
+}
+
 static PLACES: Mutex<Vec<Place>> = Mutex::new(Vec::new());
 static BUNDLE: Once<Bundle<'static>> = Once::new();
 
@@ -89,16 +99,16 @@ pub fn number_of(name: &str) -> Option<usize> {
     PLACES.lock().iter().position(|place| place.config.name == name)
 }
 
+/// Where virtual machine `number` is in its life, or how it ended. Takes no heap.
+pub fn status(number: usize) -> Option<Status> {
+    PLACES.lock().get(number).map(Place::status)
+}
+
 /// What is known of virtual machine `number`.
 pub fn row(number: usize) -> Option<Row> {
     let places = PLACES.lock();
     let place = places.get(number)?;
-    let status = match (&place.vm, place.ended) {
-        (Some(vm), _) => vm.status(),
-        (None, Some(ended)) => ended,
-        (None, None) => Status::Stopped(Stop::Killed),
-    };
-    Some(Row { config: place.config.clone(), status, vm: place.vm.clone() })
+    Some(Row { config: place.config.clone(), status: place.status(), vm: place.vm.clone() })
 }
 
 /// Takes apart every virtual machine that has ended, makes those anew that asked for a reset, and turns the machine off when
@@ -114,6 +124,7 @@ pub fn settle() {
     }
     if PLACES.lock().iter().all(|place| place.vm.is_none()) {
         log::info!("no virtual machine is left: power off");
+        control::farewell();
         power::off();
     }
 }

@@ -228,6 +228,12 @@ pub fn withdraw(vm: &Vm) {
             }
         }
     }
+    wait_until_off(vm);
+}
+
+/// Waits until no vCPU of `vm` is on a CPU. The virtual machine must already refuse to run and its vCPUs have been
+/// interrupted; the caller must not be inside one of them.
+pub fn wait_until_off(vm: &Vm) {
     // A running vCPU leaves at its next exit, which the interrupt forces; its CPU never waits for this one.
     while (0..vm.vcpus()).any(|index| matches!(vm.vcpu(index).run(), Run::Running(_))) {
         core::hint::spin_loop();

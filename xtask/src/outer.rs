@@ -50,9 +50,11 @@ impl Outer {
         if let Some(socket) = &self.control {
             // A comma ends a value of QEMU's options; two stand for one.
             let path = socket.to_string_lossy().replace(',', ",,");
-            command.args(["-device", "virtio-serial-device,max_ports=1"]);
+            // A port of its own and not a console's: QEMU holds back what the host does not read, where a console's output is
+            // thrown away. Port 0 can only be a console's.
+            command.args(["-device", "virtio-serial-device,max_ports=2"]);
             command.args(["-chardev", &format!("socket,id=control,path={path},server=on,wait=off")]);
-            command.args(["-device", "virtconsole,chardev=control"]);
+            command.args(["-device", "virtserialport,chardev=control,nr=1,name=entresol.control"]);
         }
         command.args(&self.extra);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());

@@ -9,7 +9,7 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
 use entresol_sync::Mutex;
-use entresol_wire::control::{Code, Error, LineTooLong, Lines, MAX_LINE, Message, Response};
+use entresol_wire::control::{Code, Error, Event, LineTooLong, Lines, MAX_LINE, Message, Response};
 
 use super::channel::{BUFFER, Channel, Received};
 use crate::vm::OutOfHeap;
@@ -18,6 +18,10 @@ use crate::vm::OutOfHeap;
 const WAITING: usize = 2 * MAX_LINE;
 
 /// A piece of memory that is made once.
+///
+/// # Errors
+///
+/// [`OutOfHeap`].
 pub fn room(bytes: usize) -> Result<Box<[u8]>, OutOfHeap> {
     let mut room = Vec::new();
     room.try_reserve_exact(bytes).map_err(|_| OutOfHeap)?;
@@ -34,16 +38,6 @@ pub struct Reader {
     end: usize,
 }
 
-/// The next thing that the host says.
-pub enum Said<'a> {
-    /// A line, or that it was too long.
-    Line(Result<&'a [u8], LineTooLong>),
-    /// Nobody is there any more; a line that was begun is forgotten.
-    Closed,
-    /// Nothing, for now.
-    Nothing,
-}
-
 impl Reader {
     /// Nothing was said yet.
     ///
@@ -52,20 +46,104 @@ impl Reader {
     /// [`OutOfHeap`].
     pub fn new() -> Result<Self, OutOfHeap> {
         let lines = Lines::new(MAX_LINE - 1).map_err(|_| OutOfHeap)?;
-        let piece = room(BUFFER)?.try_into().expect("it is that long");
+        let piece = room(BUFFER)?.try_into().map_err(|_| OutOfHeap)?;
         Ok(Self { lines, piece, start: 0, end: 0 })
     }
 
-    /// The next thing; reads `channel` as far as it must.
-    pub fn next(&mut self, channel: &Mutex<Channel>) -> Said<'_> {
-        loop {
-            let mut rest = &self.piece[self.start..self.end];
-            // The borrow of a line that is returned would last over the loop: so it is found first, and fetched after.
-            if self.lines.find(&mut rest) {
-                break;
-            }
-            self.start = self.end - rest.len();
+    /// The next line of what was filled in.
+    pub fn line(&mut self) -> Option<Result<&[u8], LineTooLong>> {
+        let mut rest = &self.piece[self.start..self.end];
+        let line = self.lines.next(&mut rest);
+        self.start = self.end - rest.len();
+        line
+    }
+
+    /// Reads more; when [`Reader::line`] has nothing more to give.
+    pub fn fill(&mut self, channel: &Mutex<Channel>) -> Option<Received> {
+        let received = channel.lock().receive(&mut self.piece);
+        (self.start, self.end) = match received {
+            Some(Received::Bytes(count)) => (0, count),
+            Some(Received::Closed) | None => (0, 0),
+        };
+        received
+    }
+
+    /// Forgets a line that was begun.
+    pub fn reset(&mut self) {
+        // A line's end gives what was there as a line, which nobody wants.
+        let _unfinished = self.lines.next(&mut &b"\n"[..]);
+        (self.start, self.end) = (0, 0);
+    }
+}
+
+/// What we say, in lines.
+pub struct Writer {
+    waiting: VecDeque<u8>,
+    line: Box<[u8]>,
+}
+
+impl Writer {
+    /// Nothing is said yet.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfHeap`].
+    pub fn new() -> Result<Self, OutOfHeap> {
+        let mut waiting = VecDeque::new();
+        waiting.try_reserve_exact(WAITING).map_err(|_| OutOfHeap)?;
+        Ok(Self { waiting, line: room(MAX_LINE)? })
+    }
+
+    /// Whether there is room for any line.
+    pub fn has_room(&self) -> bool {
+        WAITING - self.waiting.len() >= MAX_LINE
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Forgets what waits.
+    pub fn reset(&mut self) {
+        self.waiting.clear();
+    }
+
+    /// Says a response. There is room.
+    pub fn respond(&mut self, id: Option<u64>, response: Response<'_>) {
+        if self.put(&Message::Response(response)) {
+            return;
         }
-        Said::Nothing
+        let error = Error::new(Code::AnswerTooLong, "the answer does not fit into a line");
+        let fits = self.put(&Message::Response(Response { id, result: Err(error) }));
+        assert!(fits, "a refusal is short");
+    }
+
+    /// Says an event. There is room.
+    pub fn tell(&mut self, event: Event<'_>) {
+        let fits = self.put(&Message::Event(event));
+        assert!(fits, "the parts of an event are bounded so that it fits");
+    }
+
+    fn put(&mut self, message: &Message<'_>) -> bool {
+        assert!(self.has_room());
+        let encoded = message.encode(&mut self.line);
+        encoded.is_ok_and(|line| {
+            self.waiting.extend(line);
+            true
+        })
+    }
+
+    /// Gives the channel what it takes.
+    pub fn push(&mut self, channel: &Mutex<Channel>) {
+        let mut channel = channel.lock();
+        loop {
+            let (first, _) = self.waiting.as_slices();
+            let sent = channel.send(first);
+            self.waiting.drain(..sent);
+            if sent == 0 {
+                return;
+            }
+        }
     }
 }

@@ -248,7 +248,9 @@ impl Vm {
     fn end(&self, to: Status) {
         {
             let mut status = self.status.lock();
-            if matches!(*status, Status::Stopped(_) | Status::Crashed(_)) {
+            // A reset is no end for good: its owner's kill still counts.
+            let killed_instead = *status == Status::Stopped(Stop::Reset) && to == Status::Stopped(Stop::Killed);
+            if matches!(*status, Status::Stopped(_) | Status::Crashed(_)) && !killed_instead {
                 return;
             }
             *status = to;

@@ -1,0 +1,240 @@
+//! What each request does.
+//!
+//! Protocol: host's work, on the boot CPU. A request that is refused has changed nothing. `kill` and `shutdown` only end
+//! virtual machines; they are done when the registry has taken them apart ([`Outcome::WhenSettled`]).
+//!
+//! Invariants: no share of a virtual machine outlives its request: the registry waits for the last one.
+
+use alloc::borrow::Cow;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use entresol_addr::{PAGE_SIZE, PageSize};
+use entresol_backing::{Kind, ObjectHandle};
+use entresol_metal_arm64::cpu;
+use entresol_slot::{Slot, SlotFlags};
+use entresol_sync::atomic::Ordering;
+use entresol_wire::Refusal;
+use entresol_wire::control::{
+    Answer, Code, Entries, Error, Faults, Hello, Op, SLOTS_PER_ANSWER, SlotPage, SlotRow, Stats, Tlb, VmRow,
+};
+
+use super::session::Attached;
+use super::{ATTACHED, NOBODY, ROOM, describe};
+use crate::registry::{self, Row};
+use crate::vm::{Pause, Status, Stop, Vm};
+use crate::{console, host, sched};
+
+/// How a request ends that is not refused.
+pub enum Outcome {
+    /// With an answer.
+    Done(Answer<'static>),
+    /// With [`Answer::Done`], when what has ended is taken apart.
+    WhenSettled,
+}
+
+impl From<Answer<'static>> for Outcome {
+    fn from(answer: Answer<'static>) -> Self {
+        Self::Done(answer)
+    }
+}
+
+/// Carries `op` out.
+///
+/// # Errors
+///
+/// What the client is told; nothing was changed.
+pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome, Error> {
+    Ok(match op {
+        Op::Hello => {
+            detach(attached);
+            Answer::Hello(Hello::this()).into()
+        }
+        Op::Ps => Answer::Ps(ps()?).into(),
+        Op::Stats { vm } => Answer::Stats(Box::new(stats(&*alive(vm)?))).into(),
+        Op::Slots { vm, from } => Answer::Slots(slots(&*alive(vm)?, *from)?).into(),
+        Op::Pause { vm } => pause(vm)?.into(),
+        Op::Resume { vm } => resume(vm)?.into(),
+        Op::Kill { vm } => {
+            alive(vm)?.stop(Stop::Killed);
+            Outcome::WhenSettled
+        }
+        Op::Console { vm } => attach(vm, attached)?.into(),
+        Op::Detach => {
+            detach(attached);
+            Answer::Done.into()
+        }
+        Op::Input { vm, data } => Answer::Accepted(input(vm, &data.0, attached)?).into(),
+        Op::Shutdown => {
+            every_row().filter_map(|row| row.vm).for_each(|vm| vm.stop(Stop::Killed));
+            Outcome::WhenSettled
+        }
+    })
+}
+
+fn every_row() -> impl Iterator<Item = Row> {
+    (0..).map_while(registry::row)
+}
+
+fn row(name: &str) -> Result<(usize, Row), Error> {
+    let number = registry::number_of(name).ok_or_else(|| Error::no_such_vm(name))?;
+    let row = registry::row(number).ok_or_else(|| Error::no_such_vm(name))?;
+    Ok((number, row))
+}
+
+/// The virtual machine called `name`, which has not ended for good.
+fn alive(name: &str) -> Result<Arc<Vm>, Error> {
+    let (_, row) = row(name)?;
+    match (row.vm, row.status) {
+        (Some(vm), Status::Running | Status::Paused(_) | Status::Stopped(Stop::Reset)) => Ok(vm),
+        (_, status) => Err(wrong_state(name, "must not have ended", status)),
+    }
+}
+
+fn wrong_state(name: &str, rule: &str, status: Status) -> Error {
+    let (state, _) = describe(status);
+    Error::refused(Code::WrongState, Refusal::text("vm", name, alloc::format!("{rule}; it is {state}")))
+}
+
+fn no_memory() -> Error {
+    Error::new(Code::OutOfMemory, "the hypervisor's heap has no room for the answer")
+}
+
+fn ps() -> Result<Vec<VmRow<'static>>, Error> {
+    let mut rows = Vec::new();
+    rows.try_reserve_exact(every_row().count()).map_err(|_| no_memory())?;
+    rows.extend(every_row().map(|row| {
+        let (state, reason) = describe(row.status);
+        VmRow {
+            name: Cow::Owned(row.config.name),
+            state,
+            reason: reason.map(|reason| Cow::Owned(reason.as_str().into())),
+            vcpus: row.config.vcpus,
+            memory: row.config.memory,
+            resident: row.vm.map_or(0, |vm| vm.resident_frames() * PAGE_SIZE),
+        }
+    }));
+    Ok(rows)
+}
+
+fn stats(vm: &Vm) -> Stats<'static> {
+    let (host, counted, census) = (host::get(), &vm.memory.stats, vm.memory.census());
+    Stats {
+        faults: Faults {
+            translation: counted.translation.get(),
+            permission: counted.permission.get(),
+            access_flag: counted.access_flag.get(),
+            fresh: counted.fresh.get(),
+            populated: counted.populated.get(),
+            retry: counted.retry.get(),
+            spurious: counted.spurious.get(),
+            outside: counted.outside.get(),
+            injected: counted.injected.get(),
+        },
+        entries: Entries {
+            size_4k: census.of(PageSize::Size4K),
+            size_2m: census.of(PageSize::Size2M),
+            size_1g: census.of(PageSize::Size1G),
+        },
+        table_pages: census.tables,
+        // Everything is invalidated when the VMIDs are used up, for all virtual machines at once.
+        tlb: Tlb {
+            ipa: counted.tlb_ipa.get(),
+            range: counted.tlb_range.get(),
+            vmid: counted.tlb_vmid.get(),
+            all: host.vmids.rollovers(),
+        },
+        exits: vm.counters.iter().map(|(reason, count)| (Cow::Borrowed(reason), count)).collect(),
+        resident_frames: vm.resident_frames(),
+        free_frames: host.pool.free_frames(),
+        unclaimed_mmio: vm.unclaimed.get(),
+    }
+}
+
+fn slots(vm: &Vm, from: u32) -> Result<SlotPage<'static>, Error> {
+    let slots = vm.memory.slots();
+    let mut found: Vec<(Slot, &'static str)> = Vec::new();
+    // Room for all before the grace period is pinned: there is nothing to wait for then.
+    found.try_reserve_exact(slots.capacity() as usize).map_err(|_| no_memory())?;
+    {
+        let host = host::get();
+        let pin = host.epoch.pin(cpu::index());
+        let kind = |slot: &Slot| {
+            let object = host.objects.get(&pin, ObjectHandle::from_raw(slot.object.get()));
+            object.map_or("gone", |object| kind_name(object.kind()))
+        };
+        found.extend(slots.iter(&pin).filter(|slot| u32::from(slot.id) >= from).map(|slot| (*slot, kind(&slot))));
+    }
+    found.sort_unstable_by_key(|(slot, _)| slot.id);
+    let next = found.get(SLOTS_PER_ANSWER).map(|(slot, _)| slot.id.into());
+    let mut rows = Vec::new();
+    rows.try_reserve_exact(found.len().min(SLOTS_PER_ANSWER)).map_err(|_| no_memory())?;
+    rows.extend(found.iter().take(SLOTS_PER_ANSWER).map(|(slot, kind)| slot_row(slot, kind)));
+    Ok(SlotPage { rows, next })
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Anonymous(_) => "anonymous",
+        Kind::Device => "device",
+        Kind::Rom { .. } => "rom",
+    }
+}
+
+fn slot_row(slot: &Slot, kind: &'static str) -> SlotRow<'static> {
+    let named = [(SlotFlags::READ_ONLY, "read-only"), (SlotFlags::LOG_DIRTY, "dirty-log")];
+    let set = named.iter().filter(|(flag, _)| slot.flags.contains(*flag));
+    SlotRow {
+        id: slot.id.into(),
+        base: slot.base.base().get(),
+        size: slot.count * PAGE_SIZE,
+        object: slot.object.get().into(),
+        kind: Cow::Borrowed(kind),
+        flags: set.map(|(_, name)| Cow::Borrowed(*name)).collect(),
+    }
+}
+
+/// Answered when no vCPU runs any more.
+fn pause(name: &str) -> Result<Answer<'static>, Error> {
+    let vm = alive(name)?;
+    if !vm.pause(Pause::Owner) {
+        return Err(wrong_state(name, "must be running", vm.status()));
+    }
+    sched::wait_until_off(&vm);
+    Ok(Answer::Done)
+}
+
+fn resume(name: &str) -> Result<Answer<'static>, Error> {
+    let vm = alive(name)?;
+    if vm.resume() { Ok(Answer::Done) } else { Err(wrong_state(name, "must be paused", vm.status())) }
+}
+
+fn attach(name: &str, attached: &mut Option<Attached>) -> Result<Answer<'static>, Error> {
+    let number = registry::number_of(name).ok_or_else(|| Error::no_such_vm(name))?;
+    let vm = alive(name)?;
+    let terminal = console::terminal(number).ok_or_else(|| Error::no_such_vm(name))?;
+    *attached = Some(Attached::new(number, name.into(), terminal, vm.status()));
+    ATTACHED.store(number, Ordering::SeqCst);
+    Ok(Answer::Done)
+}
+
+/// Detaches the console, if one is attached.
+pub fn detach(attached: &mut Option<Attached>) {
+    *attached = None;
+    ATTACHED.store(NOBODY, Ordering::SeqCst);
+}
+
+/// Gives bytes to the attached console; returns how many it took.
+fn input(name: &str, data: &[u8], attached: &mut Option<Attached>) -> Result<u32, Error> {
+    let vm = alive(name)?;
+    let Some(attached) = attached.as_mut().filter(|attached| attached.name == name) else {
+        let refusal = Refusal::text("vm", name, "must be the virtual machine whose console is attached");
+        return Err(Error::refused(Code::NotAttached, refusal));
+    };
+    // Forgotten before it is offered: room that comes after a refusal is not missed.
+    ROOM.store(false, Ordering::SeqCst);
+    let taken = vm.devices.offer(data);
+    attached.input_waits = taken < data.len();
+    Ok(taken as u32)
+}

@@ -1,0 +1,125 @@
+//! One guest program for every hypervisor: operations between markers, counted by the `icount` plugin.
+//!
+//! Each operation is `movz xzr, #0xb000; op; movz xzr, #0xe000`, so an interval is the operation, all that it causes in
+//! hypervisor and host, and nothing else. Stage-1 translation is off. Phases, in `bench=pages`:
+//!
+//! | phase | operation |
+//! |---|---|
+//! | 1 | first store to a 4 KiB page that was never touched |
+//! | 2 | first store to a 4 KiB page that the VM's memory has but the second stage does not map |
+//! | 4, 5 | load of PL011's FR, store to its IFLS: a device that is emulated |
+//! | 6 | HVC: PSCI_VERSION |
+//! | 7 | store to a page that is mapped: 1, what counting itself costs |
+//!
+//! and in `bench=blocks`, for a VM that may use blocks, phase 3: first store to a 2 MiB block as in phase 2.
+//!
+//! Populated but not mapped: the guest asks for the range's second-stage entries to be taken away. Our own hypervisor
+//! has a vendor call for it; for others, `service=ADDRESS` names a register pair (address, then length) that a VMM
+//! emulates.
+
+#![no_std]
+#![no_main]
+
+use core::arch::asm;
+
+use guest_rt::machine::{Machine, UART};
+use guest_rt::smccc::{self, psci};
+use guest_rt::{guest, memory, println};
+
+guest!(main);
+
+const PAGE: u64 = 4 << 10;
+const BLOCK: u64 = 2 << 20;
+const PAGES: u64 = 16_384;
+const BLOCKS: u64 = 160;
+const CALLS: u64 = 8_192;
+/// Takes a range's second-stage entries away; contents stay: X1 address, X2 length.
+const UNMAP: u64 = 0xc600_0001;
+
+/// PL011 FR and IFLS (Arm DDI 0183, 3.3).
+const FR: u64 = UART + 0x18;
+const IFLS: u64 = UART + 0x34;
+
+fn main(machine: &Machine) {
+    let blocks = machine.argument("bench") == Some("blocks");
+    let start = memory::image().end.next_multiple_of(32 << 20);
+    let (count, size) = if blocks { (BLOCKS, BLOCK) } else { (PAGES, PAGE) };
+    assert!(start + count * size <= machine.end(), "this machine has too little memory");
+    assert!(machine.device_tree.end <= start || machine.device_tree.start >= start + count * size);
+    if !blocks {
+        calls();
+        phase::<0xa001>();
+    } else {
+        // Blocks are first touched outside any interval that counts.
+        phase::<0xa000>();
+    }
+    touch(start, count, size);
+    if unmap(machine, start, count * size) {
+        if blocks {
+            phase::<0xa003>();
+        } else {
+            phase::<0xa002>();
+        }
+        touch(start, count, size);
+    } else {
+        println!("SKIP populated faults: nobody takes second-stage entries away here");
+    }
+    println!("BENCH DONE");
+}
+
+/// What follows counts for this phase.
+fn phase<const MARKER: u16>() {
+    // SAFETY: moves to the zero register do nothing.
+    unsafe { asm!("movz xzr, #{}", const MARKER, options(nomem, nostack)) };
+}
+
+macro_rules! measured {
+    ($operation:literal, $($operand:tt)*) => {
+        // SAFETY: the operation's address is outside the image (checked where it is computed); markers do nothing.
+        unsafe { asm!("movz xzr, #0xb000", $operation, "movz xzr, #0xe000", $($operand)*, options(nostack)) }
+    };
+}
+
+fn touch(start: u64, count: u64, size: u64) {
+    for index in 0..count {
+        measured!("str {0}, [{0}]", in(reg) start + index * size);
+    }
+    // What was stored is still there: the hypervisor lost no page and mixed none up.
+    for address in (0..count).map(|index| start + index * size) {
+        assert_eq!(memory::load64(address), address, "a page has lost its content");
+    }
+}
+
+fn calls() {
+    phase::<0xa007>();
+    let page = memory::image().end.next_multiple_of(PAGE);
+    memory::store64(page, 0);
+    for _ in 0..CALLS {
+        measured!("str xzr, [{}]", in(reg) page);
+    }
+    phase::<0xa004>();
+    for _ in 0..CALLS {
+        measured!("ldr {:w}, [{}]", out(reg) _, in(reg) FR);
+    }
+    phase::<0xa005>();
+    for _ in 0..CALLS {
+        measured!("str {:w}, [{}]", in(reg) 0x12u32, in(reg) IFLS);
+    }
+    phase::<0xa006>();
+    for _ in 0..CALLS {
+        let mut answer = psci::VERSION;
+        measured!("hvc #0", inout("x0") answer, out("x1") _, out("x2") _, out("x3") _, clobber_abi("C"));
+        assert_ne!(answer as i64, psci::NOT_SUPPORTED, "this firmware has no PSCI_VERSION");
+    }
+}
+
+/// Whether the range's second-stage entries are gone.
+fn unmap(machine: &Machine, start: u64, length: u64) -> bool {
+    if smccc::hvc([UNMAP, start, length, 0]) == 0 {
+        return true;
+    }
+    let Some(service) = machine.number("service") else { return false };
+    memory::store64(service, start);
+    memory::store64(service + 8, length);
+    true
+}

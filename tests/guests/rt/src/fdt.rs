@@ -24,7 +24,7 @@ pub struct Fdt {
 impl Fdt {
     /// The tree at `address`, if there is one.
     pub fn at(address: u64) -> Option<Self> {
-        if address == 0 || address % 8 != 0 {
+        if address == 0 || !address.is_multiple_of(8) {
             return None;
         }
         let word = |at| u32::from_be(memory::load32(address + at));

@@ -65,8 +65,6 @@ pub mod status {
     pub const TRANSLATION_3: u64 = 0x07;
     /// Permission fault of level 3; levels count down.
     pub const PERMISSION_3: u64 = 0x0f;
-    /// Alignment fault.
-    pub const ALIGNMENT: u64 = 0x21;
 }
 
 /// The registers of code that was interrupted, as the vectors push them.

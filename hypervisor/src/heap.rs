@@ -2,6 +2,7 @@
 
 use core::ptr::NonNull;
 
+use entresol_addr::{PAGE_SIZE, PfnRange};
 use entresol_metal_arm64::boot::Region;
 use talc::TalcLock;
 use talc::source::Manual;
@@ -27,4 +28,17 @@ pub unsafe fn init(region: Region) {
     // SAFETY: as the caller promises.
     let end: Option<NonNull<u8>> = unsafe { HEAP.lock().claim(region.start as *mut u8, region.size() as usize) };
     assert!(end.is_some(), "a heap of {} bytes is too small", region.size());
+}
+
+/// Gives `frames` to the allocator as well; a range too small for it is left unused.
+///
+/// # Safety
+///
+/// As [`init`].
+pub unsafe fn extend(frames: PfnRange) {
+    let (start, size) = (frames.start().base().get(), frames.count() * PAGE_SIZE);
+    // SAFETY: as the caller promises.
+    if unsafe { HEAP.lock().claim(start as *mut u8, size as usize) }.is_none() {
+        log::debug!("{size} bytes at {start:#x} are too few for the heap");
+    }
 }

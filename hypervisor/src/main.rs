@@ -48,7 +48,7 @@ mod vm;
 use alloc::vec::Vec;
 
 use entresol_metal_arm64::boot::{BootInfo, memory};
-use entresol_metal_arm64::{console as machine_console, cpu, gic, power};
+use entresol_metal_arm64::{Metal, console as machine_console, cpu, gic, power};
 use entresol_sync::Once;
 use entresol_wire::bundle::Bundle;
 use entresol_wire::config::Console;
@@ -87,7 +87,12 @@ fn start(info: &'static BootInfo) {
     });
     // SAFETY: `split` took the region out of free RAM, and gives it to nobody else.
     unsafe { heap::init(memory.heap) };
-    if host::init(&memory.frames, cpu::count()).is_err() {
+    let (pool, crumbs) = memory.frames.split_at(memory.frames.len().min(Metal::POOL_RANGES));
+    for crumb in crumbs {
+        // SAFETY: as above; the frame pool does not get it.
+        unsafe { heap::extend(*crumb) };
+    }
+    if host::init(pool, cpu::count()).is_err() {
         refuse(format_args!("the heap has no room for the records of {frames} frames"));
     }
     gic::init(info).unwrap_or_else(|error| refuse(format_args!("{error}")));

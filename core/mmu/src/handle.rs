@@ -41,8 +41,8 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if fault.is_fetch() && grant.memory == Memory::Device {
             return self.refused(Outcome::Inject(Abort::External));
         }
-        let features = self.host.machine.features();
-        let mapping = choose(&slot, &grant, fault, self.options.largest, &features);
+        let features = self.host.features();
+        let mapping = choose(&slot, &grant, fault, self.options.largest, features);
         if self.notifier.moved(sample, mapping.range()) || !self.slots.is_current(&slot, pin) {
             return self.retry();
         }
@@ -52,8 +52,8 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             self.stats.populated.bump()
         }
         match fault.cause {
-            Cause::Permission { .. } => self.relax(fault, &mapping, &features),
-            _ => self.map(pin.cpu(), &mapping, &features),
+            Cause::Permission { .. } => self.relax(fault, &mapping, features),
+            _ => self.map(pin.cpu(), &mapping, features),
         }
     }
 

@@ -1,7 +1,7 @@
 //! What all virtual machines of one machine share.
 
 use entresol_backing::{FramePool, Objects, Supply};
-use entresol_machine::Machine;
+use entresol_machine::{Features, Machine};
 use entresol_sync::Epoch;
 
 use crate::{OutOfHeap, Vmids};
@@ -18,6 +18,8 @@ pub struct Host<M> {
     pub vmids: Vmids,
     /// Grace periods: pinned while a fault is handled.
     pub epoch: Epoch,
+    /// The machine's constants.
+    features: Features,
 }
 
 impl<M: Machine> Host<M> {
@@ -28,7 +30,14 @@ impl<M: Machine> Host<M> {
     /// [`OutOfHeap`].
     pub fn new(machine: M, pool: FramePool, objects: Objects) -> Result<Self, OutOfHeap> {
         let vmids = Vmids::new(machine.features().vmid_bits)?;
-        Ok(Self { machine, pool, objects, vmids, epoch: Epoch::new() })
+        let features = machine.features();
+        Ok(Self { machine, pool, objects, vmids, epoch: Epoch::new(), features })
+    }
+
+    /// The machine's constants.
+    #[inline]
+    pub fn features(&self) -> &Features {
+        &self.features
     }
 
     /// Where CPU `cpu` gets frames.

@@ -75,7 +75,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
     /// One past the last guest physical address that any virtual machine here can have.
     #[inline]
     pub(crate) fn machine_limit(&self) -> Gpa {
-        Gpa::new(1 << self.host.machine.features().physical_bits)
+        Gpa::new(1 << self.host.features().physical_bits)
     }
 
     /// Every guest frame.

@@ -48,6 +48,7 @@ extern crate std;
 
 pub mod boot;
 pub mod operand;
+mod pool;
 
 #[cfg(target_os = "none")]
 #[macro_use]

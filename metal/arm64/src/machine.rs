@@ -16,15 +16,13 @@
 
 use core::arch::asm;
 
-use arrayvec::ArrayVec;
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
 use entresol_machine::{Features, Machine, TlbOp, Vmid, Word};
-use entresol_sync::Once;
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
-use crate::boot::memory::MAX_FREE;
 use crate::features::{self, Feature};
 use crate::operand::{self, Step};
+use crate::pool::{self, Pool};
 
 /// Frames above which all instruction caches are invalidated instead of lines.
 const MOST_ICACHE_FRAMES: u64 = 64;
@@ -32,11 +30,7 @@ const MOST_ICACHE_FRAMES: u64 = 64;
 /// VTTBR_EL2.VMID.
 const VMID_SHIFT: u32 = 48;
 
-/// The largest range of the pool, for the check that nearly always decides: first frame and number.
-static POOL_START: AtomicU64 = AtomicU64::new(0);
-static POOL_COUNT: AtomicU64 = AtomicU64::new(0);
-/// All ranges of the pool.
-static POOL: Once<ArrayVec<PfnRange, MAX_FREE>> = Once::new();
+static POOL: Pool = Pool::new();
 
 /// Bytes of a DC ZVA block; 0: not used.
 static ZVA_BLOCK: AtomicU64 = AtomicU64::new(0);
@@ -58,33 +52,23 @@ pub(crate) fn init() {
 }
 
 impl Metal {
-    /// Names the frames that the methods may touch, largest range first. Once; later calls change nothing.
+    /// Ranges of frames that [`Self::set_pool`] takes at most.
+    pub const POOL_RANGES: usize = pool::RANGES;
+
+    /// Names the frames that the methods may touch, largest range first. Once, before other CPUs use any method.
     ///
     /// # Panics
     ///
-    /// If there are none, or more ranges than `boot::memory` makes.
+    /// If there are more than [`Self::POOL_RANGES`].
     pub fn set_pool(ranges: &[PfnRange]) {
-        let pool = POOL.call_once(|| ranges.iter().copied().collect());
-        let largest = pool.first().expect("a machine has memory");
-        POOL_START.store(largest.start().get(), Ordering::Relaxed);
-        POOL_COUNT.store(largest.count(), Ordering::Release);
+        POOL.set(ranges);
     }
 
     /// The address of `frames`, which lie in the pool.
     #[inline]
     fn own(frames: PfnRange) -> u64 {
-        let offset = frames.start().get().wrapping_sub(POOL_START.load(Ordering::Relaxed));
-        let count = POOL_COUNT.load(Ordering::Relaxed);
-        if offset >= count || frames.count() > count - offset {
-            Self::own_elsewhere(frames);
-        }
+        POOL.check(frames);
         frames.start().base().get()
-    }
-
-    #[cold]
-    fn own_elsewhere(frames: PfnRange) {
-        let inside = POOL.get().is_some_and(|pool| pool.iter().any(|range| range.covers(frames)));
-        assert!(inside, "{frames:x?} are not in the frame pool");
     }
 
     #[inline]

@@ -48,6 +48,7 @@ mod vm;
 use alloc::vec::Vec;
 
 use entresol_metal_arm64::boot::{BootInfo, memory};
+use entresol_metal_arm64::switch::gic as interface;
 use entresol_metal_arm64::{Metal, console as machine_console, cpu, gic, power};
 use entresol_sync::Once;
 use entresol_wire::bundle::Bundle;
@@ -96,6 +97,9 @@ fn start(info: &'static BootInfo) {
         refuse(format_args!("the heap has no room for the records of {frames} frames"));
     }
     gic::init(info).unwrap_or_else(|error| refuse(format_args!("{error}")));
+    if !interface::traps_deactivation() {
+        refuse(format_args!("GICv3: ICH_VTR_EL2.TDS is 0: deactivation by guests cannot be trapped"));
+    }
     start_cpu();
     clock::init(info);
     log::info!(

@@ -157,7 +157,8 @@ pub fn wake_self(cpu: usize) {
     QUEUES.lock().idle &= !(1 << cpu);
 }
 
-/// A vCPU has left CPU `cpu`; its state is saved. `deliverable` says whether an interrupt waits for it.
+/// A vCPU has left CPU `cpu`; its state is saved, and its lock is free: nobody else takes it until the vCPU is ready.
+/// `deliverable` says whether an interrupt waits for it.
 pub fn put(cpu: usize, vcpu: VcpuRef, leave: Leave, deliverable: impl FnOnce() -> bool) {
     let mut queues = QUEUES.lock();
     let slot = vcpu.vm.vcpu(vcpu.index);

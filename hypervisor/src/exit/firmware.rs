@@ -46,10 +46,12 @@ fn power(vcpu: &VcpuRef, state: &mut State, call: psci::Call) -> Option<(u64, Ne
         psci::Call::CpuOn { target, entry, context } => again(cpu_on(vcpu, target, Boot { entry, argument: context })),
         psci::Call::AffinityInfo { target, level } => Some((affinity_info(vcpu, target, level), Next::Again)),
         psci::Call::CpuSuspend { power_state, entry, context } => {
-            if power_state & POWER_DOWN != 0 {
+            let next = wait::until_interrupt(vcpu, state);
+            // With an interrupt pending there is no power-down, and the call returns as from standby (DEN 0022 5.4.5).
+            if power_state & POWER_DOWN != 0 && matches!(next, Next::Leave(_)) {
                 *vcpu.vm.vcpu(vcpu.index).boot.lock() = Some(Boot { entry, argument: context });
             }
-            Some((Status::Success.x0(), wait::until_interrupt(vcpu, state)))
+            Some((Status::Success.x0(), next))
         }
         psci::Call::SystemOff => {
             vcpu.vm.stop(Stop::PowerOff);

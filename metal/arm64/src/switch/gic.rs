@@ -95,6 +95,11 @@ pub fn empty_list_registers() -> u64 {
     mrs!("ich_elrsr_el2")
 }
 
+/// Whether ICH_HCR_EL2.TDIR works (ICH_VTR_EL2.TDS).
+pub fn traps_deactivation() -> bool {
+    mrs!("ich_vtr_el2") >> 19 & 1 != 0
+}
+
 /// List registers of this machine, and active priority registers in each group (IHI 0069H 12.4.8, ICH_VTR_EL2).
 /// Packed: list registers 7:0, active 15:8; 0 before the first question.
 static SHAPE: AtomicU32 = AtomicU32::new(0);

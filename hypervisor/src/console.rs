@@ -52,7 +52,10 @@ struct Output {
 
 static FOREGROUND: AtomicUsize = AtomicUsize::new(0);
 static INTID: AtomicU32 = AtomicU32::new(u32::MAX);
-static TERMINALS: Once<Box<[(String, Arc<Terminal>)]>> = Once::new();
+/// Names and terminals, by number.
+type Terminals = Box<[(String, Arc<Terminal>)]>;
+
+static TERMINALS: Once<Terminals> = Once::new();
 static INPUT: Mutex<Input> = Mutex::new(Input { waiting: VecDeque::new(), escaped: false });
 
 struct Input {

@@ -26,7 +26,7 @@ pub fn call(vcpu: &VcpuRef, function: u32, x1: u64, x2: u64) -> Option<u64> {
 }
 
 fn zap(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {
-    if start % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 {
+    if !start.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) {
         return INVALID;
     }
     // No grace period is pinned here: only memory aborts pin, and this is a call.

@@ -78,7 +78,7 @@ fn target_of(vcpu: &VcpuRef, target: u64) -> Option<usize> {
 
 fn cpu_on(vcpu: &VcpuRef, target: u64, boot: Boot) -> Status {
     let Some(index) = target_of(vcpu, target) else { return Status::InvalidParameters };
-    if boot.entry % 4 != 0 || !vcpu.vm.is_memory(boot.entry) {
+    if !boot.entry.is_multiple_of(4) || !vcpu.vm.is_memory(boot.entry) {
         return Status::InvalidAddress;
     }
     let vm = vcpu.vm.clone();

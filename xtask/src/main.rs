@@ -4,14 +4,17 @@
 //! |---|---|
 //! | [`run`] | how does a clean clone become a guest's shell? |
 //! | [`test`], [`system`], [`check`] | does everything still hold? |
+//! | [`bench`] | what does it cost? |
 //! | [`fetch`] | where do QEMU and a guest come from? |
-//! | [`image`], [`bundle`], [`initrd`], [`cpio`] | what is the machine given at boot? |
+//! | [`image`], [`bundle`], [`initrd`], [`cpio`], [`guests`] | what is the machine given at boot? |
 //! | [`outer`] | what is the machine? |
 
+mod bench;
 mod bundle;
 mod check;
 mod cpio;
 mod fetch;
+mod guests;
 mod image;
 mod initrd;
 mod outer;
@@ -40,6 +43,8 @@ enum Task {
     Run(run::Options),
     /// Check, run the host's tests, then boot machines and test those
     Test(test::Options),
+    /// Count what operations cost, in instructions, deterministically; with `--peer kvm` against KVM
+    Bench(bench::Options),
     /// Format, clippy, dependency arrows and the house's own rules
     Check,
     /// Fetch QEMU and a guest's files now, to be without network later
@@ -52,6 +57,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Task::Run(options) => run::run(&options),
         Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
         Task::Check => check::run().map(|()| ExitCode::SUCCESS),
         Task::Fetch => fetch_now(),
         Task::Build => build(),

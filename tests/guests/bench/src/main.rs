@@ -42,10 +42,10 @@ const IFLS: u64 = UART + 0x34;
 
 fn main(machine: &Machine) {
     let blocks = machine.argument("bench") == Some("blocks");
-    let start = memory::image().end.next_multiple_of(32 << 20);
     let (count, size) = if blocks { (BLOCKS, BLOCK) } else { (PAGES, PAGE) };
-    assert!(start + count * size <= machine.end(), "this machine has too little memory");
-    assert!(machine.device_tree.end <= start || machine.device_tree.start >= start + count * size);
+    let free = machine.free();
+    let start = free.start.next_multiple_of(BLOCK);
+    assert!(start + count * size <= free.end, "this machine has too little memory");
     if !blocks {
         calls();
         phase::<0xa001>();

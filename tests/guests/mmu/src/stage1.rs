@@ -54,7 +54,7 @@ fn outside(space: &mut Space) -> Result<(), Differs<u64>> {
     space.put_root(450, 0x30_0000_0000 | 3);
     match probe::load64(address, 0) {
         Err(fault) if fault.class() == class::DATA_ABORT && fault.status() == 0x16 => same(address, address, fault.far),
-        other => same(address, 0x16, other.map_or_else(|fault| fault.esr, |value| value)),
+        other => same(address, 0x16, other.unwrap_or_else(|fault| fault.esr)),
     }
 }
 

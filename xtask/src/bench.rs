@@ -1,0 +1,100 @@
+//! `cargo xtask bench`: what operations cost, in executed instructions of the emulated machine.
+//!
+//! Protocol: every machine is deterministic (`-icount`, one CPU, fixed seeds and clock; [`machine`]), a plugin counts
+//! between markers that a guest executes ([`plugin`]), and the guest is the same program for every hypervisor
+//! ([`operations`]). A boot is counted from the kernel's first instruction to the first of user space ([`boot`]), and
+//! compared with the bare machine, which is given the device tree that the guest was given. `--peer kvm` runs the same
+//! guests under Debian's own kernel ([`peer`]). The exit status says whether every target is met.
+
+mod boot;
+mod machine;
+mod operations;
+mod peer;
+mod plugin;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+
+use crate::fetch::{self, Guest, Qemu};
+use crate::{image, workspace};
+use table::{Row, Rows};
+
+/// What is measured.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Write the results to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Measure this hypervisor too, with the same guests, and print the ratio
+    #[arg(long, value_enum)]
+    peer: Option<Peer>,
+    /// Only these; all if none is named
+    #[arg(long, value_enum, num_args = 1..)]
+    only: Vec<Part>,
+}
+
+/// Who else is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// Debian's kernel with its own KVM, and a small VMM of ours
+    Kvm,
+}
+
+/// What can be measured alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// Faults, calls and device accesses with 4 KiB entries
+    Pages,
+    /// Faults with 2 MiB entries
+    Blocks,
+    /// A Linux boot, bare and as a guest
+    Boot,
+}
+
+/// What every measurement needs.
+pub struct Bench {
+    qemu: Qemu,
+    guest: Guest,
+    plugin: PathBuf,
+    hypervisor: PathBuf,
+    /// Logs, bundles and results.
+    work: PathBuf,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When something does not build, or a machine does not come to its end.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let (qemu, guest) = fetch::everything()?;
+    let work = workspace::output_dir()?.join("bench");
+    std::fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    let plugin = plugin::build(&work)?;
+    let bench = Bench { qemu, guest, plugin, hypervisor: image::build(&[])?.raw, work };
+    let wanted = |part: Part| options.only.is_empty() || options.only.contains(&part);
+    let mut rows = Rows::default();
+    if wanted(Part::Pages) {
+        let peer = options.peer.map(|Peer::Kvm| peer::operations(&bench, Part::Pages)).transpose()?;
+        rows.add(operations::measure(&bench, Part::Pages)?, peer.as_ref());
+    }
+    if wanted(Part::Blocks) {
+        let peer = options.peer.map(|Peer::Kvm| peer::operations(&bench, Part::Blocks)).transpose()?;
+        rows.add(operations::measure(&bench, Part::Blocks)?, peer.as_ref());
+    }
+    if wanted(Part::Boot) {
+        rows.0.extend(boot::measure(&bench, options.peer.is_some())?);
+    }
+    print!("{}", rows.table());
+    if let Some(path) = &options.json {
+        image::write_new(&absolute(path)?, rows.json().as_bytes())?;
+    }
+    Ok(if rows.0.iter().all(Row::met) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn absolute(path: &std::path::Path) -> Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("cannot resolve {}", path.display()))
+}

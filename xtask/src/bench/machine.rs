@@ -1,0 +1,141 @@
+//! The machine that is measured: the outer machine of every other command, made deterministic.
+//!
+//! One CPU, one instruction a nanosecond, idle time skipped, a clock that starts at a fixed date and runs on virtual time,
+//! fixed seeds. Two runs of the same files execute the same instructions.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Bench;
+use super::plugin::Counts;
+use crate::progress::Step;
+
+/// The longest run takes a tenth of it on two busy cores; a machine that is stuck under `-icount` never idles.
+const LONGEST: Duration = Duration::from_secs(1800);
+
+/// What is run. `name` is the run's, of its files in the work folder.
+pub struct Run<'a> {
+    pub name: &'a str,
+    pub kernel: &'a Path,
+    pub initrd: &'a Path,
+    pub append: &'a str,
+    /// EL2, with the hypervisor's usual machine; without, a machine of one guest's size.
+    pub el2: bool,
+    /// For the machine without EL2.
+    pub device_tree: Option<&'a Path>,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Encoding of the instruction that begins the boot's interval.
+    pub start: Option<u32>,
+    /// A line of the console that says that the run is complete.
+    pub done: &'a str,
+}
+
+/// What a run gave.
+pub struct Outcome {
+    pub counts: Counts,
+    /// The first serial line.
+    pub console: String,
+}
+
+impl Run<'_> {
+    /// Runs the machine to its end.
+    ///
+    /// # Errors
+    /// When it does not start, end by itself with status 0, or print its last line.
+    pub fn to_end(&self, bench: &Bench) -> Result<Outcome> {
+        let step = Step::start(&format!("measuring: {}", self.name));
+        let log = bench.work.join(format!("{}.log", self.name));
+        let counts = bench.work.join(format!("{}.json", self.name));
+        if counts.exists() {
+            fs::remove_file(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
+        }
+        let mut command = self.command(bench, &counts);
+        let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+        let errors = output.try_clone().context("cannot use the log twice")?;
+        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        wait(command).with_context(|| format!("the machine's log is {}", log.display()))?;
+        drop(step);
+        let console = read(&log)?;
+        ensure!(
+            console.lines().any(|line| line.trim_end() == self.done),
+            "{} did not print {:?}; it ended with:\n{}\nthe whole log is {}",
+            self.name,
+            self.done,
+            tail(&console),
+            log.display()
+        );
+        Ok(Outcome { counts: Counts::read(&counts)?, console })
+    }
+
+    fn command(&self, bench: &Bench, counts: &Path) -> Command {
+        let mut command = bench.qemu.command();
+        let machine = if self.el2 {
+            "virt,gic-version=3,dtb-randomness=off,virtualization=on,mte=on"
+        } else {
+            "virt,gic-version=3,dtb-randomness=off"
+        };
+        command.args(["-M", machine, "-cpu", "max,pauth-impdef=on", "-smp", "1"]);
+        command.args(["-m", &format!("{}M", self.memory >> 20)]);
+        command.args(["-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none", "-serial", "stdio"]);
+        command.args(["-global", "virtio-mmio.force-legacy=false"]);
+        command.args(["-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "base=2024-01-01,clock=vm"]);
+        let mut plugin = format!("{},out={}", commas(&bench.plugin), commas(counts));
+        if let Some(opcode) = self.start {
+            plugin += &format!(",start={opcode:#x}");
+        }
+        command.args(["-plugin", &plugin]);
+        command.arg("-kernel").arg(self.kernel).arg("-initrd").arg(self.initrd);
+        if !self.append.is_empty() {
+            command.args(["-append", self.append]);
+        }
+        if let Some(tree) = self.device_tree {
+            command.arg("-dtb").arg(tree);
+        }
+        command
+    }
+}
+
+/// A comma ends a value of QEMU's options; two stand for one.
+fn commas(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+fn wait(mut command: Command) -> Result<()> {
+    let mut child = command.spawn().context("cannot start QEMU")?;
+    let started = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().context("cannot wait for QEMU")? {
+            ensure!(status.success(), "QEMU ended with {status}");
+            return Ok(());
+        }
+        if started.elapsed() > LONGEST {
+            child.kill().context("cannot stop QEMU")?;
+            child.wait().context("cannot wait for QEMU")?;
+            bail!("the machine did not end within {} s", LONGEST.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn read(log: &Path) -> Result<String> {
+    let mut bytes = Vec::new();
+    let mut file = File::open(log).with_context(|| format!("cannot open {}", log.display()))?;
+    file.read_to_end(&mut bytes).with_context(|| format!("cannot read {}", log.display()))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn tail(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+/// The file of a run in the work folder.
+pub fn file(bench: &Bench, name: &str) -> PathBuf {
+    bench.work.join(name)
+}

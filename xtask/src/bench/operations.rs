@@ -1,0 +1,73 @@
+//! The guest `bench` on the hypervisor: one run with 4 KiB entries, one with 2 MiB blocks.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
+
+use super::machine::{self, Run};
+use super::plugin::{Counts, Statistics};
+use super::{Bench, Part};
+use crate::{bundle, guests};
+
+/// Key of the results and the guest's phase.
+const PAGES: [(&str, u8); 5] =
+    [("fault_populated_4k", 2), ("fault_fresh_4k", 1), ("mmio_read", 4), ("mmio_write", 5), ("hvc", 6)];
+const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
+
+/// Memory of the outer machine and of the guest.
+pub const OUTER: (u64, &str) = (4 << 30, "4G");
+pub const GUEST: (u64, &str) = (512 << 20, "512M");
+
+/// What the guest prints last.
+pub const DONE: &str = "BENCH DONE";
+
+/// The guest's command line.
+pub fn arguments(part: Part) -> &'static str {
+    if part == Part::Blocks { "bench=blocks" } else { "bench=pages" }
+}
+
+/// Measures one part's operations.
+///
+/// # Errors
+/// When the machine does not come to its end, or a phase is missing.
+pub fn measure(bench: &Bench, part: Part) -> Result<BTreeMap<&'static str, Statistics>> {
+    let name = arguments(part);
+    let page_size = if part == Part::Blocks { LargestEntry::Block2M } else { LargestEntry::Page4K };
+    let vm = WrittenVm {
+        name: "bench".to_owned(),
+        memory: GUEST.1.to_owned(),
+        kernel: guests::flat("bench")?.to_string_lossy().into_owned(),
+        cmdline: arguments(part).to_owned(),
+        policies: WrittenPolicies { page_size, services: true, ..WrittenPolicies::default() },
+        ..WrittenVm::default()
+    };
+    let packed = machine::file(bench, &format!("{name}.bundle"));
+    bundle::pack(&bundle::check(bundle::written(OUTER.1, 1, vec![vm]))?, &packed)?;
+    let run = Run {
+        name,
+        kernel: &bench.hypervisor,
+        initrd: &packed,
+        append: "",
+        el2: true,
+        device_tree: None,
+        memory: OUTER.0,
+        start: None,
+        done: DONE,
+    };
+    phases(part, &run.to_end(bench)?.counts)
+}
+
+/// The part's results by key.
+///
+/// # Errors
+/// When a phase is missing: the guest skipped it.
+pub fn phases(part: Part, counts: &Counts) -> Result<BTreeMap<&'static str, Statistics>> {
+    let keys: &[(&str, u8)] = if part == Part::Blocks { &BLOCKS } else { &PAGES };
+    let mut results = BTreeMap::new();
+    for (key, phase) in keys {
+        let statistics = counts.phases.get(phase).with_context(|| format!("the guest did not measure {key}"))?;
+        results.insert(*key, statistics.clone());
+    }
+    Ok(results)
+}

@@ -1,0 +1,165 @@
+//! Results with their targets, for people and for programs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use super::plugin::Statistics;
+
+/// Targets: medians, in instructions, and what KVM's median is on the same machine where nobody measures it again.
+const TARGETS: [(&str, u64, u64); 6] = [
+    ("fault_populated_4k", 700, 4447),
+    ("fault_fresh_4k", 1400, 7277),
+    ("fault_populated_2m", 900, 4610),
+    ("mmio_read", 700, 5368),
+    ("mmio_write", 700, 5368),
+    ("hvc", 250, 1056),
+];
+
+/// One line.
+pub enum Row {
+    /// An operation.
+    Operation { key: &'static str, ours: Statistics, peer: Option<Statistics> },
+    /// A boot, in instructions, with its target as a ratio to the bare machine's.
+    Boot { key: &'static str, instructions: u64, bare: u64, target: f64, peer: Option<u64> },
+}
+
+impl Row {
+    /// Whether the target is met.
+    pub fn met(&self) -> bool {
+        match self {
+            Self::Operation { key, ours, .. } => target(key).is_none_or(|(target, _)| ours.median <= target),
+            Self::Boot { instructions, bare, target, .. } => ratio(*instructions, *bare) <= *target,
+        }
+    }
+
+    fn json(&self) -> (String, Value) {
+        match self {
+            Self::Operation { key, ours, peer } => {
+                let mut value = statistics(ours);
+                value["target"] = json!(target(key).map(|(target, _)| target));
+                value["met"] = json!(self.met());
+                value["kvm_reference"] = json!(target(key).map(|(_, reference)| reference));
+                value["kvm"] = json!(peer.as_ref().map(statistics));
+                ((*key).to_owned(), value)
+            }
+            Self::Boot { key, instructions, bare, target, peer } => {
+                let value = json!({
+                    "instructions": instructions, "bare": bare, "ratio": ratio(*instructions, *bare),
+                    "target": target, "met": self.met(),
+                    "kvm": peer.map(|peer| json!({"instructions": peer, "ratio": ratio(peer, *bare)})),
+                });
+                ((*key).to_owned(), value)
+            }
+        }
+    }
+}
+
+/// All lines.
+#[derive(Default)]
+pub struct Rows(pub Vec<Row>);
+
+impl Rows {
+    /// Adds operations with their peer's.
+    pub fn add(&mut self, ours: BTreeMap<&'static str, Statistics>, peer: Option<&BTreeMap<&'static str, Statistics>>) {
+        for (key, ours) in ours {
+            let peer = peer.and_then(|peer| peer.get(key)).cloned();
+            self.0.push(Row::Operation { key, ours, peer });
+        }
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let operations = self.0.iter().any(|row| matches!(row, Row::Operation { .. }));
+        if operations {
+            text += "instructions from the guest's instruction to its successor\n";
+            text += "operation            median    p99    max      mean  count  target          KVM  ratio\n";
+        }
+        for row in &self.0 {
+            if let Row::Operation { key, ours, peer } = row {
+                operation(&mut text, key, ours, peer.as_ref(), row.met());
+            }
+        }
+        if self.0.len() > self.0.iter().filter(|row| matches!(row, Row::Operation { .. })).count() {
+            text += "\ninstructions from the kernel's first to user space's first\n";
+            text += "boot            instructions          bare   ratio  target               KVM   ratio\n";
+        }
+        for row in &self.0 {
+            if let Row::Boot { key, instructions, bare, target, peer } = row {
+                let (mark, own) = (verdict(row.met()), ratio(*instructions, *bare));
+                let peer = peer.map_or_else(String::new, |peer| format!("{peer:>13}  {:.4}", ratio(peer, *bare)));
+                // Writing to a string cannot fail.
+                let _infallible =
+                    writeln!(text, "{key:<14} {instructions:>13} {bare:>13}  {own:.4}  {target:<4} {mark:<5} {peer}");
+            }
+        }
+        text
+    }
+
+    /// For programs.
+    pub fn json(&self) -> String {
+        let object: serde_json::Map<String, Value> = self.0.iter().map(Row::json).collect();
+        format!("{:#}\n", Value::Object(object))
+    }
+}
+
+fn operation(text: &mut String, key: &str, ours: &Statistics, peer: Option<&Statistics>, met: bool) {
+    let (limit, reference) = target(key).map_or((0, 0), |(target, reference)| (target, reference));
+    let kvm = peer.map_or_else(|| format!("({reference})"), |peer| peer.median.to_string());
+    let against = ratio(peer.map_or(reference, |peer| peer.median), ours.median);
+    let Statistics { median, p99, max, mean, count, .. } = ours;
+    // Writing to a string cannot fail.
+    let _infallible = writeln!(
+        text,
+        "{key:<19} {median:>7} {p99:>6} {max:>6} {mean:>9.1} {count:>6}  {limit:>5} {:<5} {kvm:>7} {against:>6.2}",
+        verdict(met)
+    );
+}
+
+fn verdict(met: bool) -> &'static str {
+    if met { "met" } else { "OVER" }
+}
+
+fn target(key: &str) -> Option<(u64, u64)> {
+    TARGETS.iter().find(|(name, ..)| *name == key).map(|(_, target, reference)| (*target, *reference))
+}
+
+fn ratio(a: u64, b: u64) -> f64 {
+    a as f64 / b.max(1) as f64
+}
+
+fn statistics(s: &Statistics) -> Value {
+    json!({"median": s.median, "p99": s.p99, "min": s.min, "max": s.max, "mean": s.mean, "count": s.count})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn statistics_of(median: u64) -> Statistics {
+        Statistics { count: 3, min: 1, median, p99: median + 1, max: median + 2, mean: median as f64 }
+    }
+
+    #[test]
+    fn a_target_is_met_up_to_its_own_value() {
+        let met = |key, median| Row::Operation { key, ours: statistics_of(median), peer: None }.met();
+        assert!(met("hvc", 250) && !met("hvc", 251));
+        let boot = |instructions| Row::Boot { key: "boot_2m", instructions, bare: 100, target: 1.02, peer: None };
+        assert!(boot(102).met() && !boot(103).met());
+    }
+
+    #[test]
+    fn a_peer_that_was_measured_takes_the_references_place() {
+        let mut rows = Rows::default();
+        let peer = BTreeMap::from([("hvc", statistics_of(1000))]);
+        rows.add(BTreeMap::from([("hvc", statistics_of(200))]), Some(&peer));
+        rows.0.push(Row::Boot { key: "boot_4k", instructions: 104, bare: 100, target: 1.05, peer: Some(111) });
+        let table = rows.table();
+        assert!(table.contains("1000   5.00") && table.contains("1.0400") && table.contains("1.1100"), "{table}");
+        let json: Value = serde_json::from_str(&rows.json()).unwrap();
+        assert_eq!(json["hvc"]["kvm"]["median"], 1000);
+        assert_eq!(json["boot_4k"]["met"], true);
+    }
+}

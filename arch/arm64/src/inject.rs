@@ -95,6 +95,16 @@ pub enum Status {
     External,
     /// Address size fault at level 0 (0b000000).
     AddressSize,
+    /// What an address translation instruction reported for the guest's own stage 1: PAR_EL1.FST, 6 bits.
+    Stage1(u8),
+}
+
+impl Status {
+    /// From PAR_EL1 after a failed `AT S1E*` (F is 1); `None` if stage 2 failed it (S, bit 9), which is no fault of the
+    /// guest's.
+    pub const fn of_par(par: u64) -> Option<Self> {
+        if par & 1 << 9 != 0 { None } else { Some(Self::Stage1((par >> 1) as u8 & 0x3f)) }
+    }
 }
 
 /// An exception for the guest.
@@ -245,6 +255,7 @@ const fn code(status: Status) -> u64 {
     match status {
         Status::External => 0b01_0000,
         Status::AddressSize => 0b00_0000,
+        Status::Stage1(code) => code as u64 & 0x3f,
     }
 }
 
@@ -302,6 +313,16 @@ mod tests {
         assert_eq!(entry.far, Some(0xdead_0000));
         let exception = Exception::InstructionAbort { address: 1 << 50, status: Status::AddressSize };
         assert_eq!(iss(enter(exception, &context(0, 0), ALL).esr), 0);
+    }
+
+    #[test]
+    fn a_failed_translation_is_the_guests_own_fault() {
+        let translation_3 = 0b00_0111;
+        let status = Status::of_par(1 | translation_3 << 1 | 1 << 8).unwrap();
+        let abort = Exception::DataAbort { address: 9, status, write: false, cache_maintenance: false };
+        let entry = enter(abort, &context(pstate::EL1H, 0), ALL);
+        assert_eq!((iss(entry.esr), entry.far), (0b00_0111, Some(9)));
+        assert_eq!(Status::of_par(1 | translation_3 << 1 | 1 << 9), None, "stage 2");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`syndrome`] | what did the guest do? ESR_EL2 → [`syndrome::Exit`] |
 //! | [`abort`] | which memory access failed, and why? → `entresol_fault::Fault` |
+//! | [`instruction`] | which load or store was it, where the syndrome does not say? |
 //! | [`stage2`] | what do second-stage descriptors look like? |
 //! | [`sysreg`], [`policy`] | which register was touched, what is the answer? |
 //! | [`idregs`] | what does the guest learn about its CPU? |
@@ -24,6 +25,7 @@
 pub mod abort;
 pub mod idregs;
 pub mod inject;
+pub mod instruction;
 pub mod mpidr;
 pub mod policy;
 pub mod psci;

@@ -81,7 +81,9 @@ pub fn init(info: &BootInfo) -> Result<(), OutOfHeap> {
     if let Err(error) = gic::set_edge(device.intid, device.edge).and_then(|()| gic::enable(device.intid)) {
         log::error!("control: no control channel: {error}");
     }
-    // What arrived before the interrupt was enabled.
+    // The line may have risen before the interrupt was edge-triggered, and would never rise again: it is lowered, and what
+    // it stood for is looked at.
+    acknowledge();
     host_work::raise(Work::Control);
     Ok(())
 }

@@ -15,7 +15,8 @@
 //! Invariants: INV-1, INV-2, INV-3, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
 //! Lock order: slot update → notifier → object → pool. Faults take no lock but a pool's.
 //!
-//! Known holes: dirty tracking, the MMIO cache and page-frame caches are not here yet.
+//! Known holes: dirty tracking, the MMIO cache and page-frame caches are not here yet. An access that was found to lie
+//! outside every slot is emulated after the pin ends; a slot made in between is met by the next access only (INV-9).
 #![no_std]
 #![forbid(unsafe_code)]
 

@@ -181,6 +181,8 @@ impl Session {
         for _ in 0..AT_ONCE {
             self.writer.push(channel);
             if !self.writer.has_room() {
+                // The channel's interrupt comes when there is: until then no output raises the work.
+                PRINTED.store(true, Ordering::SeqCst);
                 return false;
             }
             if !tell_output(attached, &mut self.output, &mut self.writer) {

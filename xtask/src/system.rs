@@ -8,6 +8,7 @@
 //! this test alone.
 
 mod boot;
+mod control;
 pub mod machine;
 pub mod transcript;
 
@@ -44,6 +45,16 @@ pub const TESTS: &[SystemTest] = &[
         name: "two_guests_run_side_by_side",
         about: "two Linux guests with a disk each; both run their scripts and power off",
         run: boot::two_guests_run_side_by_side,
+    },
+    SystemTest {
+        name: "owner_pauses_resumes_and_kills",
+        about: "over the control channel: a console, a paused guest that does nothing, a killed one whose memory is back",
+        run: control::owner_pauses_resumes_and_kills,
+    },
+    SystemTest {
+        name: "client_that_does_not_read_stops_nobody",
+        about: "output that it does not take is counted, requests wait, and the next client is served",
+        run: control::client_that_does_not_read_stops_nobody,
     },
     SystemTest {
         name: "linux_boots_to_shell",

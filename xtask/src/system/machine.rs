@@ -21,7 +21,7 @@ use crate::outer::Outer;
 use crate::workspace;
 
 /// The hypervisor answers from an interrupt; a host that is busy may take its time.
-const ANSWER: Duration = Duration::from_secs(180);
+pub const ANSWER: Duration = Duration::from_secs(180);
 
 /// What a machine of a test is made of. `name` is its test's (and, with a suffix, a second machine's).
 pub struct Builder<'a> {
@@ -182,6 +182,11 @@ impl Machine {
             self.console.expect_anything()?;
         }
         Client::connect(&self.socket, ANSWER).map_err(|error| self.console.failure(&error.to_string()))
+    }
+
+    /// The control channel's socket, for who does not keep to its protocol.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Waits for the machine's end, which must be a good one: status 0 and no panic of the hypervisor.

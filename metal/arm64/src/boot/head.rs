@@ -1,7 +1,11 @@
 //! The first instructions of the image, and of every other CPU.
 //!
-//! Sources: Linux, Documentation/arch/arm64/booting.rst for the header; Arm DDI 0487 D13.1 for the state at reset of
-//! what is set here; the ELF for the Arm 64-bit Architecture (AAELF64) 5.7 for R_AARCH64_RELATIVE.
+//! Sources: Linux, Documentation/arch/arm64/booting.rst for what holds here; Arm DDI 0487 D13.1 for the state at reset
+//! of what is set; the ELF for the Arm 64-bit Architecture (AAELF64) 5.7 for R_AARCH64_RELATIVE.
+//!
+//! Protocol: what runs from [`super::header`]'s first instruction on needs the image at a multiple of 4 KiB only; the
+//! 2 MiB of the boot protocol are what loaders are used to. Relocating twice does what once does, so an image that ran
+//! as an EFI application is started again at its first instruction, where it is.
 //!
 //! Known holes: a loader that enters with the MMU on breaks the protocol and is not detected.
 
@@ -14,23 +18,11 @@ const R_AARCH64_RELATIVE: u32 = 1027;
 
 global_asm!(
     r#"
-    .section .head.text, "ax"
-    .global _start
-_start:
-    b       0f                          // code0
-    .long   0                           // code1
-    .quad   0                           // text_offset: at the start of a 2 MiB block
-    .quad   __image_size                // image_size, with everything that is not in the file
-    .quad   0xa                         // flags: little endian, 4 KiB pages, anywhere in memory
-    .quad   0
-    .quad   0
-    .quad   0
-    .ascii  "ARM\x64"
-    .long   0
-
-0:  msr     daifset, #0xf
+    .text
+    .global entresol_head
+entresol_head:
+    msr     daifset, #0xf
     mov     x19, x0                     // the device tree
-    adrp    x20, __image_start          // linked at 0: where we run is also the offset to add
 
     // A known EL2: little endian, no alignment checks, everything off.
     mrs     x0, currentel
@@ -45,27 +37,14 @@ _start:
     adrp    x1, __bss_end
     bl      entresol_invalidate_to_poc
 
-    adrp    x1, __rela_start
-    add     x1, x1, :lo12:__rela_start
-    adrp    x2, __rela_end
-    add     x2, x2, :lo12:__rela_end
-1:  cmp     x1, x2
-    b.hs    3f
-    ldp     x3, x4, [x1], #16           // r_offset, r_info
-    ldr     x5, [x1], #8                // r_addend
-    cmp     x4, #{relative}
-    b.ne    2f
-    add     x5, x5, x20
-    str     x5, [x3, x20]
-    b       1b
-2:  wfe                                 // a relocation the linker script does not let through
-    b       2b
+    bl      entresol_relocate
+2:  cbnz    x0, 2b                      // a relocation the linker script does not let through
 
-3:  adrp    x1, __bss_start
+    adrp    x1, __bss_start
     adrp    x2, __bss_end
-4:  stp     xzr, xzr, [x1], #16
+3:  stp     xzr, xzr, [x1], #16
     cmp     x1, x2
-    b.lo    4b
+    b.lo    3b
 
     adrp    x0, __stacks_start
     mov     x1, #{stride}
@@ -76,13 +55,34 @@ _start:
     mrs     x1, currentel
     lsr     x1, x1, #2
     bl      entresol_boot
-5:  wfe
-    b       5b
+4:  wfe
+    b       4b
 
-    // A CPU that PSCI started: MMU off, x0 = its block, whose line was cleaned to memory.
     .ltorg
 
-    .text
+    // Adds where we run to each address that the linker left open. Returns 0 in x0, or 1 if it met anything else.
+    // Clobbers x1 to x6. Needs no stack.
+    .global entresol_relocate
+entresol_relocate:
+    adrp    x6, __image_start           // linked at 0: where we run is also the offset to add
+    adrp    x1, __rela_start
+    add     x1, x1, :lo12:__rela_start
+    adrp    x2, __rela_end
+    add     x2, x2, :lo12:__rela_end
+    mov     x0, xzr
+5:  cmp     x1, x2
+    b.hs    7f
+    ldp     x3, x4, [x1], #16           // r_offset, r_info
+    ldr     x5, [x1], #8                // r_addend
+    cmp     x4, #{relative}
+    b.ne    6f
+    add     x5, x5, x6
+    str     x5, [x3, x6]
+    b       5b
+6:  mov     x0, #1
+7:  ret
+
+    // A CPU that PSCI started: MMU off, x0 = its block, whose line was cleaned to memory.
     .global entresol_secondary_head
 entresol_secondary_head:
     msr     daifset, #0xf
@@ -99,8 +99,8 @@ entresol_secondary_head:
     bl      entresol_enable_mmu
     mov     x0, x19
     bl      entresol_secondary_start
-6:  wfe
-    b       6b
+8:  wfe
+    b       8b
 
     // x0 = pointer to MAIR, TCR, TTBR0, SCTLR of EL2. What runs is mapped where it is.
     .global entresol_enable_mmu
@@ -130,10 +130,10 @@ entresol_invalidate_to_poc:
     lsl     x2, x3, x2
     sub     x3, x2, #1
     bic     x0, x0, x3
-7:  dc      ivac, x0
+9:  dc      ivac, x0
     add     x0, x0, x2
     cmp     x0, x1
-    b.lo    7b
+    b.lo    9b
     dsb     sy
     ret
     "#,

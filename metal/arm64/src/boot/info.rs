@@ -43,6 +43,11 @@ impl Region {
         self.end - self.start
     }
 
+    /// Whether all of `other` lies inside.
+    pub const fn covers(self, other: Self) -> bool {
+        self.start <= other.start && other.end <= self.end
+    }
+
     /// Whether `address` lies inside.
     pub const fn contains(self, address: u64) -> bool {
         self.start <= address && address < self.end
@@ -166,6 +171,16 @@ pub fn console_of(blob: &'static [u8]) -> Option<u64> {
     Some(uart.registers.start)
 }
 
+/// The PL031, for who owns the machine whatever its device tree's `status` says.
+///
+/// # Errors
+///
+/// [`InfoError`]: its node is malformed.
+pub fn rtc_even_if_disabled(blob: &'static [u8]) -> Result<Option<Device>, InfoError> {
+    let root = Fdt::new(blob).map_err(InfoError::Blob)?.root();
+    nodes(root).find(|node| is_compatible(node, "arm,pl031")).map(device).transpose()
+}
+
 /// Whether PSCI is reached by HVC, as on a machine whose EL2 is its firmware's or absent.
 pub fn psci_is_hvc(blob: &'static [u8]) -> bool {
     let method = Fdt::new(blob).ok().and_then(|fdt| fdt.find_node("/psci")).and_then(|psci| psci.property("method"));
@@ -184,13 +199,20 @@ impl ChosenExt for dtoolkit::standard::Chosen<FdtNode<'static>> {
 }
 
 /// Nodes at the root or on one bus below it, such as `simple-bus`.
+fn nodes<'a>(root: FdtNode<'a>) -> impl Iterator<Item = FdtNode<'a>> {
+    root.children().chain(root.children().flat_map(|bus| bus.children()))
+}
+
+fn is_compatible(node: &FdtNode<'_>, name: &'static str) -> bool {
+    node.compatible().is_some_and(|mut names| names.any(|have| have == name))
+}
+
+fn is_enabled(node: &FdtNode<'_>) -> bool {
+    node.property("status").is_none_or(|status| matches!(status.value(), b"okay\0" | b"ok\0"))
+}
+
 fn compatible<'a>(root: FdtNode<'a>, name: &'static str) -> impl Iterator<Item = FdtNode<'a>> {
-    let direct = root.children();
-    let nested = root.children().flat_map(|bus| bus.children());
-    direct.chain(nested).filter(move |node| {
-        let enabled = node.property("status").is_none_or(|status| matches!(status.value(), b"okay\0" | b"ok\0"));
-        enabled && node.compatible().is_some_and(|mut names| names.any(|have| have == name))
-    })
+    nodes(root).filter(move |node| is_enabled(node) && is_compatible(node, name))
 }
 
 fn regions<'a>(node: FdtNode<'a>) -> Result<impl Iterator<Item = Result<Region, InfoError>>, InfoError> {

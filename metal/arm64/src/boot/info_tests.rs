@@ -13,6 +13,8 @@ struct Tree {
     initrd: Option<(u64, u64)>,
     gic: &'static str,
     uart_interrupt: [u32; 3],
+    /// Its `status`.
+    rtc: Option<&'static str>,
 }
 
 impl Default for Tree {
@@ -24,6 +26,7 @@ impl Default for Tree {
             initrd: Some((0x4800_0000, 0x4812_3456)),
             gic: "arm,gic-v3",
             uart_interrupt: [0, 1, 4],
+            rtc: None,
         }
     }
 }
@@ -63,24 +66,38 @@ impl Tree {
         fdt.property_string("compatible", self.gic)?;
         fdt.property_array_u64("reg", &[0x800_0000, 0x1_0000, 0x80a_0000, 0xf6_0000])?;
         fdt.end_node(gic)?;
-        Self::device(&mut fdt, "pl011@9000000", "arm,pl011", 0x900_0000, self.uart_interrupt)?;
-        Self::device(&mut fdt, "virtio_mmio@a000200", "virtio,mmio", 0xa00_0200, [0, 17, 1])?;
-        Self::device(&mut fdt, "virtio_mmio@a000000", "virtio,mmio", 0xa00_0000, [0, 16, 1])?;
+        Self::device(&mut fdt, "pl011@9000000", "arm,pl011", 0x900_0000, self.uart_interrupt, "okay")?;
+        if let Some(status) = self.rtc {
+            Self::device(&mut fdt, "pl031@9010000", "arm,pl031", 0x901_0000, [0, 2, 4], status)?;
+        }
+        Self::device(&mut fdt, "virtio_mmio@a000200", "virtio,mmio", 0xa00_0200, [0, 17, 1], "okay")?;
+        Self::device(&mut fdt, "virtio_mmio@a000000", "virtio,mmio", 0xa00_0000, [0, 16, 1], "okay")?;
         fdt.end_node(root)?;
         fdt.finish()
     }
 
-    fn device(fdt: &mut FdtWriter, name: &str, kind: &str, base: u64, interrupt: [u32; 3]) -> Result<(), Error> {
+    fn device(
+        fdt: &mut FdtWriter,
+        name: &str,
+        kind: &str,
+        base: u64,
+        interrupt: [u32; 3],
+        status: &str,
+    ) -> Result<(), Error> {
         let node = fdt.begin_node(name)?;
+        fdt.property_string("status", status)?;
         fdt.property_string_list("compatible", std::vec![kind.into(), "arm,primecell".into()])?;
         fdt.property_array_u64("reg", &[base, 0x200])?;
         fdt.property_array_u32("interrupts", &interrupt)?;
         fdt.end_node(node)
     }
 
+    fn blob(&self) -> &'static [u8] {
+        Box::leak(self.build().unwrap().into_boxed_slice())
+    }
+
     fn parse(&self, boot_cpu: u64) -> Result<BootInfo, InfoError> {
-        let blob = Box::leak(self.build().unwrap().into_boxed_slice());
-        parse(blob, 0x4900_0000, Region { start: 0x4020_0000, end: 0x4040_0000 }, boot_cpu)
+        parse(self.blob(), 0x4900_0000, Region { start: 0x4020_0000, end: 0x4040_0000 }, boot_cpu)
     }
 }
 
@@ -142,7 +159,29 @@ fn without_a_bundle_there_is_none() {
 
 #[test]
 fn the_console_is_found_first() {
-    let blob = Box::leak(Tree::default().build().unwrap().into_boxed_slice());
+    let blob = Tree::default().blob();
     assert_eq!(console_of(blob), Some(0x900_0000));
     assert_eq!(console_of(b""), None);
+}
+
+#[test]
+fn firmware_that_has_ended_leaves_its_clock() {
+    for (status, seen) in [("okay", true), ("disabled", false)] {
+        let tree = Tree { rtc: Some(status), ..Tree::default() };
+        assert_eq!(tree.parse(0).unwrap().rtc.is_some(), seen, "{status}");
+        assert_eq!(rtc_even_if_disabled(tree.blob()).unwrap().map(|rtc| rtc.registers.start), Some(0x901_0000));
+    }
+    assert_eq!(rtc_even_if_disabled(Tree::default().blob()).unwrap(), None);
+}
+
+#[test]
+fn firmware_has_the_last_word_on_memory_and_bundle() {
+    let tree = Tree { rtc: Some("disabled"), ..Tree::default() };
+    let mut info = tree.parse(0).unwrap();
+    let free = Region { start: 0x4100_0000, end: 0x4200_0000 };
+    let handover = crate::boot::efi::Handover { bundle: None, ram: [free].into_iter().collect() };
+    handover.apply(&mut info, tree.blob()).unwrap();
+    assert_eq!(info.ram.as_slice(), [free]);
+    assert_eq!(info.bundle, None, "what the tree names may be gone");
+    assert_eq!(info.rtc.map(|rtc| rtc.intid), Some(34));
 }

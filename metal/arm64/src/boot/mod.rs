@@ -1,8 +1,9 @@
 //! From the loader's jump to `entresol_main`.
 //!
 //! Purpose: the image is started as a Linux kernel is (Linux, Documentation/arch/arm64/booting.rst): by QEMU's
-//! `-kernel`, by `booti` of U-Boot, by an EFI loader's stub-less path; at any address that is a multiple of 2 MiB, with
-//! the device tree's address in x0, MMU and data cache off, interrupts masked.
+//! `-kernel` and by `booti` of U-Boot, at any address that is a multiple of 2 MiB, with the device tree's address in x0,
+//! MMU and data cache off, interrupts masked; or by EFI firmware, as an application that brings this state about itself
+//! ([`efi`]). `header` is what all of them read first.
 //!
 //! Protocol:
 //!
@@ -17,13 +18,16 @@
 //! Invariants: what step 2 writes, it writes to memory past the caches; both the start code (before) and the step
 //! itself (after) drop the cache lines of the written ranges, so nobody reads a stale line once caches are on.
 
+pub mod efi;
 mod info;
 pub mod memory;
 
-pub use info::{AFFINITY, BootInfo, Device, InfoError, MAX_CPUS, Region, parse};
+pub use info::{AFFINITY, BootInfo, Device, InfoError, MAX_CPUS, MAX_REGIONS, Region, parse};
 
 #[cfg(target_os = "none")]
 mod head;
+#[cfg(target_os = "none")]
+mod header;
 #[cfg(target_os = "none")]
 mod start;
 #[cfg(target_os = "none")]

@@ -4,7 +4,8 @@ use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
 use core::slice;
 
-use super::info::{self, BootInfo, Region};
+use super::efi;
+use super::info::{self, BootInfo, InfoError, Region};
 use crate::{console, cpu, exception, features, machine, paging, power, traps};
 
 unsafe extern "Rust" {
@@ -60,14 +61,9 @@ pub extern "C" fn entresol_boot(dtb: usize, exception_level: u64) -> ! {
         features::has_large_system_extensions(),
         "this CPU has no large system extensions (FEAT_LSE), which we use"
     );
-    let info = match info::parse(blob, dtb as u64, image(1), cpu::affinity()) {
-        Ok(mut info) => {
-            info.image = image(info.cpus.len());
-            // SAFETY: one CPU, no reference to the cell exists yet.
-            unsafe { (*INFO.0.get()).write(info) }
-        }
-        Err(error) => panic!("{error}"),
-    };
+    let info = machine_of(blob, dtb as u64).unwrap_or_else(|error| panic!("{error}"));
+    // SAFETY: one CPU, no reference to the cell exists yet.
+    let info = unsafe { (*INFO.0.get()).write(info) };
     cpu::init_others(info);
     traps::refuse_vhe();
     let registers = paging::build(info);
@@ -84,6 +80,16 @@ pub extern "C" fn entresol_boot(dtb: usize, exception_level: u64) -> ! {
     traps::init_cpu();
     // SAFETY: the hypervisor defines it with this type, as the crate's documentation demands.
     unsafe { entresol_main(info) }
+}
+
+/// What the device tree says, and EFI firmware if it was there.
+fn machine_of(blob: &'static [u8], address: u64) -> Result<BootInfo, InfoError> {
+    let mut info = info::parse(blob, address, image(1), cpu::affinity())?;
+    info.image = image(info.cpus.len());
+    if let Some(handover) = efi::handover() {
+        handover.apply(&mut info, blob)?;
+    }
+    Ok(info)
 }
 
 /// Says that this is not EL2, and turns the machine off as far as its firmware can be reached from here. Nothing of EL2
@@ -104,10 +110,12 @@ fn image(cpus: usize) -> Region {
     Region { start: image_base() as u64, end: stacks + (cpus * cpu::STACK_STRIDE) as u64 }
 }
 
+/// The whole device tree at `address`, if there is one.
+///
 /// # Safety
 ///
-/// `address` is null or what the loader put into x0.
-unsafe fn device_tree(address: usize) -> Option<&'static [u8]> {
+/// `address` is null or what a loader says to be the device tree's, which stays where it is.
+pub(super) unsafe fn device_tree(address: usize) -> Option<&'static [u8]> {
     if address == 0 || !address.is_multiple_of(8) {
         return None;
     }

@@ -1,7 +1,5 @@
 //! The guest `bench` on the hypervisor: one run with 4 KiB entries, one with 2 MiB blocks.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context, Result};
 use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
 
@@ -27,11 +25,14 @@ pub fn arguments(part: Part) -> &'static str {
     if part == Part::Blocks { "bench=blocks" } else { "bench=pages" }
 }
 
+/// Operations in the order of the table.
+pub type Results = Vec<(&'static str, Statistics)>;
+
 /// Measures one part's operations.
 ///
 /// # Errors
 /// When the machine does not come to its end, or a phase is missing.
-pub fn measure(bench: &Bench, part: Part) -> Result<BTreeMap<&'static str, Statistics>> {
+pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
     let name = arguments(part);
     let page_size = if part == Part::Blocks { LargestEntry::Block2M } else { LargestEntry::Page4K };
     let vm = WrittenVm {
@@ -62,12 +63,11 @@ pub fn measure(bench: &Bench, part: Part) -> Result<BTreeMap<&'static str, Stati
 ///
 /// # Errors
 /// When a phase is missing: the guest skipped it.
-pub fn phases(part: Part, counts: &Counts) -> Result<BTreeMap<&'static str, Statistics>> {
-    let keys: &[(&str, u8)] = if part == Part::Blocks { &BLOCKS } else { &PAGES };
-    let mut results = BTreeMap::new();
-    for (key, phase) in keys {
+pub fn phases(part: Part, counts: &Counts) -> Result<Results> {
+    let keys: &[(&'static str, u8)] = if part == Part::Blocks { &BLOCKS } else { &PAGES };
+    let one = |(key, phase): &(&'static str, u8)| {
         let statistics = counts.phases.get(phase).with_context(|| format!("the guest did not measure {key}"))?;
-        results.insert(*key, statistics.clone());
-    }
-    Ok(results)
+        Ok((*key, statistics.clone()))
+    };
+    keys.iter().map(one).collect()
 }

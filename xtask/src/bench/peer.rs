@@ -1,7 +1,6 @@
 //! The same guests under Debian's own KVM: its kernel at EL2, and a small VMM of ours (`tests/guests/linux/kvm-peer`) as
 //! PID 1.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +9,6 @@ use anyhow::{Context, Result};
 use super::boot::{self, Files};
 use super::machine::{self, Run};
 use super::operations::{self, GUEST, OUTER};
-use super::plugin::Statistics;
 use super::{Bench, Part};
 use crate::cpio::Archive;
 use crate::{guests, image};
@@ -24,7 +22,7 @@ const SERVICE: u64 = 0x0b00_0000;
 ///
 /// # Errors
 /// As for ours.
-pub fn operations(bench: &Bench, part: Part) -> Result<BTreeMap<&'static str, Statistics>> {
+pub fn operations(bench: &Bench, part: Part) -> Result<operations::Results> {
     let name = if part == Part::Blocks { "kvm-blocks" } else { "kvm-pages" };
     let page = if part == Part::Blocks { "2m" } else { "4k" };
     let arguments = format!("{} service={SERVICE:#x}", operations::arguments(part));

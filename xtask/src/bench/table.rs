@@ -1,10 +1,10 @@
 //! Results with their targets, for people and for programs.
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use super::operations::Results;
 use super::plugin::Statistics;
 
 /// Targets: medians, in instructions, and what KVM's median is on the same machine where nobody measures it again.
@@ -62,9 +62,9 @@ pub struct Rows(pub Vec<Row>);
 
 impl Rows {
     /// Adds operations with their peer's.
-    pub fn add(&mut self, ours: BTreeMap<&'static str, Statistics>, peer: Option<&BTreeMap<&'static str, Statistics>>) {
+    pub fn add(&mut self, ours: Results, peer: Option<&Results>) {
         for (key, ours) in ours {
-            let peer = peer.and_then(|peer| peer.get(key)).cloned();
+            let peer = peer.and_then(|peer| peer.iter().find(|(other, _)| *other == key)).map(|(_, peer)| peer.clone());
             self.0.push(Row::Operation { key, ours, peer });
         }
     }
@@ -75,7 +75,7 @@ impl Rows {
         let operations = self.0.iter().any(|row| matches!(row, Row::Operation { .. }));
         if operations {
             text += "instructions from the guest's instruction to its successor\n";
-            text += "operation            median    p99    max      mean  count  target          KVM  ratio\n";
+            text += "operation            median    p99    max      mean  count  target          KVM  KVM/ours\n";
         }
         for row in &self.0 {
             if let Row::Operation { key, ours, peer } = row {
@@ -113,7 +113,7 @@ fn operation(text: &mut String, key: &str, ours: &Statistics, peer: Option<&Stat
     // Writing to a string cannot fail.
     let _infallible = writeln!(
         text,
-        "{key:<19} {median:>7} {p99:>6} {max:>6} {mean:>9.1} {count:>6}  {limit:>5} {:<5} {kvm:>7} {against:>6.2}",
+        "{key:<19} {median:>7} {p99:>6} {max:>6} {mean:>9.1} {count:>6}  {limit:>5} {:<5} {kvm:>7} {against:>9.2}",
         verdict(met)
     );
 }
@@ -153,11 +153,11 @@ mod tests {
     #[test]
     fn a_peer_that_was_measured_takes_the_references_place() {
         let mut rows = Rows::default();
-        let peer = BTreeMap::from([("hvc", statistics_of(1000))]);
-        rows.add(BTreeMap::from([("hvc", statistics_of(200))]), Some(&peer));
+        let peer = vec![("hvc", statistics_of(1000))];
+        rows.add(vec![("hvc", statistics_of(200))], Some(&peer));
         rows.0.push(Row::Boot { key: "boot_4k", instructions: 104, bare: 100, target: 1.05, peer: Some(111) });
         let table = rows.table();
-        assert!(table.contains("1000   5.00") && table.contains("1.0400") && table.contains("1.1100"), "{table}");
+        assert!(table.contains("1000      5.00") && table.contains("1.0400") && table.contains("1.1100"), "{table}");
         let json: Value = serde_json::from_str(&rows.json()).unwrap();
         assert_eq!(json["hvc"]["kvm"]["median"], 1000);
         assert_eq!(json["boot_4k"]["met"], true);

@@ -4,10 +4,12 @@
 //! fixed seeds. Two runs of the same files execute the same instructions.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -58,8 +60,8 @@ impl Run<'_> {
         let mut command = self.command(bench, &counts);
         let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
         let errors = output.try_clone().context("cannot use the log twice")?;
-        command.stdin(Stdio::null()).stdout(output).stderr(errors);
-        wait(command).with_context(|| format!("the machine's log is {}", log.display()))?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+        wait(command, output).with_context(|| format!("the machine's log is {}", log.display()))?;
         drop(step);
         let console = read(&log)?;
         ensure!(
@@ -106,21 +108,24 @@ fn commas(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 
-fn wait(mut command: Command) -> Result<()> {
+/// The machine's end is the end of its serial line, which goes to `log`.
+fn wait(mut command: Command, mut log: File) -> Result<()> {
     let mut child = command.spawn().context("cannot start QEMU")?;
-    let started = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait().context("cannot wait for QEMU")? {
-            ensure!(status.success(), "QEMU ended with {status}");
-            return Ok(());
-        }
-        if started.elapsed() > LONGEST {
-            child.kill().context("cannot stop QEMU")?;
-            child.wait().context("cannot wait for QEMU")?;
-            bail!("the machine did not end within {} s", LONGEST.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(50));
+    let mut serial = child.stdout.take().context("QEMU has no standard output")?;
+    let (ended, end) = channel();
+    thread::spawn(move || {
+        // Nobody listens any more only when the machine has been stopped for its time.
+        let _gone = ended.send(io::copy(&mut serial, &mut log));
+    });
+    let in_time = end.recv_timeout(LONGEST);
+    if in_time.is_err() {
+        child.kill().context("cannot stop QEMU")?;
     }
+    let status = child.wait().context("cannot wait for QEMU")?;
+    let Ok(copied) = in_time else { bail!("the machine did not end within {} s", LONGEST.as_secs()) };
+    copied.context("cannot write the log")?;
+    ensure!(status.success(), "QEMU ended with {status}");
+    Ok(())
 }
 
 fn read(log: &Path) -> Result<String> {

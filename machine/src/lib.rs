@@ -24,6 +24,8 @@ extern crate alloc;
 
 #[cfg(any(test, feature = "flat"))]
 pub mod flat;
+#[cfg(feature = "model")]
+pub mod model;
 mod tlb;
 
 use entresol_addr::{Hpa, Pfn, PfnRange};

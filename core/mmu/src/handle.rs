@@ -5,7 +5,7 @@ use entresol_backing::{GrantError, Memory, ObjectHandle, Order};
 use entresol_fault::{Cause, Fault};
 use entresol_machine::{Features, Machine};
 use entresol_slot::Hint;
-use entresol_sync::Pin;
+use entresol_sync::{Pin, planted};
 use entresol_table::{Format, MapError, Mapped, RelaxError, Reserve, Retired};
 
 use crate::access;
@@ -20,7 +20,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if let Some(outcome) = access::before_lookup(fault, self.machine_limit(), self.limit()) {
             return self.refused(outcome);
         }
-        let sample = self.notifier.sample();
+        let mut sample = self.notifier.sample();
         let Some(slot) = self.slots.find(pin, fault.gfn(), hint) else {
             return self.refused(access::outside(fault));
         };
@@ -43,6 +43,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         }
         let features = self.host.features();
         let mapping = choose(&slot, &grant, fault, self.options.largest, features);
+        if planted!(ZA5) {
+            sample = self.notifier.sample();
+        }
         if self.notifier.moved(sample, mapping.range()) || !self.slots.is_current(&slot, pin) {
             return self.retry();
         }
@@ -76,7 +79,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let mut prepare = Prepare {
             machine: &self.host.machine,
             frames: PfnRange::block(mapping.leaf.pfn, mapping.leaf.size),
-            clean: cacheable & !features.forced_write_back,
+            clean: cacheable & !features.forced_write_back & !planted!(ZA1),
             icache: mapping.leaf.permissions.execute & !features.coherent_icache,
         };
         let flushes = self.flushes(&self.stats.tlb_ipa);
@@ -93,6 +96,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             Err(entresol_backing::OutOfMemory) => None,
         };
         while let Some(frame) = reserve.pop() {
+            if planted!(ZA8) && !matches!(result, Some(Ok(_))) {
+                continue;
+            }
             self.host.pool.give(cpu, frame, Order::PAGE);
         }
         match result {
@@ -125,7 +131,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             machine: &self.host.machine,
             frames: PfnRange::block(mapping.leaf.pfn, mapping.leaf.size),
             clean: false,
-            icache: fault.is_fetch() & !features.coherent_icache,
+            icache: fault.is_fetch() & !features.coherent_icache & !planted!(ZA9),
         };
         let flushes = self.flushes(&self.stats.tlb_ipa);
         match self.table.relax(&self.host.machine, flushes, fault.gfn(), frame, add, &mut prepare) {

@@ -7,6 +7,7 @@ use entresol_addr::{Gfn, GfnRange, PfnRange};
 use entresol_backing::{ObjectHandle, Order};
 use entresol_machine::Machine;
 use entresol_slot::{Change, ObjectShape, SlotError, SlotRequest, Update};
+use entresol_sync::{hint, planted};
 use entresol_table::{Format, PageWork};
 
 use crate::vm::Vm;
@@ -126,7 +127,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 .map(|object| ObjectShape { frames: object.frames(), private: false })
         };
         while self.notifier.is_active() {
-            core::hint::spin_loop();
+            hint::spin_loop();
         }
         let result = self.update_slot(cpu, request, shape);
         let (keep, gone) = match result {
@@ -153,6 +154,11 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             Update::Publish(ready) => {
                 let change = ready.change();
                 ready.commit();
+                if planted!(ZF6)
+                    && let Change::Flags { to, .. } = change
+                {
+                    self.unmap(cpu, to.range());
+                }
                 Ok(change)
             }
             Update::Withdraw(withdraw) => {

@@ -1,6 +1,7 @@
 //! What the pipeline counted. Relaxed counters: each is exact, a set of them is not one moment.
 
-use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_sync::atomic::Ordering;
+use entresol_sync::tally::AtomicU64;
 
 /// One event counter.
 #[derive(Debug, Default)]

@@ -1,8 +1,9 @@
 //! One virtual machine's memory: its slots, its tables, its notifier.
 
-use entresol_addr::{GfnRange, Gpa, PAGE_SHIFT, PageSize};
+use entresol_addr::{GfnRange, Gpa, PAGE_SHIFT, PageSize, PfnRange};
 use entresol_machine::{Machine, Vmid};
 use entresol_slot::Slots;
+use entresol_sync::planted;
 use entresol_table::{Census, Format, PageWork, Table, VmidSource};
 
 use crate::{Counter, Host, Notifier, Stats, VmVmid};
@@ -108,7 +109,7 @@ impl VmidSource for Flushes<'_> {
 /// Cache work before an entry is seen (INV-1, INV-6), by the table "Cache work" of the specification.
 pub(crate) struct Prepare<'m, M> {
     pub machine: &'m M,
-    pub frames: entresol_addr::PfnRange,
+    pub frames: PfnRange,
     /// Clean and invalidate to the point of coherency: a new cacheable entry without forced write-back.
     pub clean: bool,
     /// Invalidate the instruction caches: the entry becomes executable and they are not coherent.
@@ -123,7 +124,8 @@ impl<M: Machine> PageWork for Prepare<'_, M> {
 
     fn prepare(&mut self) {
         if self.clean {
-            self.machine.clean_invalidate_to_poc(self.frames);
+            let first = PfnRange::single(self.frames.start());
+            self.machine.clean_invalidate_to_poc(if planted!(ZA11) { first } else { self.frames });
         }
         if self.icache {
             self.machine.invalidate_icache(self.frames);

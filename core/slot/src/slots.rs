@@ -7,7 +7,7 @@ use core::fmt;
 
 use entresol_addr::Gfn;
 use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use entresol_sync::{Epoch, Mutex, Pin};
+use entresol_sync::{Epoch, Mutex, Pin, planted};
 
 use crate::set::Validity;
 use crate::{Generation, Mappings, ObjectId, ObjectShape, Set, Slot, SlotError, SlotRef, SlotRequest, Update};
@@ -161,7 +161,9 @@ impl Slots {
         let next = state ^ ACTIVE;
         self.sets[(next & ACTIVE) as usize].replace(id, to);
         self.state.store(next | IN_PROGRESS, Ordering::Release);
-        epoch.synchronize();
+        if !planted!(ZF1) {
+            epoch.synchronize();
+        }
         self.sets[(state & ACTIVE) as usize].replace(id, to);
         self.state.store(next + STEP, Ordering::Release);
     }

@@ -9,7 +9,7 @@
 //! Invariants: the update lock is held from the decision to the end. A slot that was marked invalid is either committed
 //! or valid again when the `Ready` is gone, whatever the caller's preparation does (Z-F2).
 
-use entresol_sync::{Epoch, MutexGuard};
+use entresol_sync::{Epoch, MutexGuard, planted};
 
 use crate::set::Validity;
 use crate::{Change, ObjectShape, Slot, SlotError, SlotRequest, Slots, decide};
@@ -111,6 +111,9 @@ impl Ready<'_> {
 
 impl Drop for Ready<'_> {
     fn drop(&mut self) {
+        if planted!(ZF2) {
+            return;
+        }
         if let Some(slot) = self.withdrawn {
             self.decided.slots.publish(self.decided.epoch, slot.id, Some((slot, Validity::Valid)));
         }

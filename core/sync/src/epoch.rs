@@ -15,6 +15,7 @@
 use core::marker::PhantomData;
 
 use crate::atomic::{AtomicU64, Ordering, fence};
+use crate::hint;
 
 /// The most CPUs that one machine may have.
 pub const MAX_CPUS: usize = 64;
@@ -80,8 +81,8 @@ impl Epoch {
     /// Waits until a grace period is over. The caller's own CPU must not be pinned, or this never returns.
     pub fn synchronize(&self) {
         let moment = self.advance();
-        while !self.is_over(moment) {
-            core::hint::spin_loop();
+        while !self.is_over(moment) && !hint::abandoned() {
+            hint::spin_loop();
         }
     }
 }

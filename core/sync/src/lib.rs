@@ -1,15 +1,53 @@
 //! Locks and atomics behind one facade, and the grace period.
 //!
-//! Purpose: the core takes its locks and atomics from here only. On metal they are spin locks and the CPU's atomics;
-//! in the lab the explorer schedules them. The hypervisor masks interrupts at its own exception level, so no lock is
-//! ever taken by an interrupt handler on top of its holder.
+//! Purpose: the core takes its locks and atomics from here only, and says here when it waits. On metal they are spin
+//! locks and the CPU's atomics; with the feature `lab` each operation asks a scheduler first, so that the explorer can
+//! let another CPU go before it. Without the feature nothing of that is compiled: the names below are then those of
+//! `core` and `spin`, and the functions of [`trace`] and [`hint`] are empty.
 //!
-//! Protocol of the grace period: see [`epoch`].
+//! The hypervisor masks interrupts at its own exception level, so no lock is ever taken by an interrupt handler on top
+//! of its holder.
+//!
+//! Protocol of the grace period: see [`epoch`]. Protocol of the lab: see `lab`.
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "lab")]
+extern crate std;
+
 pub mod atomic;
 pub mod epoch;
+pub mod hint;
+#[cfg(feature = "lab")]
+pub mod lab;
+pub mod tally;
+pub mod trace;
+#[cfg(feature = "zoo")]
+pub mod zoo;
 
 pub use epoch::{Epoch, Pin};
-pub use spin::{Mutex, MutexGuard, Once, RwLock};
+#[cfg(feature = "lab")]
+pub use lab::{Mutex, MutexGuard};
+#[cfg(not(feature = "lab"))]
+pub use spin::{Mutex, MutexGuard};
+pub use spin::{Once, RwLock};
+
+/// Whether a bug of the zoo, named by a variant of `zoo::Bug`, is switched on. `false`, known to the compiler, wherever
+/// the feature `zoo` is not.
+#[cfg(feature = "zoo")]
+#[macro_export]
+macro_rules! planted {
+    ($bug:ident) => {
+        $crate::zoo::is_planted($crate::zoo::Bug::$bug)
+    };
+}
+
+/// Whether a bug of the zoo, named by a variant of `zoo::Bug`, is switched on. `false`, known to the compiler, wherever
+/// the feature `zoo` is not.
+#[cfg(not(feature = "zoo"))]
+#[macro_export]
+macro_rules! planted {
+    ($bug:ident) => {
+        false
+    };
+}

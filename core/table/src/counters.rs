@@ -1,7 +1,8 @@
 //! How much is mapped.
 
 use entresol_addr::PageSize;
-use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_sync::atomic::Ordering;
+use entresol_sync::tally::AtomicU64;
 
 /// Numbers of entries and table pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -123,7 +123,7 @@ impl<'a, M: Machine, F: Format> Cursor<'a, M, F> {
     pub(crate) fn meet(&mut self, raw: u64) -> Option<crate::marker::Ticket> {
         match Marker::decode::<F>(raw) {
             Marker::Removed(ticket) => return Some(ticket),
-            Marker::Claimed => core::hint::spin_loop(),
+            Marker::Claimed => entresol_sync::hint::spin_loop(),
             Marker::Frozen(_) => self.level = self.table.geometry().root_level(),
         }
         None

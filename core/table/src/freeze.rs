@@ -53,7 +53,7 @@ impl<'a, M: Machine, F: Format, V: VmidSource, W: PageWork> Remover<'a, M, F, V,
             let raw = self.machine.load(word);
             let entry = self.table.format().decode(raw, level);
             if entry == Entry::Broken && Marker::decode::<F>(raw) == Marker::Claimed {
-                core::hint::spin_loop();
+                entresol_sync::hint::spin_loop();
             } else if self.machine.compare_exchange(word, raw, frozen).is_ok() {
                 return entry;
             }

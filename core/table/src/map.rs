@@ -2,6 +2,7 @@
 
 use entresol_addr::{Gfn, GfnRange, PageSize, Pfn};
 use entresol_machine::{Machine, TlbOp, Word};
+use entresol_sync::planted;
 
 use crate::claim::{Blank, Broken};
 use crate::freeze::Remover;
@@ -146,7 +147,10 @@ impl<F: Format> Table<F> {
         work: &mut W,
     ) -> Result<Mapped, MapError> {
         let raw = self.format().leaf(leaf);
-        if work.must_prepare() {
+        if planted!(ZA2) {
+            machine.compare_exchange(word, VACANT, raw).map_err(|_| MapError::Busy)?;
+            work.prepare();
+        } else if work.must_prepare() {
             let blank = Blank::<M, F>::take(machine, word).ok_or(MapError::Busy)?;
             work.prepare();
             blank.publish(raw);

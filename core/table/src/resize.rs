@@ -2,6 +2,7 @@
 
 use entresol_addr::{Gfn, GfnRange, PageSize, Pfn, PfnRange};
 use entresol_machine::{Machine, TlbOp, Word};
+use entresol_sync::planted;
 
 use crate::claim::Broken;
 use crate::marker::Marker;
@@ -73,6 +74,10 @@ impl<F: Format> Table<F> {
         // Nobody sees the page yet; the compare-and-swap below is against the very word that the leaves copy.
         for index in 0..Word::PER_FRAME {
             machine.store(Word::new(frame, index), self.format().leaf(&block.child(index, smaller)));
+        }
+        if planted!(ZA6) {
+            machine.store(at.word, self.format().table(frame));
+            return Ok(frame);
         }
         let Some(broken) = Broken::<M, F>::take(machine, at.word, at.raw) else {
             machine.zero(PfnRange::single(frame));

@@ -245,7 +245,7 @@ impl Object {
         loop {
             match self.grant(supply, frame, write) {
                 // Filling is bounded work of a CPU that nothing interrupts.
-                Err(GrantError::Busy) => core::hint::spin_loop(),
+                Err(GrantError::Busy) => entresol_sync::hint::spin_loop(),
                 answer => return answer,
             }
         }

@@ -22,7 +22,7 @@ use buddy::Buddy;
 use deferred::Deferred;
 use entresol_addr::{Pfn, PfnRange};
 use entresol_sync::atomic::{AtomicU64, Ordering};
-use entresol_sync::{Epoch, Mutex};
+use entresol_sync::{Epoch, Mutex, trace};
 pub use meta::{FrameMeta, Order};
 use meta::{Frames, State};
 
@@ -175,10 +175,14 @@ impl FramePool {
     /// If the pool has no CPU `cpu`.
     #[inline]
     pub fn take(&self, cpu: usize, order: Order) -> Result<Pfn, OutOfMemory> {
+        if trace::starved() {
+            return Err(OutOfMemory);
+        }
         if order == Order::PAGE {
             let cached = self.caches[cpu].0.lock().pop();
             if let Some(index) = cached {
                 self.frames.pass(index, State::Cached, State::Taken(Order::PAGE));
+                trace::taken(self.frames.pfn(index).get(), 1);
                 return Ok(self.frames.pfn(index));
             }
         }
@@ -188,6 +192,7 @@ impl FramePool {
     /// Takes a block of `order` only if one is free as it is: for callers that can do with less.
     pub fn take_at_hand(&self, order: Order) -> Option<Pfn> {
         let index = self.buddy.lock().take(&self.frames, order, State::Taken(order))?;
+        trace::taken(self.frames.pfn(index).get(), order.frames());
         Some(self.frames.pfn(index))
     }
 
@@ -216,6 +221,7 @@ impl FramePool {
             let Some(more) = buddy.take(&self.frames, Order::PAGE, State::Cached) else { break };
             cache.push(more).expect("a cache has room for two batches");
         }
+        trace::taken(self.frames.pfn(index).get(), 1);
         Some(self.frames.pfn(index))
     }
 
@@ -303,6 +309,7 @@ impl FramePool {
 
     #[inline]
     fn put_back(&self, cpu: usize, index: u32, order: Order, from: State) {
+        trace::freed(self.frames.pfn(index).get(), order.frames());
         if order != Order::PAGE {
             self.frames.pass(index, from, State::Interior);
             self.buddy.lock().give(&self.frames, index, order);

@@ -24,6 +24,7 @@ mod structure;
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use entresol_sync::tally;
 pub(crate) use entry::Entry;
 
 use crate::{Grant, GrantError, Memory, Order, OutOfMemory, Policy, Supply};
@@ -50,9 +51,9 @@ pub(crate) struct Tree {
     /// Frames below this may be backed by blocks; a multiple of the block.
     blocks_below: AtomicU64,
     /// Frames of content.
-    resident: AtomicU64,
+    resident: tally::AtomicU64,
     /// Frames of nodes.
-    nodes: AtomicU64,
+    nodes: tally::AtomicU64,
 }
 
 /// Levels that a tree of `frames` (at most [`MAX_FRAMES`]) needs.
@@ -103,8 +104,8 @@ impl Tree {
             root: AtomicU64::new(0),
             levels: AtomicU32::new(0),
             blocks_below: AtomicU64::new(0),
-            resident: AtomicU64::new(0),
-            nodes: AtomicU64::new(0),
+            resident: tally::AtomicU64::new(0),
+            nodes: tally::AtomicU64::new(0),
         }
     }
 

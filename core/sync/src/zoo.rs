@@ -1,0 +1,69 @@
+//! Planted bugs: mistakes that were made before, each a switch in the production path.
+//!
+//! Protocol: `planted!(Bug)` stands in the core where the mistake would be made, and is `false` unless the thread has
+//! switched that bug on with [`plant`]. The lab switches one on and shows that it is found. Names are the
+//! specification's, with a word for the place where the core has the mistake's shape.
+
+use core::cell::Cell;
+
+/// A bug of the zoo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Bug {
+    /// Z-A1: a page becomes reachable by a path that does not clean it to the point of coherency.
+    ZA1,
+    /// Z-A2: the page is cleaned after its entry was published.
+    ZA2,
+    /// Z-A3: a fault asks only whether the sequence moved, not whether an invalidation is in progress.
+    ZA3,
+    /// Z-A4: a fault asks only whether an invalidation is in progress, not whether the sequence moved.
+    ZA4,
+    /// Z-A5: the sequence is sampled after the backing was asked and the size decided.
+    ZA5,
+    /// Z-A6: a valid entry becomes a different valid one without a break.
+    ZA6,
+    /// Z-A7: a frame is freed before the TLB invalidation has completed.
+    ZA7,
+    /// Z-A8: frames in hand are not given back on the path that gives up.
+    ZA8,
+    /// Z-A9: an entry becomes executable without an instruction cache invalidation.
+    ZA9,
+    /// Z-A11: only a part of a block is cleaned.
+    ZA11,
+    /// Z-F1: the generation moves, and the update goes on, before the grace period is over.
+    ZF1,
+    /// Z-F2: an update that is given up leaves its slot invalid.
+    ZF2,
+    /// Z-F5: VMIDs are given out again without a flush.
+    ZF5,
+    /// Z-F6: an update of flags alone unmaps the slot.
+    ZF6,
+}
+
+std::thread_local! {
+    static PLANTED: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Switches exactly these bugs on, on this thread.
+pub fn plant(bugs: &[Bug]) {
+    PLANTED.set(bugs.iter().fold(0, |set, bug| set | 1 << *bug as u8));
+}
+
+/// Whether `bug` is switched on, on this thread.
+#[inline]
+pub fn is_planted(bug: Bug) -> bool {
+    PLANTED.get() & 1 << bug as u8 != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_planted_is() {
+        plant(&[Bug::ZA3, Bug::ZF6]);
+        assert!(crate::planted!(ZA3) && crate::planted!(ZF6) && !crate::planted!(ZA1));
+        plant(&[]);
+        assert!(!crate::planted!(ZA3));
+    }
+}

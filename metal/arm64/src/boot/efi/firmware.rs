@@ -145,7 +145,7 @@ impl Firmware {
         let mut rest = (&raw mut path).cast::<device_path::Protocol>();
         let Some(loader) = self.loader_of(&mut rest)? else { return Ok(None) };
         let load = |size: &mut usize, buffer: *mut c_void| {
-            // SAFETY: the protocol is the firmware's; `rest` is what it left of our path (UEFI 2.10, 13.3.2).
+            // SAFETY: the protocol is the firmware's; `rest` is what it left of our path (UEFI 2.10, 13.2).
             unsafe { ((*loader).load_file)(loader, rest, Boolean::FALSE, size, buffer) }
         };
         let mut size = 0;
@@ -166,7 +166,7 @@ impl Firmware {
         path: &mut *mut device_path::Protocol,
     ) -> Result<Option<*mut load_file2::Protocol>, FirmwareError> {
         let (mut protocol, mut handle, mut interface) = (load_file2::PROTOCOL_GUID, null_mut(), null_mut());
-        // SAFETY: a call as specified (UEFI 2.10, 7.3.9); `path` points to a whole device path.
+        // SAFETY: a call as specified (UEFI 2.10, 7.3.8); `path` points to a whole device path.
         let status = unsafe { (self.services().locate_device_path)(&raw mut protocol, path, &raw mut handle) };
         if status == Status::NOT_FOUND {
             return Ok(None);

@@ -1,7 +1,7 @@
 //! The first and the last instructions of the EFI application.
 //!
-//! Sources: UEFI 2.10, 2.3.6.2 and 2.3.6.4 (what holds on entry, calling convention); Arm DDI 0487 D13.1.2 (SCTLR_EL2),
-//! D8.16 (TLB maintenance), D7.5 (cache maintenance by VA).
+//! Sources: UEFI 2.10, 2.3.6 (what holds on entry, calling convention); Arm DDI 0487 D24.2 (SCTLR_EL2), C5.3 (DC CIVAC,
+//! IC IALLU), C5.5 (TLBI ALLE2).
 
 use core::arch::global_asm;
 

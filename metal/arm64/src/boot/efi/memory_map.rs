@@ -3,8 +3,8 @@
 //! Purpose: the firmware's memory map, in whatever order and however fragmented, becomes few ranges of RAM. Pure, tested
 //! on any host.
 //!
-//! Sources: UEFI 2.10, 7.2.3 (GetMemoryMap, EFI_MEMORY_DESCRIPTOR) and tables 7.9 and 7.10 (memory types, before and after
-//! ExitBootServices).
+//! Sources: UEFI 2.10, 7.2 (memory types and their use after ExitBootServices), 7.2.3 (GetMemoryMap,
+//! EFI_MEMORY_DESCRIPTOR).
 //!
 //! Invariants: what is returned is sorted, disjoint, does not touch, and is covered by usable descriptors.
 

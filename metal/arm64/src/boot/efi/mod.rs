@@ -28,7 +28,7 @@
 //! status; it goes on with whatever it starts next.
 //!
 //! Sources: UEFI 2.10: 2.3.6 (AArch64: identity map, EL2, MMU and caches on), 4.6 (configuration table), 7.2 and 7.4
-//! (memory, ExitBootServices), 13.3 (LoadFile2). The EBBR specification 2.1, 2.3.2 for the device tree's GUID.
+//! (memory, ExitBootServices), 13.2 (LoadFile2).
 //!
 //! Invariants: nothing is written to `.bss`, and to `.data` only the handover. Nothing here panics: the firmware's
 //! vectors are in force, and no panic could be reported.

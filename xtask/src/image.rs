@@ -1,15 +1,19 @@
 //! The hypervisor's program, built and laid out as the raw `Image` that the arm64 Linux boot protocol starts.
 //!
-//! The linker writes an ELF file; QEMU's `-kernel`, U-Boot's `booti` and EDK2 start a flat file with a 64-byte header
-//! (kernel documentation, "Booting AArch64 Linux"). [`flatten`] lays the loadable segments out by physical address; what
-//! a segment has in memory but not in the file (the zeroed part at the end) is in the header's `image_size` already.
+//! The linker writes an ELF file; QEMU's `-kernel` and U-Boot's `booti` start a flat file with a 64-byte header (kernel
+//! documentation, "Booting AArch64 Linux"). [`flatten`] lays the loadable segments out by physical address; what a
+//! segment has in memory but not in the file (the zeroed part at the end) is in the header's `image_size` already.
+//!
+//! EDK2 starts the same file as an EFI application: its PE header describes what `flatten` made, which
+//! [`check_application`] compares.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use object::read::elf::{ElfFile64, ProgramHeader};
-use object::{LittleEndian, Object, elf};
+use object::read::pe::PeFile64;
+use object::{LittleEndian, Object, elf, pe};
 
 use crate::fetch::toolchain::{self, METAL_TARGET};
 use crate::progress::Step;
@@ -74,6 +78,7 @@ pub fn build(features: &[&str]) -> Result<Image> {
         "{} does not start with an arm64 Image header",
         elf.display()
     );
+    check_application(&image).with_context(|| format!("no EFI firmware starts an image of {}", elf.display()))?;
     let raw = workspace::output_dir()?.join("hypervisor.img");
     write_new(&raw, &image)?;
     Ok(Image { elf, raw })
@@ -123,9 +128,82 @@ pub fn flatten(elf: &[u8]) -> Result<Vec<u8>> {
     Ok(image)
 }
 
+/// Whether a flat image is an EFI application that strict firmware starts: each section lies in the file where it lies in
+/// memory, none is both writable and executable, and the entry is in one that is executable.
+///
+/// # Errors
+/// The first rule that is broken.
+pub fn check_application(image: &[u8]) -> Result<()> {
+    let file = PeFile64::parse(image).context("not a PE32+ file")?;
+    let entry = file.entry().wrapping_sub(file.relative_address_base());
+    let mut entered = false;
+    for section in file.section_table().iter() {
+        let word = |field: object::U32<LittleEndian>| u64::from(field.get(LittleEndian));
+        let (address, size) = (word(section.virtual_address), word(section.virtual_size));
+        let (offset, in_file) = (word(section.pointer_to_raw_data), word(section.size_of_raw_data));
+        let name = String::from_utf8_lossy(section.raw_name()).into_owned();
+        ensure!(offset == address, "section {name} lies at {offset:#x} in the file and at {address:#x} in memory");
+        ensure!(
+            in_file <= size && offset + in_file <= image.len() as u64,
+            "section {name} has {in_file:#x} bytes in a file of {:#x}",
+            image.len()
+        );
+        let flags = section.characteristics.get(LittleEndian);
+        let executable = flags & pe::IMAGE_SCN_MEM_EXECUTE != 0;
+        ensure!(
+            !(executable && flags & pe::IMAGE_SCN_MEM_WRITE != 0),
+            "section {name} is both writable and executable"
+        );
+        entered |= executable && (address..address + in_file).contains(&entry);
+    }
+    ensure!(entered, "the entry {entry:#x} is in no executable section");
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TEXT: u32 = pe::IMAGE_SCN_MEM_EXECUTE;
+    const DATA: u32 = pe::IMAGE_SCN_MEM_WRITE;
+
+    /// A PE32+ file of 0x600 bytes: each section is (address, file offset, bytes in the file, flags).
+    fn application_of(sections: &[(u32, u32, u32, u32)], entry: u32) -> Vec<u8> {
+        let mut file = b"MZ".to_vec();
+        file.resize(60, 0);
+        file.extend_from_slice(&64u32.to_le_bytes());
+        file.extend_from_slice(b"PE\0\0");
+        file.extend_from_slice(&pe::IMAGE_FILE_MACHINE_ARM64.to_le_bytes());
+        file.extend_from_slice(&(sections.len() as u16).to_le_bytes());
+        file.extend_from_slice(&[0; 12]);
+        file.extend_from_slice(&112u16.to_le_bytes());
+        file.extend_from_slice(&pe::IMAGE_FILE_EXECUTABLE_IMAGE.to_le_bytes());
+        let mut optional = [0; 112];
+        optional[..2].copy_from_slice(&pe::IMAGE_NT_OPTIONAL_HDR64_MAGIC.to_le_bytes());
+        optional[16..20].copy_from_slice(&entry.to_le_bytes());
+        file.extend_from_slice(&optional);
+        for (address, offset, in_file, flags) in sections {
+            file.extend_from_slice(b".section");
+            for word in [0x400, *address, *in_file, *offset, 0, 0, 0, *flags] {
+                file.extend_from_slice(&word.to_le_bytes());
+            }
+        }
+        file.resize(0x600, 0);
+        file
+    }
+
+    #[test]
+    fn an_application_that_firmware_would_not_start_is_refused() {
+        let good = [(0x200, 0x200, 0x200, TEXT), (0x400, 0x400, 0x200, DATA)];
+        check_application(&application_of(&good, 0x200)).unwrap();
+        let refused =
+            |section, entry| check_application(&application_of(&[good[0], section], entry)).unwrap_err().to_string();
+        assert!(refused(good[1], 0x400).contains("in no executable section"));
+        assert!(refused((0x400, 0x200, 0x200, DATA), 0x200).contains("0x200 in the file and at 0x400 in memory"));
+        assert!(refused((0x400, 0x400, 0x400, DATA), 0x200).contains("0x400 bytes in a file of 0x600"));
+        assert!(refused((0x400, 0x400, 0x200, TEXT | DATA), 0x200).contains("both writable and executable"));
+        assert!(check_application(b"ARM\x64").unwrap_err().to_string().contains("not a PE32+ file"));
+    }
 
     /// A minimal ELF file: each segment is (physical address, bytes); the entry is the first's address.
     fn elf_of(segments: &[(u64, &[u8])], entry: u64) -> Vec<u8> {

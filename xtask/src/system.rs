@@ -8,6 +8,7 @@
 //! this test alone.
 
 mod boot;
+mod boot_loaders;
 mod control;
 pub mod machine;
 pub mod transcript;
@@ -55,6 +56,21 @@ pub const TESTS: &[SystemTest] = &[
         name: "client_that_does_not_read_stops_nobody",
         about: "output that it does not take is counted, requests wait, and the next client is served",
         run: control::client_that_does_not_read_stops_nobody,
+    },
+    SystemTest {
+        name: "edk2_that_cannot_carry_it_is_refused",
+        about: "EDK2 below EL2 or without a device tree gets a reason and goes on",
+        run: boot_loaders::edk2_that_cannot_carry_it_is_refused,
+    },
+    SystemTest {
+        name: "edk2_starts_the_hypervisor",
+        about: "EDK2 starts the image as an EFI application; a Linux guest runs on it",
+        run: boot_loaders::edk2_starts_the_hypervisor,
+    },
+    SystemTest {
+        name: "u_boot_starts_the_hypervisor",
+        about: "U-Boot's booti starts the image at another address; a Linux guest runs on it",
+        run: boot_loaders::u_boot_starts_the_hypervisor,
     },
     SystemTest {
         name: "linux_boots_to_shell",

@@ -27,6 +27,8 @@ reasons! {
     Mmio = "mmio",
     /// Of the aborts: an access that the hardware did not describe.
     NoSyndrome = "no-syndrome",
+    /// Of those: an access whose instruction is not decoded either.
+    NotDecoded = "not-decoded",
     /// HVC.
     Hvc = "hvc",
     /// SMC.

@@ -11,6 +11,7 @@ mod boot;
 mod boot_loaders;
 mod control;
 pub mod machine;
+mod mmio;
 pub mod transcript;
 
 use std::collections::VecDeque;
@@ -81,6 +82,21 @@ pub const TESTS: &[SystemTest] = &[
         name: "bare_linux_boots_to_shell",
         about: "the same kernel and initial file system without the hypervisor: the fetched files are good",
         run: boot::bare_linux_boots_to_shell,
+    },
+    SystemTest {
+        name: "mmio_of_every_kind",
+        about: "pairs, writeback, SIMD, byte order, page boundaries, aborts on devices: decoded and emulated",
+        run: mmio::mmio_of_every_kind,
+    },
+    SystemTest {
+        name: "bare_mmio_of_every_kind",
+        about: "the same guest without the hypervisor: what it expects is what the architecture says",
+        run: mmio::bare_mmio_of_every_kind,
+    },
+    SystemTest {
+        name: "owner_stops_on_what_is_not_emulated",
+        about: "no_syndrome = stop: a load-exclusive on a device crashes the VM, and the reason names it",
+        run: mmio::owner_stops_on_what_is_not_emulated,
     },
     SystemTest {
         name: "bare_linux_runs_a_script",

@@ -190,5 +190,11 @@ fn describe(status: Status) -> (State, Option<Reason>) {
             crashed(format_args!("Unsupported fault: ESR_EL2 = {syndrome:#x}"))
         }
         Status::Crashed(Crash::BadObject { gpa }) => crashed(format_args!("BadObject at {gpa:#x}")),
+        Status::Crashed(Crash::NoSyndrome { instruction: Some(word), gpa, syndrome }) => {
+            crashed(format_args!("NoSyndrome: instruction {word:#010x} at {gpa:#x}, ESR_EL2 = {syndrome:#x}"))
+        }
+        Status::Crashed(Crash::NoSyndrome { instruction: None, gpa, syndrome }) => {
+            crashed(format_args!("NoSyndrome: at {gpa:#x}, ESR_EL2 = {syndrome:#x}"))
+        }
     }
 }

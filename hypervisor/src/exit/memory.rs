@@ -3,7 +3,7 @@
 use entresol_arch_arm64::abort;
 use entresol_arch_arm64::inject::{Exception, Status};
 use entresol_fault::{Access, Fault};
-use entresol_metal_arm64::exit as hardware;
+use entresol_metal_arm64::exit::{self as hardware, Rights};
 use entresol_mmu::{Abort, Outcome, Reason};
 
 use super::{Next, mmio, undefined};
@@ -37,7 +37,7 @@ pub fn abort(cpu: usize, vcpu: &VcpuRef, state: &mut State, esr: u64) -> Next {
 /// The intermediate address of `far`, in HPFAR_EL2's layout, where the hardware does not report it.
 #[cold]
 fn translate(far: u64) -> Option<u64> {
-    hardware::translate_stage1(far).ok().and_then(abort::hpfar_from_par)
+    hardware::translate(far, Rights::El1Read).ok().and_then(|translated| abort::hpfar_from_par(translated.par()))
 }
 
 #[cold]

@@ -1,13 +1,17 @@
 //! Accesses to devices: the data's way between a register and a device, whole and once.
 //!
-//! Known hole: an access that the hardware does not describe (pairs, writeback, SIMD) is not decoded; the guest gets an
-//! external abort.
+//! What the hardware describes (one general register, no writeback) is done here, without a look at the instruction.
+//! Everything else goes to [`emulate`], and so does what may be only the second half of an access: hardware reports one that
+//! crosses into a page without memory with that page's first address.
 
+use entresol_addr::PAGE_SIZE;
+use entresol_arch_arm64::instruction::data;
 use entresol_fault::{Access, Fault, Transfer};
+use entresol_metal_arm64::exit::{self as hardware, Rights};
 use entresol_metal_arm64::live;
 use entresol_mmu::Abort;
 
-use super::{Next, memory};
+use super::{Next, emulate, memory};
 use crate::counters::Reason;
 use crate::sched::VcpuRef;
 use crate::vcpu::State;
@@ -16,20 +20,19 @@ use crate::vm::Claim;
 /// Performs the access of `fault`, which no memory serves.
 #[inline]
 pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u64) -> Next {
-    let Some(transfer) = fault.transfer else {
-        vcpu.vm.counters.bump(Reason::NoSyndrome);
-        memory::inject(state, fault, far, Abort::External);
-        return Next::Again;
+    let transfer = match fault.transfer {
+        Some(transfer) if is_whole(state, fault, &transfer, far) => transfer,
+        _ => return emulate::access(vcpu, state, fault, esr, far),
     };
     vcpu.vm.counters.bump(Reason::Mmio);
     let claim = if fault.access == Access::Write {
-        let value = order(state, truncate(state.read(transfer.register), transfer.size), transfer.size);
+        let value = order(state, state.read(transfer.register), transfer.size);
         vcpu.vm.device_write(vcpu, state, fault.gpa, transfer.size, value)
     } else {
         let claim = vcpu.vm.device_read(vcpu, state, fault.gpa, transfer.size);
         if let Claim::Value(value) = claim {
-            let value = order(state, truncate(value, transfer.size), transfer.size);
-            state.write(transfer.register, extend(value, &transfer));
+            let value = order(state, value, transfer.size);
+            state.write(transfer.register, data::extend(value, transfer.size, transfer.sign_extend, transfer.wide));
         }
         claim
     };
@@ -49,6 +52,25 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
     }
 }
 
+/// Whether the access is one that a device answers at once: aligned, and beginning where the fault is. Only Normal memory
+/// takes others, and AArch32 code is not decoded.
+#[inline]
+fn is_whole(state: &State, fault: &Fault, transfer: &Transfer, far: u64) -> bool {
+    let address = fault.gpa.get();
+    let aligned = address & (u64::from(transfer.size) - 1) == 0;
+    let first_of_page = address & (PAGE_SIZE - 1) == 0 && transfer.size > 1;
+    (aligned && !(first_of_page && may_begin_before(far))) || state.regs.pstate & PSTATE_AARCH32 != 0
+}
+
+/// Whether an access that faults at the first byte of a page may have begun in the page before: stage 1 refuses that on
+/// Device memory, and without stage 1 everything is.
+fn may_begin_before(far: u64) -> bool {
+    live::sctlr_el1() & SCTLR_M != 0
+        && !hardware::translate(far, Rights::El1Read).is_ok_and(|translated| translated.is_device())
+}
+
+/// SCTLR_EL1.M: stage 1 is on.
+const SCTLR_M: u64 = 1;
 /// SCTLR_EL1.E0E: data is big-endian at EL0 (Arm DDI 0487 D24.2, SCTLR_EL1).
 const SCTLR_E0E: u64 = 1 << 24;
 /// SCTLR_EL1.EE: data is big-endian at EL1.
@@ -60,30 +82,18 @@ const PSTATE_AARCH32: u64 = 1 << 4;
 /// PSTATE.E, in AArch32 only.
 const PSTATE_E: u64 = 1 << 9;
 
-/// `value` as the guest's byte order at this moment has it.
-fn order(state: &State, value: u64, size: u8) -> u64 {
+/// Whether data of the loaded vCPU is big-endian at this moment.
+pub fn is_big_endian(state: &State) -> bool {
     let pstate = state.regs.pstate;
-    let big = if pstate & PSTATE_AARCH32 != 0 {
-        pstate & PSTATE_E != 0
-    } else {
-        let flag = if pstate & PSTATE_EL == 0 { SCTLR_E0E } else { SCTLR_EE };
-        live::sctlr_el1() & flag != 0
-    };
-    if big && size > 1 { value.swap_bytes() >> (64 - u32::from(size) * 8) } else { value }
-}
-
-/// The low `size` bytes.
-const fn truncate(value: u64, size: u8) -> u64 {
-    if size >= 8 { value } else { value & ((1 << (size * 8)) - 1) }
-}
-
-/// A loaded value as it lands in the register (Arm DDI 0487 C6.2, LDR and LDRS*).
-const fn extend(value: u64, transfer: &Transfer) -> u64 {
-    let value = truncate(value, transfer.size);
-    if !transfer.sign_extend || transfer.size >= 8 {
-        return value;
+    if pstate & PSTATE_AARCH32 != 0 {
+        return pstate & PSTATE_E != 0;
     }
-    let unused = 64 - transfer.size as u32 * 8;
-    let signed = ((value << unused) as i64 >> unused) as u64;
-    if transfer.wide { signed } else { signed & 0xffff_ffff }
+    let flag = if pstate & PSTATE_EL == 0 { SCTLR_E0E } else { SCTLR_EE };
+    live::sctlr_el1() & flag != 0
+}
+
+/// The low `size` bytes of `value` as the guest's byte order has them.
+fn order(state: &State, value: u64, size: u8) -> u64 {
+    let value = data::extend(value, size, false, false);
+    if is_big_endian(state) { value.swap_bytes() >> (64 - u32::from(size) * 8) } else { value }
 }

@@ -7,6 +7,7 @@
 //! Invariants: nothing that a guest does ends in a panic: what is not known is UNDEFINED for it. Memory is behind
 //! [`memory::abort`], which alone pins the grace period.
 
+mod emulate;
 mod firmware;
 pub mod interrupts;
 mod memory;

@@ -197,6 +197,17 @@ impl Vm {
         }
     }
 
+    /// Whether an access at `gpa`, where no memory is, will be answered; if not, that is noted.
+    pub fn answers(&self, gpa: Gpa) -> bool {
+        let address = gpa.get();
+        let claimed = self.devices.at(address).is_some() || gic_frame(address).is_some();
+        let answers = claimed || self.config.policies.unclaimed_mmio == UnclaimedMmio::ReadAsZero;
+        if !answers {
+            self.unclaimed.bump();
+        }
+        answers
+    }
+
     /// Remembers what `work` left to do; true if there is something.
     fn note(&self, slot: Option<usize>, work: Work) -> bool {
         match (work, slot) {

@@ -86,6 +86,15 @@ pub enum Crash {
         /// Where.
         gpa: u64,
     },
+    /// An access to no memory that is not emulated, and its owner's policy.
+    NoSyndrome {
+        /// The instruction, if it could be read.
+        instruction: Option<u32>,
+        /// Where.
+        gpa: u64,
+        /// ESR_EL2.
+        syndrome: u64,
+    },
 }
 
 /// Where it is in its life.

@@ -28,17 +28,60 @@ pub fn serror_pending() -> bool {
     mrs!("isr_el1") & 1 << 8 != 0
 }
 
-/// Translates a guest's virtual address by its own stage 1 (AT S1E1R): the intermediate physical page (PAR_EL1 bits
-/// 51:12), or PAR_EL1 with bit 0 set. Needed when HPFAR_EL2 is not valid. PAR_EL1 is the guest's and is kept.
-pub fn translate_stage1(virtual_address: u64) -> Result<u64, u64> {
+/// With whose rights, and for what, a virtual address is translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// EL1 reads (AT S1E1R).
+    El1Read,
+    /// EL1 writes (AT S1E1W).
+    El1Write,
+    /// EL0, or an unprivileged access of EL1, reads (AT S1E0R).
+    El0Read,
+    /// The same writes (AT S1E0W).
+    El0Write,
+}
+
+/// PAR_EL1 of a translation that succeeded: the intermediate physical page in bits 51:12, attributes in bits 63:56.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translated(u64);
+
+impl Translated {
+    /// PAR_EL1, whole.
+    pub const fn par(self) -> u64 {
+        self.0
+    }
+
+    /// The intermediate physical page's address.
+    pub const fn page(self) -> u64 {
+        self.0 & 0x000f_ffff_ffff_f000
+    }
+
+    /// Whether stage 1 makes it Device memory (PAR_EL1.ATTR\[7:4\] is 0), which refuses what is not aligned.
+    pub const fn is_device(self) -> bool {
+        self.0 >> 60 == 0
+    }
+}
+
+/// Translates a guest's virtual address by its own stage 1. PAR_EL1 is the guest's and is kept. PSTATE.PAN is EL2's and
+/// has no say.
+///
+/// # Errors
+///
+/// PAR_EL1 with F (bit 0) set.
+pub fn translate(virtual_address: u64, rights: Rights) -> Result<Translated, u64> {
     let kept = mrs!("par_el1");
     // SAFETY: AT reads the guest's tables, which the guest owns and stage 2 bounds; it writes PAR_EL1 only.
     unsafe {
-        instruction_on!("at s1e1r", virtual_address);
+        match rights {
+            Rights::El1Read => instruction_on!("at s1e1r", virtual_address),
+            Rights::El1Write => instruction_on!("at s1e1w", virtual_address),
+            Rights::El0Read => instruction_on!("at s1e0r", virtual_address),
+            Rights::El0Write => instruction_on!("at s1e0w", virtual_address),
+        }
         instruction!("isb");
     }
     let result = mrs!("par_el1");
     // SAFETY: puts back what was there.
     unsafe { msr!("par_el1", kept) };
-    if result & 1 == 0 { Ok(result & 0x000f_ffff_ffff_f000) } else { Err(result) }
+    if result & 1 == 0 { Ok(Translated(result)) } else { Err(result) }
 }

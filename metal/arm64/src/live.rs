@@ -1,4 +1,5 @@
-//! EL1 registers of the vCPU that is loaded, for whoever gives its guest an exception.
+//! EL1 and EL0 registers of the vCPU that is loaded, for whoever gives its guest an exception or carries its instruction
+//! out.
 //!
 //! Protocol: valid between a vCPU's load and its save (`switch::El1State`).
 
@@ -10,6 +11,28 @@ pub fn vbar_el1() -> u64 {
 /// SCTLR_EL1.
 pub fn sctlr_el1() -> u64 {
     mrs!("sctlr_el1")
+}
+
+/// SP_EL1 if `el1`, else SP_EL0. EL2 runs on its own.
+pub fn stack_pointer(el1: bool) -> u64 {
+    if el1 { mrs!("sp_el1") } else { mrs!("sp_el0") }
+}
+
+/// Sets SP_EL1 if `el1`, else SP_EL0.
+pub fn set_stack_pointer(el1: bool, value: u64) {
+    // SAFETY: EL2 uses SP_EL2 only (SPSel is 1); the guest is entered next and finds what its instruction left.
+    unsafe {
+        if el1 {
+            msr!("sp_el1", value);
+        } else {
+            msr!("sp_el0", value);
+        }
+    }
+}
+
+/// DCZID_EL0: what DC ZVA zeroes; the same for every guest.
+pub fn zero_block_id() -> u64 {
+    mrs!("dczid_el0")
 }
 
 /// What an exception entry to EL1 leaves in its registers; `far` only where the exception writes it.

@@ -142,6 +142,48 @@ pub struct Policies {
     /// Whether it may drive the hypervisor by vendor calls: for measurements and tests.
     #[serde(default)]
     pub services: bool,
+    /// What an access to no memory does that neither the hardware describes nor the hypervisor decodes.
+    #[serde(default)]
+    pub no_syndrome: NoSyndrome,
+    /// What DC IVAC does to read-only memory.
+    #[serde(default)]
+    pub read_only_ivac: ReadOnlyIvac,
+    /// Who carries out its cache maintenance by address.
+    #[serde(default)]
+    pub cache_maintenance: CacheMaintenance,
+}
+
+/// What an access does that cannot be emulated: exclusives, atomics and other instructions that no device answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NoSyndrome {
+    /// The guest takes a synchronous external abort.
+    #[default]
+    Inject,
+    /// The virtual machine crashes, and says instruction, address and syndrome.
+    Stop,
+}
+
+/// What DC IVAC, which needs write permission, does to read-only memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReadOnlyIvac {
+    /// The guest takes a synchronous external abort.
+    #[default]
+    Abort,
+    /// The page is cleaned and invalidated, as for every other address.
+    Clean,
+}
+
+/// Who carries out a guest's cache maintenance by address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheMaintenance {
+    /// The hardware.
+    #[default]
+    Direct,
+    /// The hypervisor: every operation traps (HCR_EL2.TPCP and TPU).
+    Trap,
 }
 
 /// What an access to an address that no device claims does.

@@ -103,6 +103,17 @@ fn each_broken_rule_names_field_value_and_rule() {
 }
 
 #[test]
+fn policies_are_taken_over_and_absent_ones_are_safe() {
+    let policies = |value| check(one(json!({ "policies": value }))).expect("right").vms[0].policies;
+    let written = policies(json!({ "no_syndrome": "stop", "read_only_ivac": "clean", "cache_maintenance": "trap" }));
+    let expected = (NoSyndrome::Stop, ReadOnlyIvac::Clean, CacheMaintenance::Trap);
+    assert_eq!((written.no_syndrome, written.read_only_ivac, written.cache_maintenance), expected);
+    let silent = policies(json!({}));
+    let expected = (NoSyndrome::Inject, ReadOnlyIvac::Abort, CacheMaintenance::Direct);
+    assert_eq!((silent.no_syndrome, silent.read_only_ivac, silent.cache_maintenance), expected);
+}
+
+#[test]
 fn unknown_keys_are_refused_by_name() {
     let table = [
         json!({ "vm": [] }),
@@ -190,13 +201,16 @@ proptest! {
     }
 
     #[test]
-    fn json_of_a_config_reads_back(vcpus in 1..=8u32, granules in 20..2000u64, cmdline in "[^\0]{0,50}", flags: [bool; 4]) {
+    fn json_of_a_config_reads_back(vcpus in 1..=8u32, granules in 20..2000u64, cmdline in "[^\0]{0,50}", flags: [bool; 7]) {
         let mut config = check(one(json!({ "disks": [{ "file": "disk" }] }))).expect("right");
         let vm = &mut config.vms[0];
         (vm.vcpus, vm.memory, vm.cmdline, vm.autostart) = (vcpus, granules * MEMORY_GRANULE, cmdline, flags[0]);
         vm.policies.page_size = if flags[1] { LargestEntry::Page4K } else { LargestEntry::Block2M };
         vm.policies.unclaimed_mmio = if flags[2] { UnclaimedMmio::ReadAsZero } else { UnclaimedMmio::Abort };
         vm.policies.on_guest_reset = if flags[3] { OnReset::Stop } else { OnReset::Reboot };
+        vm.policies.no_syndrome = if flags[4] { NoSyndrome::Stop } else { NoSyndrome::Inject };
+        vm.policies.read_only_ivac = if flags[5] { ReadOnlyIvac::Clean } else { ReadOnlyIvac::Abort };
+        vm.policies.cache_maintenance = if flags[6] { CacheMaintenance::Trap } else { CacheMaintenance::Direct };
         let json = serde_json::to_string(&config).expect("strings for keys");
         prop_assert_eq!(serde_json::from_str::<Config<String>>(&json).expect("what was written"), config);
     }

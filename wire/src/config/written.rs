@@ -7,7 +7,10 @@ use alloc::vec::Vec;
 use serde::Deserialize;
 
 use super::check::{self, FileLength};
-use super::{Config, Console, Disk, KernelFormat, LargestEntry, OnReset, Outer, Policies, UnclaimedMmio, Vm, size};
+use super::{
+    CacheMaintenance, Config, Console, Disk, KernelFormat, LargestEntry, NoSyndrome, OnReset, Outer, Policies,
+    ReadOnlyIvac, UnclaimedMmio, Vm, size,
+};
 use crate::Refusal;
 
 /// A whole configuration as written.
@@ -90,6 +93,15 @@ pub struct WrittenPolicies {
     /// See [`Policies::services`].
     #[serde(default)]
     pub services: bool,
+    /// See [`Policies::no_syndrome`].
+    #[serde(default)]
+    pub no_syndrome: NoSyndrome,
+    /// See [`Policies::read_only_ivac`].
+    #[serde(default)]
+    pub read_only_ivac: ReadOnlyIvac,
+    /// See [`Policies::cache_maintenance`].
+    #[serde(default)]
+    pub cache_maintenance: CacheMaintenance,
 }
 
 impl Written {
@@ -133,6 +145,9 @@ impl WrittenVm {
                 console: self.policies.console.unwrap_or(by_place),
                 on_guest_reset: self.policies.on_guest_reset,
                 services: self.policies.services,
+                no_syndrome: self.policies.no_syndrome,
+                read_only_ivac: self.policies.read_only_ivac,
+                cache_maintenance: self.policies.cache_maintenance,
             },
             disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
             name: self.name,

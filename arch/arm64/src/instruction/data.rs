@@ -39,6 +39,7 @@ impl Transfer {
 }
 
 /// The low `size` bytes, at most 8, as a general register gets them (C6.2, LDR and LDRS*).
+#[inline]
 pub const fn extend(value: u64, size: u8, sign_extend: bool, wide: bool) -> u64 {
     if size >= 8 {
         return value;

@@ -4,6 +4,9 @@
 //! of this file's state decides whether that is at every change of vCPU or at the first trapped use
 //! (`traps::trap_fp`). SVE and SME trap always.
 //!
+//! A load or store that the hypervisor carries out for the guest reaches one register with [`read_live`] and
+//! [`write_live`].
+//!
 //! Invariants: called with the FP trap off (`CPTR_EL2.TFP` is also EL2's own).
 
 use core::arch::global_asm;
@@ -66,6 +69,26 @@ entresol_fp_load:
     msr     fpsr, x2
     ret
     .purgem EACH_PAIR
+
+    .global entresol_fp_read                // w0 = register, x1 = where to
+entresol_fp_read:
+    adr     x2, 1f
+    add     x2, x2, x0, lsl #3              // two instructions each
+    br      x2
+1:  .irp    number, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+    str     q\number, [x1]
+    ret
+    .endr
+
+    .global entresol_fp_write               // w0 = register, x1 = where from
+entresol_fp_write:
+    adr     x2, 1f
+    add     x2, x2, x0, lsl #3
+    br      x2
+1:  .irp    number, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+    ldr     q\number, [x1]
+    ret
+    .endr
     .arch_extension nofp
     "#
 );
@@ -75,6 +98,22 @@ const _: () = assert!(core::mem::offset_of!(FpState, control) == 512 && core::me
 unsafe extern "C" {
     fn entresol_fp_save(state: *mut FpState);
     fn entresol_fp_load(state: *const FpState);
+    fn entresol_fp_read(register: u64, to: *mut [u64; 2]);
+    fn entresol_fp_write(register: u64, from: *const [u64; 2]);
+}
+
+/// V`register` (modulo 32) of the loaded vCPU. The FP trap is off.
+pub fn read_live(register: u8) -> [u64; 2] {
+    let mut value = [0; 2];
+    // SAFETY: writes `value` only; the number is in the table that the assembly branches into.
+    unsafe { entresol_fp_read(u64::from(register & 31), &mut value) };
+    value
+}
+
+/// Sets V`register` (modulo 32) of the loaded vCPU. The FP trap is off.
+pub fn write_live(register: u8, value: [u64; 2]) {
+    // SAFETY: reads `value` only; the register is the guest's, and no code of ours has anything in it.
+    unsafe { entresol_fp_write(u64::from(register & 31), &value) };
 }
 
 impl FpState {

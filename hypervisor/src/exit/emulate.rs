@@ -1,0 +1,373 @@
+//! Accesses that the hardware does not describe: the instruction is read from the guest's memory and carried out for it.
+//!
+//! Purpose: pairs, writeback, SIMD registers and DC ZVA on a device, and single accesses that a page boundary or a lack of
+//! alignment splits. What [`instruction::decode`] leaves out is the owner's to decide (policy `no_syndrome`).
+//!
+//! Protocol, in this order, so that whatever stops it leaves nothing half done:
+//! 1. read and decode the instruction; compute addresses and what a store stores;
+//! 2. translate each page by the guest's own stage 1, with the rights that the access has; see which is memory;
+//! 3. ask for every part whether somebody answers there;
+//! 4. do the parts in memory (running out of frames pauses the virtual machine; doing them again is harmless);
+//! 5. do the parts in devices, each once, at ascending addresses;
+//! 6. write registers and base, then step over the instruction.
+//!
+//! An abort comes from steps 2 and 3, and cancels all: no register, no base, no PC (Z-B5). A part is naturally aligned and at
+//! most 8 bytes; a Q register is two. Step 2 believes the fault for the page that faulted, and asks AT for another one.
+//!
+//! The guest may have changed its instruction since it faulted, or its tables. What it then gets is what its instructions
+//! say with its own rights, or an abort; [`Fit`] refuses what does not belong to the fault.
+//!
+//! Invariants: bounded: at most 14 parts of a transfer, 256 of a DC ZVA (a block is at most 2 KiB). Devices are never called
+//! while pinned: they pin for their own copies.
+//!
+//! Known holes: PSTATE.PAN has no say over a second page. If a second page's stage-1 tables are not in the second stage yet,
+//! the guest takes an external abort at that page, since AT does not say which page of tables is missing.
+
+use entresol_addr::{Gpa, PAGE_SIZE};
+use entresol_arch_arm64::inject::{Exception, Status, pstate};
+use entresol_arch_arm64::instruction::data::{self, Piece, Pieces};
+use entresol_arch_arm64::instruction::{self, Bank, Base, MAX_BYTES, Operation, Transfer};
+use entresol_fault::{Access, Fault};
+use entresol_metal_arm64::exit::{self as hardware, Rights};
+use entresol_metal_arm64::switch::fp;
+use entresol_metal_arm64::{cpu, live};
+use entresol_mmu::{Abort, CopyError};
+use entresol_wire::config::NoSyndrome;
+
+use super::{Next, memory, mmio, undefined};
+use crate::counters::Reason;
+use crate::host;
+use crate::sched::{Leave, VcpuRef};
+use crate::vcpu::State;
+use crate::vm::{Claim, Crash, Pause};
+
+/// Why an access was not carried out. Nothing of it shows.
+enum Stop {
+    /// It is not known what the instruction does; the word, if it could be read.
+    NoSyndrome(Option<u32>),
+    /// The guest takes a data abort.
+    Abort { address: u64, status: Status },
+    /// No frame for a page.
+    OutOfMemory,
+    /// The guest's memory changed meanwhile: it tries again.
+    Again,
+}
+
+type Bytes = [u8; MAX_BYTES];
+
+/// Carries out the access of `fault`, which no memory serves, from its instruction.
+#[cold]
+pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u64) -> Next {
+    vcpu.vm.counters.bump(Reason::NoSyndrome);
+    match carry_out(vcpu, state, fault, far) {
+        Ok(look) => {
+            state.skip(esr);
+            if look { Next::Look } else { Next::Again }
+        }
+        Err(Stop::Abort { address, status }) => {
+            let write = fault.access == Access::Write;
+            undefined::enter(state, Exception::DataAbort { address, status, write, cache_maintenance: false });
+            Next::Again
+        }
+        Err(Stop::Again) => Next::Look,
+        Err(Stop::OutOfMemory) => {
+            vcpu.vm.pause(Pause::OutOfMemory);
+            Next::Leave(Leave::Park)
+        }
+        Err(Stop::NoSyndrome(instruction)) => refuse(vcpu, state, fault, far, instruction),
+    }
+}
+
+/// Nobody knows what the access is: as its owner decided.
+fn refuse(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64, instruction: Option<u32>) -> Next {
+    vcpu.vm.counters.bump(Reason::NotDecoded);
+    match vcpu.vm.config.policies.no_syndrome {
+        NoSyndrome::Inject => {
+            memory::inject(state, fault, far, Abort::External);
+            Next::Again
+        }
+        NoSyndrome::Stop => {
+            let (gpa, syndrome) = (fault.gpa.get(), fault.syndrome);
+            vcpu.vm.crash(Crash::NoSyndrome { instruction, gpa, syndrome });
+            Next::Leave(Leave::Park)
+        }
+    }
+}
+
+/// Steps 1 to 6 but the last; whether the vCPU has to look up.
+fn carry_out(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64) -> Result<bool, Stop> {
+    let word = fetch(vcpu, state)?;
+    let refused = Stop::NoSyndrome(Some(word));
+    let Some(instruction) = instruction::decode(word) else { return Err(refused) };
+    let base = instruction.address.base;
+    let resolved = instruction.address.resolve(read_base(state, base), |register| state.read(register));
+    let fit = Fit { fault, far, refused };
+    let look = match instruction.operation {
+        Operation::Transfer(transfer) => move_registers(vcpu, state, fit, &transfer, resolved.address)?,
+        Operation::Zero => zero(vcpu, state, fit, resolved.address)?,
+    };
+    if let Some(value) = resolved.base {
+        write_base(state, base, value);
+    }
+    Ok(look)
+}
+
+/// The instruction at the guest's PC.
+fn fetch(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
+    if state.regs.pstate & pstate::AARCH32 != 0 {
+        return Err(Stop::NoSyndrome(None));
+    }
+    let pc = state.regs.pc;
+    // EL1 may read whatever EL0 may execute.
+    let page = match hardware::translate(pc, Rights::El1Read) {
+        Ok(translated) => translated.page(),
+        // Its tables left the second stage: the next fetch brings them back.
+        Err(par) if Status::of_par(par).is_none() => return Err(Stop::Again),
+        Err(_) => return Err(Stop::NoSyndrome(None)),
+    };
+    let mut word = [0; 4];
+    let pin = host::get().epoch.pin(cpu::index());
+    match vcpu.vm.memory.read(&pin, &state.hint, Gpa::new(page | pc & (PAGE_SIZE - 1)), &mut word) {
+        Ok(()) => Ok(u32::from_le_bytes(word)),
+        Err(CopyError::OutOfMemory) => Err(Stop::OutOfMemory),
+        Err(CopyError::Outside { .. } | CopyError::ReadOnly { .. }) => Err(Stop::NoSyndrome(None)),
+    }
+}
+
+/// Loads or stores registers.
+fn move_registers(
+    vcpu: &VcpuRef,
+    state: &mut State,
+    fit: Fit<'_>,
+    transfer: &Transfer,
+    address: u64,
+) -> Result<bool, Stop> {
+    let part = Part { address, length: transfer.length(), element: transfer.size, write: !transfer.load };
+    let span = Span::new(vcpu, state, fit, part, transfer.unprivileged)?;
+    let big_endian = mmio::is_big_endian(state);
+    let mut bytes = [0; MAX_BYTES];
+    if !transfer.load {
+        for (index, register) in transfer.registers().enumerate() {
+            let value = match transfer.bank {
+                Bank::General { .. } => [state.read(register), 0],
+                Bank::Vector => fp::read_live(register),
+            };
+            transfer.store(&mut bytes, index, value, big_endian);
+        }
+    }
+    let look = span.perform(vcpu, state, Some(&mut bytes))?;
+    if transfer.load {
+        for (index, register) in transfer.registers().enumerate() {
+            let value = transfer.loaded(&bytes, index, big_endian);
+            match transfer.bank {
+                Bank::General { .. } => state.write(register, value[0]),
+                Bank::Vector => fp::write_live(register, value),
+            }
+        }
+    }
+    Ok(look)
+}
+
+/// DC ZVA: 4 << DCZID_EL0.BS bytes, at most 2 KiB (Arm DDI 0487 D24.2, DCZID_EL0).
+fn zero(vcpu: &VcpuRef, state: &mut State, fit: Fit<'_>, address: u64) -> Result<bool, Stop> {
+    let length = (4usize << (live::zero_block_id() & 0xf)).min(2048);
+    let part = Part { address: address & !(length as u64 - 1), length, element: 8, write: true };
+    Span::new(vcpu, state, fit, part, false)?.perform(vcpu, state, None)
+}
+
+/// The fault that an instruction has to explain.
+struct Fit<'f> {
+    fault: &'f Fault,
+    far: u64,
+    /// What it is if the instruction does not explain it.
+    refused: Stop,
+}
+
+/// What an instruction touches.
+#[derive(Clone, Copy)]
+struct Part {
+    address: u64,
+    length: usize,
+    element: u8,
+    write: bool,
+}
+
+/// A page of the guest's that is touched.
+#[derive(Clone, Copy)]
+struct Page {
+    /// Its intermediate physical address.
+    base: u64,
+    /// Whether memory serves the access.
+    memory: bool,
+}
+
+/// What an instruction touches, and where that is: in one page or in two.
+struct Span {
+    part: Part,
+    first: Page,
+    last: Page,
+}
+
+/// Bits of a virtual address below a tag.
+const ADDRESS: u64 = (1 << 56) - 1;
+
+/// Whether two addresses of one access lie in one page.
+const fn same_page(one: u64, other: u64) -> bool {
+    (one ^ other) & ADDRESS < PAGE_SIZE
+}
+
+impl Span {
+    /// Step 2.
+    fn new(vcpu: &VcpuRef, state: &State, fit: Fit<'_>, part: Part, unprivileged: bool) -> Result<Self, Stop> {
+        let Fit { fault, far, refused } = fit;
+        let inside = far.wrapping_sub(part.address) & ADDRESS < part.length as u64;
+        if !inside || part.write != (fault.access == Access::Write) {
+            return Err(refused);
+        }
+        let rights = rights(state, part.write, unprivileged);
+        let page = |address: u64| {
+            let base =
+                if same_page(address, far) { fault.gpa.get() & !(PAGE_SIZE - 1) } else { translate(address, rights)? };
+            Ok(Page { base, memory: is_memory(vcpu, state, Gpa::new(base), part.write) })
+        };
+        let last = part.address.wrapping_add(part.length as u64 - 1);
+        let first = page(part.address)?;
+        let last = if same_page(part.address, last) { first } else { page(last & !(PAGE_SIZE - 1))? };
+        Ok(Self { part, first, last })
+    }
+
+    fn pieces(&self) -> Pieces {
+        data::pieces(self.part.address, self.part.length, self.part.element)
+    }
+
+    fn page(&self, piece: &Piece) -> Page {
+        if same_page(piece.address, self.part.address) { self.first } else { self.last }
+    }
+
+    fn gpa(&self, piece: &Piece) -> Gpa {
+        Gpa::new(self.page(piece).base | piece.address & (PAGE_SIZE - 1))
+    }
+
+    /// Steps 3 to 5; `bytes` are zero and stay it if there are none. Whether the vCPU has to look up.
+    fn perform(&self, vcpu: &VcpuRef, state: &mut State, mut bytes: Option<&mut Bytes>) -> Result<bool, Stop> {
+        let device = |piece: &Piece| !self.page(piece).memory;
+        for piece in self.pieces().filter(device) {
+            if !vcpu.vm.answers(self.gpa(&piece)) {
+                return Err(abort(&piece));
+            }
+        }
+        if self.first.memory || self.last.memory {
+            self.copy(vcpu, state, bytes.as_deref_mut())?;
+        }
+        let mut look = false;
+        for piece in self.pieces().filter(device) {
+            let (gpa, size) = (self.gpa(&piece), piece.size);
+            let claim = if self.part.write {
+                let value = bytes.as_deref().map_or(0, |bytes| value(bytes, &piece));
+                vcpu.vm.device_write(vcpu, state, gpa, size, value)
+            } else {
+                vcpu.vm.device_read(vcpu, state, gpa, size)
+            };
+            match claim {
+                Claim::Value(value) => {
+                    if let Some(bytes) = bytes.as_deref_mut() {
+                        put(bytes, &piece, value);
+                    }
+                }
+                Claim::Done => {}
+                Claim::Look => look = true,
+                Claim::Abort => return Err(abort(&piece)),
+            }
+        }
+        Ok(look)
+    }
+
+    /// Step 4.
+    fn copy(&self, vcpu: &VcpuRef, state: &State, mut bytes: Option<&mut Bytes>) -> Result<(), Stop> {
+        let pin = host::get().epoch.pin(cpu::index());
+        for piece in self.pieces().filter(|piece| self.page(piece).memory) {
+            let (gpa, size) = (self.gpa(&piece), usize::from(piece.size));
+            let mut part = bytes.as_deref().map_or(0, |bytes| value(bytes, &piece)).to_le_bytes();
+            let done = if self.part.write {
+                vcpu.vm.memory.write(&pin, &state.hint, gpa, &part[..size])
+            } else {
+                vcpu.vm.memory.read(&pin, &state.hint, gpa, &mut part[..size])
+            };
+            match done {
+                Ok(()) => {}
+                Err(CopyError::OutOfMemory) => return Err(Stop::OutOfMemory),
+                Err(CopyError::ReadOnly { .. }) => return Err(abort(&piece)),
+                // The slot has gone since it was looked at.
+                Err(CopyError::Outside { .. }) => return Err(Stop::Again),
+            }
+            if let (Some(bytes), false) = (bytes.as_deref_mut(), self.part.write) {
+                put(bytes, &piece, u64::from_le_bytes(part));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The bytes of `piece` as a device sees them.
+fn value(bytes: &Bytes, piece: &Piece) -> u64 {
+    let part = bytes.iter().skip(piece.offset).take(piece.size.into());
+    part.rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// Puts what a device answered where `piece` is.
+fn put(bytes: &mut Bytes, piece: &Piece, value: u64) {
+    let part = bytes.iter_mut().skip(piece.offset).take(piece.size.into());
+    part.zip(value.to_le_bytes()).for_each(|(to, from)| *to = from);
+}
+
+fn abort(piece: &Piece) -> Stop {
+    Stop::Abort { address: piece.address, status: Status::External }
+}
+
+/// The intermediate page of `address`, or the guest's own stage-1 fault.
+fn translate(address: u64, rights: Rights) -> Result<u64, Stop> {
+    hardware::translate(address, rights).map(|translated| translated.page()).map_err(|par| {
+        let status = Status::of_par(par).unwrap_or(Status::External);
+        Stop::Abort { address, status }
+    })
+}
+
+/// Whose rights an access of the loaded vCPU has (Arm DDI 0487 D8.4; LDTR and STTR give way to PSTATE.UAO).
+fn rights(state: &State, write: bool, unprivileged: bool) -> Rights {
+    let now = state.regs.pstate;
+    let el0 = now & pstate::MODE == pstate::EL0T || (unprivileged && now & pstate::UAO == 0);
+    match (el0, write) {
+        (false, false) => Rights::El1Read,
+        (false, true) => Rights::El1Write,
+        (true, false) => Rights::El0Read,
+        (true, true) => Rights::El0Write,
+    }
+}
+
+/// Whether memory serves the access to the page at `gpa`.
+fn is_memory(vcpu: &VcpuRef, state: &State, gpa: Gpa, write: bool) -> bool {
+    let pin = host::get().epoch.pin(cpu::index());
+    let slot = vcpu.vm.memory.slots().find(&pin, gpa.frame(), &state.hint);
+    slot.is_some_and(|slot| !(write && slot.is_read_only()))
+}
+
+/// Whether the loaded vCPU's stack pointer is SP_EL1.
+fn uses_sp_el1(state: &State) -> bool {
+    state.regs.pstate & pstate::MODE == pstate::EL1H
+}
+
+fn read_base(state: &State, base: Base) -> u64 {
+    match base {
+        Base::Pc => state.regs.pc,
+        Base::Register(31) => live::stack_pointer(uses_sp_el1(state)),
+        Base::Register(register) => state.read(register),
+    }
+}
+
+fn write_base(state: &mut State, base: Base, value: u64) {
+    match base {
+        Base::Pc => {}
+        Base::Register(31) => live::set_stack_pointer(uses_sp_el1(state), value),
+        Base::Register(register) => state.write(register, value),
+    }
+}

@@ -29,7 +29,7 @@ use meta::{Frames, State};
 use crate::{OutOfHeap, OutOfMemory, try_boxed};
 
 /// Frames that go between a cache and the buddy at once.
-const BATCH: usize = 32;
+const BATCH: usize = Order::BATCH.frames() as usize;
 
 /// Single frames at hand for one CPU.
 struct Cache {
@@ -212,17 +212,34 @@ impl FramePool {
         self.take_at_hand(order).ok_or(OutOfMemory)
     }
 
-    /// Fills a CPU's cache with a batch, and takes one frame more.
+    /// Fills a CPU's cache with a batch, as one block if there is one, and takes one frame more.
     fn refill(&self, cpu: usize) -> Option<Pfn> {
         let mut cache = self.caches[cpu].0.lock();
         let mut buddy = self.buddy.lock();
+        let index = match buddy.take(&self.frames, Order::BATCH, State::Taken(Order::PAGE)) {
+            Some(first) => {
+                // Highest first: the cache gives out the last that went in, and the guest then gets rising frames.
+                for index in (first + 1..first + BATCH as u32).rev() {
+                    self.frames.set_state(index, State::Cached);
+                    cache.push(index).expect("a cache has room for two batches");
+                }
+                first
+            }
+            None => self.refill_singly(&mut cache, &mut buddy)?,
+        };
+        trace::taken(self.frames.pfn(index).get(), 1);
+        Some(self.frames.pfn(index))
+    }
+
+    /// The same out of whatever is left.
+    #[cold]
+    fn refill_singly(&self, cache: &mut Cache, buddy: &mut Buddy) -> Option<u32> {
         let index = buddy.take(&self.frames, Order::PAGE, State::Taken(Order::PAGE))?;
         while cache.len < BATCH {
             let Some(more) = buddy.take(&self.frames, Order::PAGE, State::Cached) else { break };
             cache.push(more).expect("a cache has room for two batches");
         }
-        trace::taken(self.frames.pfn(index).get(), 1);
-        Some(self.frames.pfn(index))
+        Some(index)
     }
 
     /// Moves frames from a cache to the buddy until `keep` are left.

@@ -30,6 +30,7 @@ const MODULES: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_console", "virt
 #[derive(Default)]
 pub struct Initrd {
     script: Option<String>,
+    console: Option<String>,
 }
 
 impl Initrd {
@@ -40,7 +41,13 @@ impl Initrd {
 
     /// Runs a shell script, prints [`SCRIPT_EXIT`] and its status, and powers off.
     pub fn scripted(script: &str) -> Self {
-        Self { script: Some(script.to_owned()) }
+        Self { script: Some(script.to_owned()), console: None }
+    }
+
+    /// Lives on this device once the drivers are loaded, and leaves the kernel's console alone.
+    pub fn on_console(mut self, device: &str) -> Self {
+        self.console = Some(device.to_owned());
+        self
     }
 
     /// Writes the archive.
@@ -64,6 +71,9 @@ impl Initrd {
             list += &format!("{name}\n");
         }
         archive.file("etc/entresol/modules", 0o644, list.as_bytes());
+        if let Some(console) = &self.console {
+            archive.file("etc/entresol/console", 0o644, console.as_bytes());
+        }
         if let Some(script) = &self.script {
             archive.file("etc/entresol/script", 0o644, script.as_bytes());
         }

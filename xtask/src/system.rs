@@ -10,8 +10,10 @@
 mod boot;
 mod boot_loaders;
 mod control;
+mod linux;
 pub mod machine;
 mod mmio;
+pub mod owner;
 pub mod transcript;
 
 use std::collections::VecDeque;
@@ -39,9 +41,24 @@ pub struct SystemTest {
 /// Every system test, longest first so that the last one does not run alone.
 pub const TESTS: &[SystemTest] = &[
     SystemTest {
-        name: "linux_memory_is_demand_faulted",
-        about: "4 vCPUs on 2 CPUs touch 400 MiB; entries appear with the touches, not before",
-        run: boot::linux_memory_is_demand_faulted,
+        name: "linux_works_its_memory_and_disk",
+        about: "4 vCPUs on 2 CPUs write 400 MiB and a disk and read them back; entries are what was touched",
+        run: linux::linux_works_its_memory_and_disk,
+    },
+    SystemTest {
+        name: "linux_uses_every_cpu_and_device",
+        about: "8 vCPUs on 2 CPUs work, go off and on; clock, entropy, virtio console; a reboot starts over",
+        run: linux::linux_uses_every_cpu_and_device,
+    },
+    SystemTest {
+        name: "nothing_is_mapped_before_the_first_touch",
+        about: "a VM that waits has no entry; with 4 KiB pages it gets one for each page it touches",
+        run: linux::nothing_is_mapped_before_the_first_touch,
+    },
+    SystemTest {
+        name: "linux_lives_on_its_virtio_console",
+        about: "a guest whose only console is its virtio port, in both directions",
+        run: linux::linux_lives_on_its_virtio_console,
     },
     SystemTest {
         name: "two_guests_run_side_by_side",

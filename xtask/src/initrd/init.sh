@@ -14,6 +14,14 @@ while read -r module; do
     insmod "/lib/modules/$module" || echo "init: cannot load $module"
 done < /etc/entresol/modules
 
+# /dev/console cannot be a shell's controlling terminal: cttyhack finds out which device it is.
+control=cttyhack
+if [ -e /etc/entresol/console ]; then
+    console=/dev/$(cat /etc/entresol/console)
+    exec < "$console" > "$console" 2>&1
+    control=-c
+fi
+
 hostname guest
 export HOME=/root TERM=linux PS1='guest:\w\$ '
 if [ -e /etc/entresol/script ]; then
@@ -24,7 +32,7 @@ else
     echo "Linux $(uname -r) on $(nproc) CPUs. Leaving the shell powers the machine off."
     echo "entresol-guest: console ready"
     cd /root
-    setsid cttyhack sh
+    setsid $control sh
 fi
 sync
 poweroff -f

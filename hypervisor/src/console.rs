@@ -185,7 +185,9 @@ pub fn pump() {
         if let Err(error) = gic::enable(INTID.load(Ordering::Relaxed)) {
             log::error!("console: {error}");
         }
+        // What the port held meanwhile, and no interrupt will tell of any more once it is read.
         receive();
+        host_work::raise(Work::Console);
     }
 }
 

@@ -20,8 +20,8 @@ impl Order {
     pub const PAGE: Self = Self(0);
     /// 512 frames, 2 MiB: the largest that the pool gives out.
     pub const BLOCK: Self = Self(9);
-    /// 32 frames, 128 KiB: what goes into a CPU's cache at once.
-    pub(crate) const BATCH: Self = Self(5);
+    /// 16 frames, 64 KiB: what goes into a CPU's cache at once.
+    pub(crate) const BATCH: Self = Self(4);
     /// How many orders there are.
     pub(crate) const COUNT: usize = Self::BLOCK.0 as usize + 1;
 

@@ -35,6 +35,8 @@ reasons! {
     Smc = "smc",
     /// MSR, MRS, SYS, or their AArch32 forms.
     SystemRegister = "system-register",
+    /// Of those: cache maintenance by address.
+    CacheMaintenance = "cache-maintenance",
     /// WFI, WFE.
     Wait = "wait",
     /// A physical interrupt.

@@ -106,6 +106,11 @@ pub const TESTS: &[SystemTest] = &[
         run: mmio::mmio_of_every_kind,
     },
     SystemTest {
+        name: "trapped_cache_maintenance",
+        about: "cache maintenance by address traps: nothing is lost, and its faults are the guest's own",
+        run: mmio::trapped_cache_maintenance,
+    },
+    SystemTest {
         name: "bare_mmio_of_every_kind",
         about: "the same guest without the hypervisor: what it expects is what the architecture says",
         run: mmio::bare_mmio_of_every_kind,

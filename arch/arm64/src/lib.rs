@@ -11,6 +11,7 @@
 //! | [`syndrome`] | what did the guest do? ESR_EL2 → [`syndrome::Exit`] |
 //! | [`abort`] | which memory access failed, and why? → `entresol_fault::Fault` |
 //! | [`instruction`] | which load or store was it, where the syndrome does not say? |
+//! | [`stage1`] | which of its own tables does an address go through? |
 //! | [`stage2`] | what do second-stage descriptors look like? |
 //! | [`sysreg`], [`policy`] | which register was touched, what is the answer? |
 //! | [`idregs`] | what does the guest learn about its CPU? |
@@ -30,6 +31,7 @@ pub mod mpidr;
 pub mod policy;
 pub mod psci;
 pub mod smccc;
+pub mod stage1;
 pub mod stage2;
 pub mod syndrome;
 pub mod sysreg;

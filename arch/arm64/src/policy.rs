@@ -44,8 +44,10 @@ pub enum SgiRegister {
 pub enum CacheOp {
     /// DC IVAC: needs write permission.
     Invalidate,
-    /// DC CVAC, CVAU, CVAP, CVADP.
+    /// DC CVAC, CVAP, CVADP: to the point of coherency, or of persistence.
     Clean,
+    /// DC CVAU.
+    CleanToUnification,
     /// DC CIVAC.
     CleanInvalidate,
     /// DC ZVA: an ordinary write.
@@ -149,7 +151,8 @@ const fn instruction(reg: SysReg, read: bool) -> Policy {
     let policy = match reg {
         SysReg::DC_ISW | SysReg::DC_CSW | SysReg::DC_CISW => Policy::SetWay,
         SysReg::DC_IVAC => Policy::Cache(CacheOp::Invalidate),
-        SysReg::DC_CVAC | SysReg::DC_CVAU | SysReg::DC_CVAP | SysReg::DC_CVADP => Policy::Cache(CacheOp::Clean),
+        SysReg::DC_CVAC | SysReg::DC_CVAP | SysReg::DC_CVADP => Policy::Cache(CacheOp::Clean),
+        SysReg::DC_CVAU => Policy::Cache(CacheOp::CleanToUnification),
         SysReg::DC_CIVAC => Policy::Cache(CacheOp::CleanInvalidate),
         SysReg::DC_ZVA => Policy::Cache(CacheOp::Zero),
         SysReg::IC_IVAU => Policy::Cache(CacheOp::InstructionAddress),
@@ -249,6 +252,7 @@ mod tests {
         assert_eq!(answer(SysReg::DC_IVAC, false), Policy::Cache(CacheOp::Invalidate));
         assert_eq!(answer(SysReg::DC_CIVAC, false), Policy::Cache(CacheOp::CleanInvalidate));
         assert_eq!(answer(SysReg::DC_CVAP, false), Policy::Cache(CacheOp::Clean));
+        assert_eq!(answer(SysReg::DC_CVAU, false), Policy::Cache(CacheOp::CleanToUnification));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use entresol_addr::Gpa;
 use entresol_fault::{Access, Cause, Fault};
 
+use crate::maintain::{ReadOnlyIvac, Target, Triage, triage};
 use crate::outcome::{Abort, Outcome, Reason};
 
 /// Rows 1–4: what needs no slot to be decided. `None` means: look for a slot.
@@ -17,7 +18,7 @@ pub fn before_lookup(fault: &Fault, machine_limit: Gpa, vm_limit: Gpa) -> Option
 }
 
 #[cold]
-fn beyond(fault: &Fault, machine_limit: Gpa) -> Outcome {
+pub fn beyond(fault: &Fault, machine_limit: Gpa) -> Outcome {
     let abort = if fault.gpa >= machine_limit { Abort::AddressSize } else { Abort::External };
     Outcome::Inject(abort)
 }
@@ -38,15 +39,19 @@ pub fn outside(fault: &Fault) -> Outcome {
     if fault.access == Access::Fetch || fault.stage1_walk {
         return Outcome::Inject(Abort::External);
     }
-    if fault.cache_maintenance { Outcome::Skip } else { Outcome::Mmio }
+    if !fault.cache_maintenance {
+        return Outcome::Mmio;
+    }
+    match triage(Target::Nothing, fault.is_write(), ReadOnlyIvac::Abort) {
+        Triage::Skip => Outcome::Skip,
+        _ => Outcome::Inject(Abort::External),
+    }
 }
 
-/// Rows 5–8 for a write to a read-only slot.
+/// Rows 5–8 for a write to read-only memory that is no cache maintenance.
 #[cold]
 pub fn read_only(fault: &Fault) -> Outcome {
-    // A maintenance operation that still needs write permission on read-only memory is a DC IVAC: "cache-ops", policy
-    // `Abort`.
-    if fault.access == Access::Fetch || fault.stage1_walk || fault.cache_maintenance {
+    if fault.access == Access::Fetch || fault.stage1_walk {
         return Outcome::Inject(Abort::External);
     }
     Outcome::Mmio
@@ -100,7 +105,6 @@ mod tests {
     fn a_write_to_read_only_memory() {
         let store = fault(0, Access::Write, Cause::Permission { level: 3 });
         assert_eq!(read_only(&store), Outcome::Mmio);
-        assert_eq!(read_only(&Fault { cache_maintenance: true, ..store }), Outcome::Inject(Abort::External));
         assert_eq!(read_only(&Fault { stage1_walk: true, ..store }), Outcome::Inject(Abort::External));
     }
 }

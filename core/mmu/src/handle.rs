@@ -26,7 +26,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         };
         let write = fault.is_write();
         if write && slot.is_read_only() {
-            return self.refused(access::read_only(fault));
+            return self.read_only(pin, fault);
         }
         if fault.cause == Cause::AccessFlag {
             return self.make_young(fault);
@@ -36,7 +36,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         };
         let grant = match object.grant(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write) {
             Ok(grant) => grant,
-            Err(error) => return self.no_grant(pin.cpu(), fault, error),
+            Err(error) => return self.no_grant(pin, fault, error),
         };
         if fault.is_fetch() && grant.memory == Memory::Device {
             return self.refused(Outcome::Inject(Abort::External));
@@ -57,6 +57,40 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         match fault.cause {
             Cause::Permission { .. } => self.relax(fault, &mapping, features),
             _ => self.map(pin.cpu(), &mapping, features),
+        }
+    }
+
+    /// The same for an access that is made for the guest and not by it: maps what a translation fault there would have.
+    /// Apart from [`Vm::handle`], which stays one piece of code where it is called.
+    #[cold]
+    #[inline(never)]
+    pub fn touch(&self, pin: &Pin<'_>, hint: &Hint, fault: &Fault) -> Outcome {
+        if let Some(outcome) = access::before_lookup(fault, self.machine_limit(), self.limit()) {
+            return self.refused(outcome);
+        }
+        let sample = self.notifier.sample();
+        let Some(slot) = self.slots.find(pin, fault.gfn(), hint) else {
+            return self.refused(access::outside(fault));
+        };
+        let write = fault.is_write();
+        if write && slot.is_read_only() {
+            return self.read_only(pin, fault);
+        }
+        let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())) else {
+            return self.refused(Outcome::Exit(Reason::BadObject));
+        };
+        let grant = match object.grant_waiting(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write) {
+            Ok(grant) => grant,
+            Err(error) => return self.no_grant(pin, fault, error),
+        };
+        let features = self.host.features();
+        let mapping = choose(&slot, &grant, fault, self.options.largest, features);
+        if self.notifier.moved(sample, mapping.range()) || !self.slots.is_current(&slot, pin) {
+            return self.retry();
+        }
+        match self.map_with_tables(pin.cpu(), &mapping, features, 0) {
+            Outcome::Retry => self.map_with_tables(pin.cpu(), &mapping, features, Reserve::MOST),
+            outcome => outcome,
         }
     }
 
@@ -179,12 +213,24 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         }
     }
 
+    /// A write to read-only memory. It looks for the slot again, so that the hot path keeps its own in registers.
     #[cold]
-    fn no_grant(&self, cpu: usize, fault: &Fault, error: GrantError) -> Outcome {
+    fn read_only(&self, pin: &Pin<'_>, fault: &Fault) -> Outcome {
+        if !fault.cache_maintenance || fault.stage1_walk {
+            return self.refused(access::read_only(fault));
+        }
+        match self.slots.find(pin, fault.gfn(), &Hint::new()) {
+            Some(slot) => self.maintain_read_only(pin, &slot, fault),
+            None => self.retry(),
+        }
+    }
+
+    #[cold]
+    fn no_grant(&self, pin: &Pin<'_>, fault: &Fault, error: GrantError) -> Outcome {
         match error {
             GrantError::Busy => self.retry(),
-            GrantError::OutOfMemory => self.out_of_memory(cpu),
-            GrantError::ReadOnly => self.refused(access::read_only(fault)),
+            GrantError::OutOfMemory => self.out_of_memory(pin.cpu()),
+            GrantError::ReadOnly => self.read_only(pin, fault),
             GrantError::Outside { .. } => self.refused(Outcome::Exit(Reason::BadObject)),
         }
     }
@@ -205,7 +251,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     #[cold]
-    fn refused(&self, outcome: Outcome) -> Outcome {
+    pub(crate) fn refused(&self, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::Inject(_) => self.stats.injected.bump(),
             Outcome::Mmio | Outcome::Skip => self.stats.outside.bump(),

@@ -13,19 +13,25 @@ use entresol_slot::{Hint, ObjectId, SlotFlags, SlotRequest};
 use entresol_table::Entry;
 use proptest::prelude::*;
 
-use crate::{Abort, CopyError, Host, Options, Outcome, Reason, Vm};
+use crate::{Abort, CopyError, Host, Maintenance, Options, Outcome, ReadOnlyIvac, Reason, Vm};
 
 const CPU: usize = 0;
 const RAM: u64 = 0x4000_0000;
-const OPTIONS: Options = Options { ipa_bits: 40, slots: 8, largest: PageSize::Size1G };
+const OPTIONS: Options =
+    Options { ipa_bits: 40, slots: 8, largest: PageSize::Size1G, read_only_ivac: ReadOnlyIvac::Abort };
 
 type TestVm<'h> = Vm<'h, FlatMachine, Stage2>;
 
 fn host_with(frames: u64, features: Features) -> Host<FlatMachine> {
+    host_beside_rom(frames, 0, features)
+}
+
+/// Of `frames` frames the last `rom` are not the pool's.
+fn host_beside_rom(frames: u64, rom: u64, features: Features) -> Host<FlatMachine> {
     let first = Pfn::new(0x8_0000);
     let meta: Box<[FrameMeta]> = (0..frames).map(|_| FrameMeta::new()).collect();
     let pool = FramePool::new(first, meta, 4).unwrap();
-    pool.add(PfnRange::new(first, frames).unwrap()).unwrap();
+    pool.add(PfnRange::new(first, frames - rom).unwrap()).unwrap();
     let machine = FlatMachine::new(first, frames, features);
     Host::new(machine, pool, Objects::with_capacity(8).unwrap()).unwrap()
 }
@@ -215,6 +221,106 @@ fn execution_after_data_invalidates_and_relaxes() {
     assert!(host.machine.events().iter().any(|event| matches!(event, Event::Icache(_))));
     let at = vm.table().walk(&host.machine, Gfn::new(RAM >> 12)).unwrap();
     assert!(matches!(at.entry, Entry::Leaf(leaf) if leaf.permissions.execute && leaf.permissions.write));
+}
+
+/// How an operation ended for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    Done,
+    Aborted,
+}
+
+/// The first door: a CPU makes the operation until it is done, with the fault that the table gives it. Returns how it ended
+/// and after how many traps.
+fn by_aborts(vm: &TestVm<'_>, gpa: u64, needs_write: bool) -> (Ended, usize) {
+    for traps in 0.. {
+        let entry = vm.table().walk(&vm.host().machine, Gpa::new(gpa).frame()).unwrap().entry;
+        let cause = match entry {
+            Entry::Leaf(leaf) if leaf.permissions.write || !needs_write => return (Ended::Done, traps),
+            Entry::Leaf(_) => Cause::Permission { level: 3 },
+            _ => Cause::Translation,
+        };
+        let fault = Fault { cause, cache_maintenance: true, ..fault(gpa, Access::Write) };
+        match vm.handle(&vm.host().epoch.pin(CPU), &Hint::new(), &fault) {
+            Outcome::Resume => {}
+            Outcome::Skip => return (Ended::Done, traps + 1),
+            Outcome::Inject(Abort::External) => return (Ended::Aborted, traps + 1),
+            other => panic!("{other:?}"),
+        }
+    }
+    unreachable!()
+}
+
+/// The second door.
+fn by_trap(vm: &TestVm<'_>, gpa: u64, operation: Maintenance) -> Ended {
+    match vm.maintain(&vm.host().epoch.pin(CPU), &Hint::new(), Gpa::new(gpa), operation) {
+        Outcome::Skip => Ended::Done,
+        Outcome::Inject(Abort::External) => Ended::Aborted,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Every cell of "cache-ops": operation, target, both doors, both policies. INV-13, INV-15.
+#[test]
+fn maintenance_ends_the_same_through_both_doors() {
+    let page = |number: u64| RAM + number * PAGE_SIZE;
+    let targets =
+        [("nothing", 64), ("rw unmapped", 0), ("rw mapped", 1), ("ro unmapped", 16), ("ro mapped", 17), ("rom", 32)];
+    for read_only_ivac in [ReadOnlyIvac::Abort, ReadOnlyIvac::Clean] {
+        for operation in
+            [Maintenance::Invalidate, Maintenance::Clean, Maintenance::CleanToUnification, Maintenance::Instructions]
+        {
+            let host =
+                host_beside_rom(2048, 16, Features { forced_write_back: false, coherent_icache: false, ..coherent() });
+            let vm = Vm::new(&host, CPU, Stage2 { fwb: false }, Options { read_only_ivac, ..OPTIONS }).unwrap();
+            let (data, other) = (memory(&host, 16, Policy::Pages), memory(&host, 16, Policy::Pages));
+            let rom = Spec::Rom { first: Pfn::new(0x8_07f0), frames: 16, owned: false };
+            let rom = host.objects.create(&host.supply(CPU), rom).unwrap();
+            vm.set_slot(CPU, &slot(0, page(0), 16, data, SlotFlags::empty())).unwrap();
+            vm.set_slot(CPU, &slot(1, page(16), 16, other, SlotFlags::READ_ONLY)).unwrap();
+            vm.set_slot(CPU, &slot(2, page(32), 16, rom, SlotFlags::empty())).unwrap();
+            for number in [1, 17] {
+                assert_eq!(touch(&vm, page(number), Access::Read), Outcome::Resume);
+            }
+            let needs_write = operation == Maintenance::Invalidate;
+            for (target, number) in targets {
+                let what = std::format!("{operation:?} on {target}, {read_only_ivac:?}");
+                let read_only = number >= 16 && target != "nothing";
+                let refused = needs_write && read_only && read_only_ivac == ReadOnlyIvac::Abort;
+                let expected = if refused { Ended::Aborted } else { Ended::Done };
+                let mapped = vm.census().of(PageSize::Size4K);
+                assert_eq!(by_trap(&vm, page(number), operation), expected, "{what}");
+                let maps = needs_write && target == "rw unmapped";
+                assert_eq!(vm.census().of(PageSize::Size4K), mapped + u64::from(maps), "{what}: only a write maps");
+                let (ended, traps) = by_aborts(&vm, page(number), needs_write);
+                assert_eq!(ended, expected, "{what}");
+                assert!(traps <= 2, "{what}: {traps} traps");
+                if read_only {
+                    let entry = vm.table().walk(&host.machine, Gpa::new(page(number)).frame()).unwrap().entry;
+                    assert!(matches!(entry, Entry::Leaf(leaf) if !leaf.permissions.write), "{what}: {entry:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_trapped_operation_reaches_the_caches_of_a_page_that_is_there() {
+    let host = host_with(2048, Features { forced_write_back: false, coherent_icache: false, ..coherent() });
+    let vm = vm(&host);
+    let object = memory(&host, 16, Policy::Pages);
+    vm.set_slot(CPU, &slot(0, RAM, 16, object, SlotFlags::empty())).unwrap();
+    assert_eq!(touch(&vm, RAM, Access::Write), Outcome::Resume);
+    let pin = host.epoch.pin(CPU);
+    let page = PfnRange::single(host.objects.get(&pin, object).unwrap().present(&host.machine, 0).unwrap().frame(0));
+    drop(pin);
+    host.machine.events();
+    assert_eq!(by_trap(&vm, RAM + 64, Maintenance::Clean), Ended::Done);
+    assert_eq!(host.machine.events(), [Event::Clean(page), Event::Complete]);
+    assert_eq!(by_trap(&vm, RAM + 64, Maintenance::Instructions), Ended::Done);
+    assert_eq!(host.machine.events(), [Event::Icache(page), Event::Complete]);
+    assert_eq!(by_trap(&vm, RAM + PAGE_SIZE, Maintenance::Clean), Ended::Done);
+    assert_eq!(host.machine.events(), [], "a page that was never touched is in no cache");
 }
 
 /// INV-7: whichever allocation fails, the fault says so, nothing is lost, and it works when there is memory again.

@@ -6,7 +6,7 @@ use entresol_slot::Slots;
 use entresol_sync::planted;
 use entresol_table::{Census, Format, PageWork, Table, VmidSource};
 
-use crate::{Counter, Host, Notifier, Stats, VmVmid};
+use crate::{Counter, Host, Notifier, ReadOnlyIvac, Stats, VmVmid};
 
 /// What an owner decides about a virtual machine's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct Options {
     pub slots: u32,
     /// No entry is larger than this.
     pub largest: PageSize,
+    /// What DC IVAC does to read-only memory.
+    pub read_only_ivac: ReadOnlyIvac,
 }
 
 /// The memory of one virtual machine.

@@ -1,7 +1,8 @@
 //! Accesses that the hardware does not describe: the instruction is read from the guest's memory and carried out for it.
 //!
 //! Purpose: pairs, writeback, SIMD registers and DC ZVA on a device, and single accesses that a page boundary or a lack of
-//! alignment splits. What [`instruction::decode`] leaves out is the owner's to decide (policy `no_syndrome`).
+//! alignment splits; and cache maintenance whose fault does not say so, which goes to [`maintenance`]. What
+//! [`instruction::decode`] leaves out is the owner's to decide (policy `no_syndrome`).
 //!
 //! Protocol, in this order, so that whatever stops it leaves nothing half done:
 //! 1. read and decode the instruction; compute addresses and what a store stores;
@@ -20,21 +21,22 @@
 //! Invariants: bounded: at most 14 parts of a transfer, 256 of a DC ZVA (a block is at most 2 KiB). Devices are never called
 //! while pinned: they pin for their own copies.
 //!
-//! Known holes: PSTATE.PAN has no say over a second page. If a second page's stage-1 tables are not in the second stage yet,
-//! the guest takes an external abort at that page, since AT does not say which page of tables is missing.
+//! Known hole: PSTATE.PAN has no say over a second page.
 
 use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_arch_arm64::inject::{Exception, Status, pstate};
 use entresol_arch_arm64::instruction::data::{self, Piece, Pieces};
 use entresol_arch_arm64::instruction::{self, Bank, Base, MAX_BYTES, Operation, Transfer};
+use entresol_arch_arm64::policy::CacheOp;
 use entresol_fault::{Access, Fault};
-use entresol_metal_arm64::exit::{self as hardware, Rights};
+use entresol_metal_arm64::exit::{Rights, Translated};
 use entresol_metal_arm64::switch::fp;
 use entresol_metal_arm64::{cpu, live};
 use entresol_mmu::{Abort, CopyError};
 use entresol_wire::config::NoSyndrome;
 
-use super::{Next, memory, mmio, undefined};
+use super::walk::{self, Untranslated};
+use super::{Next, maintenance, memory, mmio, undefined};
 use crate::counters::Reason;
 use crate::host;
 use crate::sched::{Leave, VcpuRef};
@@ -60,10 +62,11 @@ type Bytes = [u8; MAX_BYTES];
 pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u64) -> Next {
     vcpu.vm.counters.bump(Reason::NoSyndrome);
     match carry_out(vcpu, state, fault, far) {
-        Ok(look) => {
+        Ok(Done::Access { look }) => {
             state.skip(esr);
             if look { Next::Look } else { Next::Again }
         }
+        Ok(Done::Maintenance(operation)) => maintenance::maintain_at(vcpu, state, esr, operation, fault.gpa, far),
         Err(Stop::Abort { address, status }) => {
             let write = fault.access == Access::Write;
             undefined::enter(state, Exception::DataAbort { address, status, write, cache_maintenance: false });
@@ -94,8 +97,16 @@ fn refuse(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64, instructio
     }
 }
 
-/// Steps 1 to 6 but the last; whether the vCPU has to look up.
-fn carry_out(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64) -> Result<bool, Stop> {
+/// What an instruction turned out to be.
+enum Done {
+    /// A load or store, which is done; whether the vCPU has to look up.
+    Access { look: bool },
+    /// Cache maintenance, whose fault did not say so; nothing is done yet.
+    Maintenance(CacheOp),
+}
+
+/// Steps 1 to 6 but the last.
+fn carry_out(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64) -> Result<Done, Stop> {
     let word = fetch(vcpu, state)?;
     let refused = Stop::NoSyndrome(Some(word));
     let Some(instruction) = instruction::decode(word) else { return Err(refused) };
@@ -105,11 +116,12 @@ fn carry_out(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64) -> Resu
     let look = match instruction.operation {
         Operation::Transfer(transfer) => move_registers(vcpu, state, fit, &transfer, resolved.address)?,
         Operation::Zero => zero(vcpu, state, fit, resolved.address)?,
+        Operation::Maintain(operation) => return Ok(Done::Maintenance(operation)),
     };
     if let Some(value) = resolved.base {
         write_base(state, base, value);
     }
-    Ok(look)
+    Ok(Done::Access { look })
 }
 
 /// The instruction at the guest's PC.
@@ -119,11 +131,12 @@ fn fetch(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
     }
     let pc = state.regs.pc;
     // EL1 may read whatever EL0 may execute.
-    let page = match hardware::translate(pc, Rights::El1Read) {
+    let page = match walk::translate(vcpu, state, pc, Rights::El1Read) {
         Ok(translated) => translated.page(),
-        // Its tables left the second stage: the next fetch brings them back.
-        Err(par) if Status::of_par(par).is_none() => return Err(Stop::Again),
-        Err(_) => return Err(Stop::NoSyndrome(None)),
+        // Its tables changed since it was fetched.
+        Err(Untranslated::Fault(_)) => return Err(Stop::NoSyndrome(None)),
+        Err(Untranslated::OutOfMemory) => return Err(Stop::OutOfMemory),
+        Err(Untranslated::Again) => return Err(Stop::Again),
     };
     let mut word = [0; 4];
     let pin = host::get().epoch.pin(cpu::index());
@@ -226,8 +239,11 @@ impl Span {
         }
         let rights = rights(state, part.write, unprivileged);
         let page = |address: u64| {
-            let base =
-                if same_page(address, far) { fault.gpa.get() & !(PAGE_SIZE - 1) } else { translate(address, rights)? };
+            let base = if same_page(address, far) {
+                fault.gpa.get() & !(PAGE_SIZE - 1)
+            } else {
+                translate(vcpu, state, address, rights)?
+            };
             Ok(Page { base, memory: is_memory(vcpu, state, Gpa::new(base), part.write) })
         };
         let last = part.address.wrapping_add(part.length as u64 - 1);
@@ -324,11 +340,12 @@ fn abort(piece: &Piece) -> Stop {
     Stop::Abort { address: piece.address, status: Status::External }
 }
 
-/// The intermediate page of `address`, or the guest's own stage-1 fault.
-fn translate(address: u64, rights: Rights) -> Result<u64, Stop> {
-    hardware::translate(address, rights).map(|translated| translated.page()).map_err(|par| {
-        let status = Status::of_par(par).unwrap_or(Status::External);
-        Stop::Abort { address, status }
+/// The intermediate page of `address`.
+fn translate(vcpu: &VcpuRef, state: &State, address: u64, rights: Rights) -> Result<u64, Stop> {
+    walk::translate(vcpu, state, address, rights).map(Translated::page).map_err(|reason| match reason {
+        Untranslated::Fault(status) => Stop::Abort { address, status },
+        Untranslated::OutOfMemory => Stop::OutOfMemory,
+        Untranslated::Again => Stop::Again,
     })
 }
 
@@ -359,6 +376,7 @@ fn uses_sp_el1(state: &State) -> bool {
 fn read_base(state: &State, base: Base) -> u64 {
     match base {
         Base::Pc => state.regs.pc,
+        Base::Zero => 0,
         Base::Register(31) => live::stack_pointer(uses_sp_el1(state)),
         Base::Register(register) => state.read(register),
     }
@@ -366,7 +384,7 @@ fn read_base(state: &State, base: Base) -> u64 {
 
 fn write_base(state: &mut State, base: Base, value: u64) {
     match base {
-        Base::Pc => {}
+        Base::Pc | Base::Zero => {}
         Base::Register(31) => live::set_stack_pointer(uses_sp_el1(state), value),
         Base::Register(register) => state.write(register, value),
     }

@@ -30,7 +30,7 @@ pub fn abort(cpu: usize, vcpu: &VcpuRef, state: &mut State, esr: u64) -> Next {
     match outcome {
         Outcome::Resume => Next::Again,
         Outcome::Mmio => mmio::access(vcpu, state, &fault, esr, far),
-        other => rare(vcpu, state, &fault, esr, far, other),
+        other => conclude(vcpu, state, &fault, esr, far, other),
     }
 }
 
@@ -40,8 +40,9 @@ fn translate(far: u64) -> Option<u64> {
     hardware::translate(far, Rights::El1Read).ok().and_then(|translated| abort::hpfar_from_par(translated.par()))
 }
 
+/// What a rare outcome means here.
 #[cold]
-fn rare(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u64, outcome: Outcome) -> Next {
+pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u64, outcome: Outcome) -> Next {
     match outcome {
         Outcome::Resume | Outcome::Mmio => Next::Again,
         Outcome::Retry => Next::Look,

@@ -10,12 +10,14 @@
 mod emulate;
 mod firmware;
 pub mod interrupts;
+mod maintenance;
 mod memory;
 mod mmio;
 mod registers;
 pub mod timers;
 mod undefined;
 mod wait;
+mod walk;
 
 use entresol_arch_arm64::syndrome::{self, Exit};
 use entresol_metal_arm64::exit as hardware;

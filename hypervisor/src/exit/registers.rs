@@ -7,7 +7,7 @@ use entresol_devices::gic;
 use entresol_metal_arm64::switch::el1;
 use entresol_metal_arm64::timer;
 
-use super::{Next, interrupts, timers, undefined};
+use super::{Next, interrupts, maintenance, timers, undefined};
 use crate::sched::VcpuRef;
 use crate::vcpu::State;
 
@@ -45,8 +45,7 @@ pub fn system(vcpu: &VcpuRef, state: &mut State, esr: u64, access: Access) -> Ne
             interrupts::kick(vcpu, vcpu.vm.gic.sgi(vcpu.index, register, value));
         }
         Policy::SetWay => vcpu.vm.set_way(),
-        // With the caches coherent to the guest by construction there is nothing left to maintain.
-        Policy::Cache(_) => {}
+        Policy::Cache(operation) => return maintenance::maintain(vcpu, state, esr, operation, value),
         Policy::Undefined => {
             undefined::inject(state);
             return Next::Again;

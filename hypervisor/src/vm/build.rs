@@ -19,12 +19,12 @@ use entresol_loader::{Memory as _, Ram, Region, fdt, layout, virt};
 use entresol_metal_arm64::features::{self, Feature};
 use entresol_metal_arm64::traps::Hcr;
 use entresol_metal_arm64::{Metal, cpu, identity};
-use entresol_mmu::{Counter, Options, Vm as Memory};
+use entresol_mmu::{Counter, Options, ReadOnlyIvac, Vm as Memory};
 use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicUsize};
 use entresol_wire::bundle::{Bundle, FileIndex};
-use entresol_wire::config::{self, KernelFormat, LargestEntry};
+use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry};
 
 use super::devices::Devices;
 use super::lines::Link;
@@ -124,12 +124,21 @@ fn assemble(
         runs: AtomicBool::new(false),
         id_registers,
         vtcr,
-        hcr: Hcr::guest() | Hcr::TWE,
+        hcr: hcr(config),
         last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
         memory_end: virt::RAM_BASE + config.memory,
     });
     link.tie(&vm);
     Ok(vm)
+}
+
+/// HCR_EL2 for its vCPUs.
+fn hcr(config: &config::Vm<FileIndex>) -> Hcr {
+    let maintenance = match config.policies.cache_maintenance {
+        CacheMaintenance::Direct => Hcr::empty(),
+        CacheMaintenance::Trap => Hcr::TPCP | Hcr::TPU,
+    };
+    Hcr::guest() | Hcr::TWE | maintenance
 }
 
 /// The memory with its one slot, and VTCR_EL2 for it.
@@ -142,7 +151,11 @@ fn create_memory(
         LargestEntry::Page4K => PageSize::Size4K,
     };
     let physical_bits = features::physical_bits();
-    let options = Options { ipa_bits: IPA_BITS.min(physical_bits), slots: SLOTS, largest };
+    let read_only_ivac = match config.policies.read_only_ivac {
+        config::ReadOnlyIvac::Abort => ReadOnlyIvac::Abort,
+        config::ReadOnlyIvac::Clean => ReadOnlyIvac::Clean,
+    };
+    let options = Options { ipa_bits: IPA_BITS.min(physical_bits), slots: SLOTS, largest, read_only_ivac };
     let format = Stage2 { fwb: features::has(Feature::FORCED_WRITE_BACK) };
     let failed = |error: &dyn fmt::Debug| BuildError(alloc::format!("memory: {error:?}"));
     let memory = Memory::new(host::get(), cpu::index(), format, options).map_err(|error| failed(&error))?;

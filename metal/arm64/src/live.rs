@@ -13,6 +13,16 @@ pub fn sctlr_el1() -> u64 {
     mrs!("sctlr_el1")
 }
 
+/// TCR_EL1.
+pub fn tcr_el1() -> u64 {
+    mrs!("tcr_el1")
+}
+
+/// TTBR0_EL1 and TTBR1_EL1.
+pub fn ttbrs_el1() -> [u64; 2] {
+    [mrs!("ttbr0_el1"), mrs!("ttbr1_el1")]
+}
+
 /// SP_EL1 if `el1`, else SP_EL0. EL2 runs on its own.
 pub fn stack_pointer(el1: bool) -> u64 {
     if el1 { mrs!("sp_el1") } else { mrs!("sp_el0") }
@@ -45,6 +55,16 @@ pub fn set_exception(elr: u64, spsr: u64, esr: u64, far: Option<u64>) {
         if let Some(far) = far {
             msr!("far_el1", far);
         }
+    }
+}
+
+/// Invalidates the instruction caches of all CPUs, as a guest's IC IALLUIS would.
+pub fn invalidate_instructions() {
+    // SAFETY: it can only cost time.
+    unsafe {
+        instruction!("ic ialluis");
+        instruction!("dsb ish");
+        instruction!("isb");
     }
 }
 

@@ -52,6 +52,10 @@ bitflags! {
         const TACR = 1 << 21;
         /// Maintenance by set/way traps.
         const TSW = 1 << 22;
+        /// Data cache maintenance to the point of coherency traps.
+        const TPCP = 1 << 23;
+        /// Cache maintenance to the point of unification traps.
+        const TPU = 1 << 24;
         /// Writes of EL1's translation controls trap.
         const TVM = 1 << 26;
         /// EL1 is AArch64.
@@ -72,7 +76,8 @@ bitflags! {
 }
 
 impl Hcr {
-    /// The value for a guest on this machine; flags that change with the vCPU (VSE, TWE, TVM) are added to it.
+    /// The value for a guest on this machine; flags that change with the vCPU or are its owner's (VSE, TWE, TVM, TPCP,
+    /// TPU) are added to it.
     pub fn guest() -> Self {
         let mut hcr = Self::VM | Self::SWIO | Self::FMO | Self::IMO | Self::AMO | Self::FB | Self::BSU_INNER;
         hcr |= Self::TWI | Self::TID1 | Self::TID3 | Self::TSC | Self::TIDCP | Self::TACR | Self::TSW;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use entresol_wire::config::{NoSyndrome, WrittenVm};
+use entresol_wire::config::{CacheMaintenance, NoSyndrome, WrittenVm};
 
 use super::Context;
 use super::machine::{Builder, Machine};
@@ -35,6 +35,13 @@ fn passes(mut machine: Machine) -> Result<()> {
 pub fn mmio_of_every_kind(context: &Context) -> Result<()> {
     let vm = vm(guests::flat("mmio")?, "policy=abort no-syndrome=inject");
     passes(Builder::new(context, "mmio_of_every_kind")?.boot(vec![vm])?)
+}
+
+/// The same with every cache maintenance operation carried out by the hypervisor.
+pub fn trapped_cache_maintenance(context: &Context) -> Result<()> {
+    let mut vm = vm(guests::flat("mmio")?, "policy=abort no-syndrome=inject cmo=trap");
+    vm.policies.cache_maintenance = CacheMaintenance::Trap;
+    passes(Builder::new(context, "trapped_cache_maintenance")?.boot(vec![vm])?)
 }
 
 /// The same program without the hypervisor.

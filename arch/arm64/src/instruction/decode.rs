@@ -1,15 +1,15 @@
 //! Words to instructions. One function for each encoding group of Arm DDI 0487 C4.1 "Loads and Stores", in its order.
 
-use super::{Address, Bank, Base, Extend, Instruction, Offset, Operation, Transfer, Writeback};
+use crate::policy::{self, CacheOp, Policy};
+use crate::sysreg::SysReg;
 
-/// DC ZVA, Xt: SYS #3, C7, C4, #1 (C5.3.4).
-const DC_ZVA: u32 = 0xd50b_7420;
+use super::{Address, Bank, Base, Extend, Instruction, Offset, Operation, Transfer, Writeback};
 
 /// The load or store that `word` encodes; `None` for what the module's table leaves out, and for every other instruction.
 pub const fn decode(word: u32) -> Option<Instruction> {
-    if word & !0x1f == DC_ZVA {
-        let address = plain(rt(word), 0);
-        return Some(Instruction { operation: Operation::Zero, address });
+    // SYS: op1 18:16, CRn 15:12, CRm 11:8, op2 7:5.
+    if word & 0xfff8_0000 == 0xd508_0000 {
+        return maintenance(word);
     }
     // op0, bits 29:27, and V, bit 26, where a group is for both banks.
     match (word >> 27) & 0b111 {
@@ -20,6 +20,20 @@ pub const fn decode(word: u32) -> Option<Instruction> {
         0b111 if !bit(word, 25) => register(word),
         _ => None,
     }
+}
+
+/// DC and IC by address, as [`policy::answer`] knows them.
+const fn maintenance(word: u32) -> Option<Instruction> {
+    let [op1, crn, crm, op2] = [field(word, 16, 3), field(word, 12, 4), field(word, 8, 4), field(word, 5, 3)];
+    let operation = match policy::answer(SysReg::new(1, op1 as u8, crn as u8, crm as u8, op2 as u8), false) {
+        Policy::Cache(CacheOp::Zero) => Operation::Zero,
+        Policy::Cache(CacheOp::InstructionAll) => return None,
+        Policy::Cache(operation) => Operation::Maintain(operation),
+        _ => return None,
+    };
+    // Register 31 is zero here, not the stack pointer.
+    let offset = Offset::Register { index: rt(word), extend: Extend::None, shift: 0 };
+    Some(Instruction { operation, address: Address { base: Base::Zero, offset, writeback: Writeback::None } })
 }
 
 const fn bit(word: u32, number: u32) -> bool {

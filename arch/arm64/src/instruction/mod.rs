@@ -16,6 +16,7 @@
 //! | LDAR, STLR, LDLAR, STLLR, LDAPR, LDAPUR, STLUR | yes: the caller's own barriers order them, an exit is one |
 //! | LDR (literal) | yes: data of a program may lie beside a device in virtual addresses |
 //! | DC ZVA | yes: stores of zero |
+//! | DC and IC by address | yes: some machines fault on them without saying that it is cache maintenance |
 //! | exclusives (LDXR, STXR, LDXP, ...) | no: a monitor on a device is nothing that a guest can rely on (B2.12.5), and a loop that waits for STXR to succeed would never end |
 //! | LSE atomics, CAS, CASP, SWP | no: no device holds a register still between a read and a write, so that it would not be atomic; hardware may refuse them on any Device memory too (B2.12.7) |
 //! | LDRAA, LDRAB | no: their address is authenticated with keys that EL2 does not use |
@@ -33,6 +34,7 @@ mod decode;
 #[cfg(test)]
 mod tests;
 
+use crate::policy::CacheOp;
 pub use decode::decode;
 
 /// Bytes of the longest transfer: a pair of Q registers.
@@ -54,6 +56,8 @@ pub enum Operation {
     Transfer(Transfer),
     /// DC ZVA: the block around the address (DCZID_EL0.BS) becomes zero.
     Zero,
+    /// Cache maintenance by address.
+    Maintain(CacheOp),
 }
 
 /// Registers to or from memory.
@@ -105,6 +109,8 @@ pub enum Base {
     Register(u8),
     /// The instruction's own address.
     Pc,
+    /// Zero: the offset is all.
+    Zero,
 }
 
 /// An offset.

@@ -11,9 +11,18 @@ use super::*;
 /// one to us: see [`normal`].
 fn text(instruction: &Instruction) -> String {
     let address = &instruction.address;
+    let name = match instruction.operation {
+        Operation::Transfer(_) => "",
+        Operation::Zero => "dc zva",
+        Operation::Maintain(CacheOp::Invalidate) => "dc ivac",
+        Operation::Maintain(CacheOp::InstructionAddress) => "ic ivau",
+        Operation::Maintain(CacheOp::CleanToUnification) => "dc cvau",
+        Operation::Maintain(CacheOp::CleanInvalidate) => "dc civac",
+        Operation::Maintain(_) => "dc cvac",
+    };
     let Operation::Transfer(transfer) = instruction.operation else {
-        let Base::Register(base) = address.base else { panic!("DC ZVA names its address by register") };
-        return format!("dc zva, {}", general(base, true, "xzr"));
+        let Offset::Register { index, .. } = address.offset else { panic!("it names its address by register") };
+        return format!("{name}, {}", general(index, true, "xzr"));
     };
     let mut all = format!("{} {}", mnemonic(&transfer), register(&transfer, transfer.first));
     if let Some(second) = transfer.second {
@@ -34,6 +43,7 @@ fn text(instruction: &Instruction) -> String {
         }
     };
     let Base::Register(base) = address.base else {
+        assert_eq!(address.base, Base::Pc);
         let Offset::Immediate(bytes) = address.offset else { panic!("a literal's offset is immediate") };
         return format!("{all}, #{bytes}");
     };
@@ -114,9 +124,17 @@ fn every_shape_reads_as_the_assembler_wrote_it() {
         let decoded = decode(word).unwrap_or_else(|| panic!("{word:#010x} {expected} is not decoded"));
         assert_eq!(text(&decoded), normal(expected), "{word:#010x}");
     }
-    // dc zva, x7
-    let zero = Instruction { operation: Operation::Zero, ..decode(0x3940_00e0).unwrap() };
-    assert_eq!(decode(0xd50b_7427), Some(zero));
+    for (word, expected) in [
+        (0xd50b_7427, "dc zva, x7"),
+        (0xd508_7623, "dc ivac, x3"),
+        (0xd50b_7a3f, "dc cvac, xzr"),
+        (0xd50b_7b20, "dc cvau, x0"),
+        (0xd50b_7e20, "dc civac, x0"),
+        (0xd50b_7c25, "dc cvac, x5"), // cvap
+        (0xd50b_7520, "ic ivau, x0"),
+    ] {
+        assert_eq!(text(&decode(word).unwrap()), expected, "{word:#010x}");
+    }
 }
 
 #[test]
@@ -125,8 +143,9 @@ fn what_is_left_out_is_left_out() {
     for (word, expected) in rows(REFUSED) {
         assert_eq!(decode(word), None, "{word:#010x} {expected}");
     }
-    // nop; b .; add x0, x1, x2; dc civac, x0; ic ivau, x0; udf; all ones.
-    for word in [0xd503_201f, 0x1400_0000, 0x8b02_0020, 0xd50b_7e20, 0xd50b_7520, 0, u32::MAX] {
+    // nop; b .; add x0, x1, x2; dc isw, x0; ic iallu; tlbi vmalle1; at s1e1r, x0; udf; all ones.
+    for word in [0xd503_201f, 0x1400_0000, 0x8b02_0020, 0xd508_7640, 0xd508_751f, 0xd508_871f, 0xd508_7800, 0, u32::MAX]
+    {
         assert_eq!(decode(word), None, "{word:#010x}");
     }
 }
@@ -146,7 +165,7 @@ fn addresses_follow_the_addressing_mode() {
 fn transfer(word: u32) -> Transfer {
     match decode(word).expect("decodes").operation {
         Operation::Transfer(transfer) => transfer,
-        Operation::Zero => panic!("{word:#x} is a transfer"),
+        other => panic!("{word:#x} is {other:?}"),
     }
 }
 

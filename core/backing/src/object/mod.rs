@@ -241,7 +241,16 @@ impl Object {
     }
 
     /// As `grant`, but waits for whoever fills the same part.
-    fn grant_waiting<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, write: bool) -> Result<Grant, GrantError> {
+    ///
+    /// # Errors
+    ///
+    /// As `grant`, but never [`GrantError::Busy`].
+    pub fn grant_waiting<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        frame: u64,
+        write: bool,
+    ) -> Result<Grant, GrantError> {
         loop {
             match self.grant(supply, frame, write) {
                 // Filling is bounded work of a CPU that nothing interrupts.

@@ -2,7 +2,8 @@
 //!
 //! What is expected is what the architecture says; the same program passes on the bare machine, where QEMU executes it all,
 //! but for what a hypervisor decides: `policy=abort` says that nothing answers outside devices with an abort that cancels
-//! everything, `no-syndrome=inject` that exclusives and atomics on a device take one.
+//! everything, `no-syndrome=inject` that exclusives and atomics on a device take one, `cmo=trap` that cache
+//! maintenance takes the faults that it should.
 //!
 //! The line `once: ` must come with its letters in order and each once: the harness compares it.
 
@@ -12,6 +13,7 @@
 mod bench;
 mod cases;
 mod edges;
+mod maintenance;
 mod run;
 
 use guest_rt::machine::{Machine, RAM, UART};
@@ -59,6 +61,7 @@ fn main(machine: &Machine) {
     every(&mut report, 0);
     every(&mut report, ALIAS);
     edges::all(&mut report, &mut space, page, aborts);
+    maintenance::all(&mut report, &mut space, page + 0x1000, machine.argument("cmo") == Some("trap"));
     once(ALIAS);
     report.end();
 }

@@ -31,17 +31,17 @@ pub struct Registers {
 /// Code that ends with a return.
 pub type Code = unsafe extern "C" fn();
 
-/// A function of one instruction.
+/// A function of one instruction, and what the assembler must be told before it.
 #[macro_export]
 macro_rules! code {
-    ($instruction:literal) => {{
+    ($($instruction:literal),+) => {{
         #[unsafe(naked)]
         unsafe extern "C" fn code() {
             core::arch::naked_asm!(
                 ".arch_extension fp",
                 ".arch_extension simd",
                 ".arch_extension lse",
-                $instruction,
+                $($instruction,)+
                 "ret"
             )
         }

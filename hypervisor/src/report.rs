@@ -4,7 +4,7 @@ use entresol_addr::PageSize;
 
 use crate::vm::{Status, Stop, Vm};
 
-/// One line for people and tests: how it ended, and what it had mapped.
+/// One line for people and tests: how it ended, what it had mapped, and how often it reached for what is not there.
 pub fn ended(vm: &Vm, status: Status) {
     let census = vm.memory.census();
     let stats = &vm.memory.stats;
@@ -16,7 +16,8 @@ pub fn ended(vm: &Vm, status: Status) {
         Status::Running | Status::Paused(_) => "still there",
     };
     log::info!(
-        "vm {}: {how}: {} faults ({} fresh, {} populated), {} entries of 4 KiB, {} of 2 MiB, {} of 1 GiB, {} frames resident",
+        "vm {}: {how}: {} faults ({} fresh, {} populated), {} entries of 4 KiB, {} of 2 MiB, {} of 1 GiB, {} frames resident, \
+         {} accesses unclaimed",
         vm.config.name,
         stats.translation.get(),
         stats.fresh.get(),
@@ -25,5 +26,6 @@ pub fn ended(vm: &Vm, status: Status) {
         census.of(PageSize::Size2M),
         census.of(PageSize::Size1G),
         vm.resident_frames(),
+        vm.unclaimed.get(),
     );
 }

@@ -21,6 +21,17 @@ pub fn linux(name: &str, kernel: &Path, initrd: &Path) -> WrittenVm {
     }
 }
 
+/// A VM with one vCPU and 64 MiB that starts a program of `tests/guests`.
+pub fn program(name: &str, kernel: &Path, cmdline: &str) -> WrittenVm {
+    WrittenVm {
+        name: name.to_owned(),
+        memory: "64M".to_owned(),
+        kernel: text(kernel),
+        cmdline: cmdline.to_owned(),
+        ..WrittenVm::default()
+    }
+}
+
 /// A disk that the guest may write.
 pub fn disk(file: &Path) -> WrittenDisk {
     WrittenDisk { file: text(file), read_only: false }

@@ -19,12 +19,20 @@ const LINUX_TARGET: &str = "aarch64-unknown-linux-musl";
 /// # Errors
 /// When it does not build or cannot be laid out.
 pub fn flat(name: &str) -> Result<PathBuf> {
-    let elf = build("tests/guests", METAL_TARGET, name)?;
+    let elf = elf(name)?;
     let bytes = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
     let image = image::flatten(&bytes).with_context(|| format!("cannot make an image of {}", elf.display()))?;
     let path = workspace::output_dir()?.join(format!("{name}.bin"));
     image::write_new(&path, &image)?;
     Ok(path)
+}
+
+/// The guest `name` as an ELF file that can be loaded anywhere, built.
+///
+/// # Errors
+/// When it does not build.
+pub fn elf(name: &str) -> Result<PathBuf> {
+    build("tests/guests", METAL_TARGET, name)
 }
 
 /// The program `name` for arm64 Linux, built.

@@ -10,10 +10,12 @@
 mod boot;
 mod boot_loaders;
 mod control;
+mod kernels;
 mod linux;
 pub mod machine;
 mod mmio;
 pub mod owner;
+mod programs;
 pub mod transcript;
 
 use std::collections::VecDeque;
@@ -44,6 +46,36 @@ pub const TESTS: &[SystemTest] = &[
         name: "linux_works_its_memory_and_disk",
         about: "4 vCPUs on 2 CPUs write 400 MiB and a disk and read them back; entries are what was touched",
         run: linux::linux_works_its_memory_and_disk,
+    },
+    SystemTest {
+        name: "hostile_guests_harm_nobody",
+        about: "three guests attack with a seed each; the fourth answers all the time, and outlives them",
+        run: programs::hostile_guests_harm_nobody,
+    },
+    SystemTest {
+        name: "out_of_memory_pauses_who_asked",
+        about: "a VM that takes all memory waits, the others run; with a killed one's memory it goes on",
+        run: programs::out_of_memory_pauses_who_asked,
+    },
+    SystemTest {
+        name: "every_touch_is_one_entry",
+        about: "entries are the pages and the blocks touched, to the number",
+        run: programs::every_touch_is_one_entry,
+    },
+    SystemTest {
+        name: "memory_is_right_through_every_mapping",
+        about: "MMU off and on, every memory type, set/way, changing code: blocks and pages",
+        run: programs::memory_is_right_through_every_mapping,
+    },
+    SystemTest {
+        name: "cpus_interrupts_and_timers_are_right",
+        about: "PSCI, the interrupt controller and the timers, from inside, 4 vCPUs on 2 CPUs",
+        run: programs::cpus_interrupts_and_timers_are_right,
+    },
+    SystemTest {
+        name: "nothing_outside_the_slots_is_reached",
+        about: "fetches abort, loads and stores follow both policies, and are counted",
+        run: programs::nothing_outside_the_slots_is_reached,
     },
     SystemTest {
         name: "linux_uses_every_cpu_and_device",
@@ -89,6 +121,26 @@ pub const TESTS: &[SystemTest] = &[
         name: "u_boot_starts_the_hypervisor",
         about: "U-Boot's booti starts the image at another address; a Linux guest runs on it",
         run: boot_loaders::u_boot_starts_the_hypervisor,
+    },
+    SystemTest {
+        name: "gzipped_kernel_boots",
+        about: "a gzip'd Image boots to the shell",
+        run: kernels::gzipped_kernel_boots,
+    },
+    SystemTest {
+        name: "u_boot_as_guest_boots_linux",
+        about: "U-Boot, flat and ELF, reaches its prompt, and boots Linux from a virtio disk",
+        run: kernels::u_boot_as_guest_boots_linux,
+    },
+    SystemTest {
+        name: "damaged_bundles_start_nothing",
+        about: "a bundle that is cut off or altered is refused by name",
+        run: kernels::damaged_bundles_start_nothing,
+    },
+    SystemTest {
+        name: "bad_input_is_named",
+        about: "every mistake of an owner is refused with its field, value and rule",
+        run: kernels::bad_input_is_named,
     },
     SystemTest {
         name: "linux_boots_to_shell",

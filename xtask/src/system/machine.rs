@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use entresol_cli::client::Client;
 use entresol_cli::config::Loaded;
-use entresol_wire::config::WrittenVm;
+use entresol_wire::config::{WrittenVm, parse_size};
 
 use super::Context;
 use super::transcript::Transcript;
@@ -90,6 +90,18 @@ impl<'a> Builder<'a> {
         let size = loaded.config().outer;
         let kernel = &self.context.hypervisor()?.raw;
         let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(packed), ..Outer::new(kernel) };
+        Machine::start(self, outer)
+    }
+
+    /// Starts the hypervisor with these bytes in place of a bundle, on a machine of the size that was asked for.
+    ///
+    /// # Errors
+    /// When QEMU does not start.
+    pub fn boot_packed(self, bundle: &[u8]) -> Result<Machine> {
+        let initrd = Some(self.file("bundle.img", bundle)?);
+        let Some(memory) = parse_size(&self.outer_memory) else { bail!("{:?} is no size", self.outer_memory) };
+        let kernel = &self.context.hypervisor()?.raw;
+        let outer = Outer { cpus: self.outer_cpus, memory, initrd, ..Outer::new(kernel) };
         Machine::start(self, outer)
     }
 
@@ -187,6 +199,19 @@ impl Machine {
     /// The control channel's socket, for who does not keep to its protocol.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Waits for the machine's end, which must be a refusal: the hypervisor says this, and nothing else.
+    ///
+    /// # Errors
+    /// When it does not end, or for another reason.
+    pub fn expect_refusal(mut self, what: &str) -> Result<()> {
+        self.console.expect_end()?;
+        let text = self.console.text();
+        let (refusal, guest) =
+            (text.contains(&format!("PANIC: refused to start: {what}")), text.contains("Booting Linux"));
+        ensure!(refusal && !guest, "{}", self.console.failure(&format!("the hypervisor should refuse with {what:?}")));
+        Ok(())
     }
 
     /// Waits for the machine's end, which must be a good one: status 0 and no panic of the hypervisor.

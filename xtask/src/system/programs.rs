@@ -91,7 +91,11 @@ pub fn every_touch_is_one_entry(context: &Context) -> Result<()> {
     ensure!((PAGES / 512..=PAGES / 512 + 4).contains(&entries.size_2m), "{} blocks: {entries:?}", PAGES / 512);
     // Both still read all of it: what is mapped stays mapped.
     machine.expect("VERIFIED")?;
-    ensure!(settled("blocks")?.faults == blocks.faults, "reading it again faults again");
+    let (before, after) = (blocks.faults, settled("blocks")?.faults);
+    ensure!(
+        (before.translation, before.fresh, before.populated) == (after.translation, after.fresh, after.populated),
+        "reading it again faults again: {before:?}, then {after:?}"
+    );
     owner.shutdown()?;
     machine.expect_power_off().map(drop)
 }

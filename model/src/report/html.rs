@@ -1,0 +1,1 @@
+//! A trace as one self-contained page of HTML.

@@ -25,7 +25,7 @@
 
 use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_arch_arm64::inject::{Exception, Status, pstate};
-use entresol_arch_arm64::instruction::data::{self, Piece, Pieces};
+use entresol_arch_arm64::instruction::data::{self, Piece, Pieces, Value};
 use entresol_arch_arm64::instruction::{self, Bank, Base, MAX_BYTES, Operation, Transfer};
 use entresol_arch_arm64::policy::CacheOp;
 use entresol_fault::{Access, Fault};
@@ -108,11 +108,10 @@ enum Done {
 /// Steps 1 to 6 but the last.
 fn carry_out(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64) -> Result<Done, Stop> {
     let word = fetch(vcpu, state)?;
-    let refused = Stop::NoSyndrome(Some(word));
-    let Some(instruction) = instruction::decode(word) else { return Err(refused) };
+    let Some(instruction) = instruction::decode(word) else { return Err(Stop::NoSyndrome(Some(word))) };
     let base = instruction.address.base;
     let resolved = instruction.address.resolve(read_base(state, base), |register| state.read(register));
-    let fit = Fit { fault, far, refused };
+    let fit = Fit { fault, far, word };
     let look = match instruction.operation {
         Operation::Transfer(transfer) => move_registers(vcpu, state, fit, &transfer, resolved.address)?,
         Operation::Zero => zero(vcpu, state, fit, resolved.address)?,
@@ -155,63 +154,77 @@ fn move_registers(
     transfer: &Transfer,
     address: u64,
 ) -> Result<bool, Stop> {
-    let part = Part { address, length: transfer.length(), element: transfer.size, write: !transfer.load };
+    let length = transfer.length() as u16;
+    let part = Part { address, length, element: transfer.size, write: !transfer.load };
     let span = Span::new(vcpu, state, fit, part, transfer.unprivileged)?;
     let big_endian = mmio::is_big_endian(state);
     let mut bytes = [0; MAX_BYTES];
     if !transfer.load {
-        for (index, register) in transfer.registers().enumerate() {
-            let value = match transfer.bank {
-                Bank::General { .. } => [state.read(register), 0],
-                Bank::Vector => fp::read_live(register),
-            };
-            transfer.store(&mut bytes, index, value, big_endian);
+        transfer.store(&mut bytes, 0, read_register(state, transfer.bank, transfer.first), big_endian);
+        if let Some(second) = transfer.second {
+            transfer.store(&mut bytes, 1, read_register(state, transfer.bank, second), big_endian);
         }
+        return span.perform(vcpu, state, Some(&mut bytes));
     }
     let look = span.perform(vcpu, state, Some(&mut bytes))?;
-    if transfer.load {
-        for (index, register) in transfer.registers().enumerate() {
-            let value = transfer.loaded(&bytes, index, big_endian);
-            match transfer.bank {
-                Bank::General { .. } => state.write(register, value[0]),
-                Bank::Vector => fp::write_live(register, value),
-            }
-        }
+    write_register(state, transfer.bank, transfer.first, transfer.loaded(&bytes, 0, big_endian));
+    if let Some(second) = transfer.second {
+        write_register(state, transfer.bank, second, transfer.loaded(&bytes, 1, big_endian));
     }
     Ok(look)
 }
 
+fn read_register(state: &State, bank: Bank, register: u8) -> Value {
+    match bank {
+        Bank::General { .. } => [state.read(register), 0],
+        Bank::Vector => fp::read_live(register),
+    }
+}
+
+fn write_register(state: &mut State, bank: Bank, register: u8, value: Value) {
+    match bank {
+        Bank::General { .. } => state.write(register, value[0]),
+        Bank::Vector => fp::write_live(register, value),
+    }
+}
+
 /// DC ZVA: 4 << DCZID_EL0.BS bytes, at most 2 KiB (Arm DDI 0487 D24.2, DCZID_EL0).
 fn zero(vcpu: &VcpuRef, state: &mut State, fit: Fit<'_>, address: u64) -> Result<bool, Stop> {
-    let length = (4usize << (live::zero_block_id() & 0xf)).min(2048);
-    let part = Part { address: address & !(length as u64 - 1), length, element: 8, write: true };
+    let length = (4u16 << (live::zero_block_id() & 0xf).min(9)).min(2048);
+    let part = Part { address: address & !(u64::from(length) - 1), length, element: 8, write: true };
     Span::new(vcpu, state, fit, part, false)?.perform(vcpu, state, None)
 }
 
 /// The fault that an instruction has to explain.
+#[derive(Clone, Copy)]
 struct Fit<'f> {
     fault: &'f Fault,
     far: u64,
-    /// What it is if the instruction does not explain it.
-    refused: Stop,
+    /// The instruction.
+    word: u32,
 }
 
 /// What an instruction touches.
 #[derive(Clone, Copy)]
 struct Part {
     address: u64,
-    length: usize,
+    length: u16,
     element: u8,
     write: bool,
 }
 
-/// A page of the guest's that is touched.
+/// A page of the guest's that is touched: its intermediate physical address, and in bit 0 whether memory serves the access.
 #[derive(Clone, Copy)]
-struct Page {
-    /// Its intermediate physical address.
-    base: u64,
-    /// Whether memory serves the access.
-    memory: bool,
+struct Page(u64);
+
+impl Page {
+    const fn base(self) -> u64 {
+        self.0 & !(PAGE_SIZE - 1)
+    }
+
+    const fn is_memory(self) -> bool {
+        self.0 & 1 != 0
+    }
 }
 
 /// What an instruction touches, and where that is: in one page or in two.
@@ -231,29 +244,31 @@ const fn same_page(one: u64, other: u64) -> bool {
 
 impl Span {
     /// Step 2.
+    // A call would return it through memory: a hundred instructions of copies.
+    #[inline(always)]
     fn new(vcpu: &VcpuRef, state: &State, fit: Fit<'_>, part: Part, unprivileged: bool) -> Result<Self, Stop> {
-        let Fit { fault, far, refused } = fit;
-        let inside = far.wrapping_sub(part.address) & ADDRESS < part.length as u64;
+        let Fit { fault, far, word } = fit;
+        let inside = far.wrapping_sub(part.address) & ADDRESS < u64::from(part.length);
         if !inside || part.write != (fault.access == Access::Write) {
-            return Err(refused);
+            return Err(Stop::NoSyndrome(Some(word)));
         }
         let rights = rights(state, part.write, unprivileged);
         let page = |address: u64| {
-            let base = if same_page(address, far) {
-                fault.gpa.get() & !(PAGE_SIZE - 1)
-            } else {
-                translate(vcpu, state, address, rights)?
-            };
-            Ok(Page { base, memory: is_memory(vcpu, state, Gpa::new(base), part.write) })
+            if same_page(address, far) {
+                // No memory serves it, or there would be no fault.
+                return Ok(Page(fault.gpa.get() & !(PAGE_SIZE - 1)));
+            }
+            let base = translate(vcpu, state, address, rights)?;
+            Ok(Page(base | u64::from(is_memory(vcpu, state, Gpa::new(base), part.write))))
         };
-        let last = part.address.wrapping_add(part.length as u64 - 1);
+        let last = part.address.wrapping_add(u64::from(part.length) - 1);
         let first = page(part.address)?;
         let last = if same_page(part.address, last) { first } else { page(last & !(PAGE_SIZE - 1))? };
         Ok(Self { part, first, last })
     }
 
     fn pieces(&self) -> Pieces {
-        data::pieces(self.part.address, self.part.length, self.part.element)
+        data::pieces(self.part.address, self.part.length.into(), self.part.element)
     }
 
     fn page(&self, piece: &Piece) -> Page {
@@ -261,25 +276,30 @@ impl Span {
     }
 
     fn gpa(&self, piece: &Piece) -> Gpa {
-        Gpa::new(self.page(piece).base | piece.address & (PAGE_SIZE - 1))
+        Gpa::new(self.page(piece).base() | piece.address & (PAGE_SIZE - 1))
     }
 
     /// Steps 3 to 5; `bytes` are zero and stay it if there are none. Whether the vCPU has to look up.
     fn perform(&self, vcpu: &VcpuRef, state: &mut State, mut bytes: Option<&mut Bytes>) -> Result<bool, Stop> {
-        let device = |piece: &Piece| !self.page(piece).memory;
-        for piece in self.pieces().filter(device) {
-            if !vcpu.vm.answers(self.gpa(&piece)) {
+        let mixed = self.first.is_memory() || self.last.is_memory();
+        for piece in self.pieces() {
+            // One that is alone is refused when it is tried, with nothing done yet.
+            let alone = u16::from(piece.size) == self.part.length;
+            if !alone && !self.page(&piece).is_memory() && !vcpu.vm.answers(self.gpa(&piece)) {
                 return Err(abort(&piece));
             }
         }
-        if self.first.memory || self.last.memory {
+        if mixed {
             self.copy(vcpu, state, bytes.as_deref_mut())?;
         }
         let mut look = false;
-        for piece in self.pieces().filter(device) {
+        for piece in self.pieces() {
+            if self.page(&piece).is_memory() {
+                continue;
+            }
             let (gpa, size) = (self.gpa(&piece), piece.size);
             let claim = if self.part.write {
-                let value = bytes.as_deref().map_or(0, |bytes| value(bytes, &piece));
+                let value = bytes.as_deref().map_or(0, |bytes| data::get(bytes, piece.offset, piece.size));
                 vcpu.vm.device_write(vcpu, state, gpa, size, value)
             } else {
                 vcpu.vm.device_read(vcpu, state, gpa, size)
@@ -287,7 +307,7 @@ impl Span {
             match claim {
                 Claim::Value(value) => {
                     if let Some(bytes) = bytes.as_deref_mut() {
-                        put(bytes, &piece, value);
+                        data::put(bytes, piece.offset, piece.size, value);
                     }
                 }
                 Claim::Done => {}
@@ -301,9 +321,9 @@ impl Span {
     /// Step 4.
     fn copy(&self, vcpu: &VcpuRef, state: &State, mut bytes: Option<&mut Bytes>) -> Result<(), Stop> {
         let pin = host::get().epoch.pin(cpu::index());
-        for piece in self.pieces().filter(|piece| self.page(piece).memory) {
+        for piece in self.pieces().filter(|piece| self.page(piece).is_memory()) {
             let (gpa, size) = (self.gpa(&piece), usize::from(piece.size));
-            let mut part = bytes.as_deref().map_or(0, |bytes| value(bytes, &piece)).to_le_bytes();
+            let mut part = bytes.as_deref().map_or(0, |bytes| data::get(bytes, piece.offset, piece.size)).to_le_bytes();
             let done = if self.part.write {
                 vcpu.vm.memory.write(&pin, &state.hint, gpa, &part[..size])
             } else {
@@ -317,23 +337,11 @@ impl Span {
                 Err(CopyError::Outside { .. }) => return Err(Stop::Again),
             }
             if let (Some(bytes), false) = (bytes.as_deref_mut(), self.part.write) {
-                put(bytes, &piece, u64::from_le_bytes(part));
+                data::put(bytes, piece.offset, piece.size, u64::from_le_bytes(part));
             }
         }
         Ok(())
     }
-}
-
-/// The bytes of `piece` as a device sees them.
-fn value(bytes: &Bytes, piece: &Piece) -> u64 {
-    let part = bytes.iter().skip(piece.offset).take(piece.size.into());
-    part.rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
-}
-
-/// Puts what a device answered where `piece` is.
-fn put(bytes: &mut Bytes, piece: &Piece, value: u64) {
-    let part = bytes.iter_mut().skip(piece.offset).take(piece.size.into());
-    part.zip(value.to_le_bytes()).for_each(|(to, from)| *to = from);
 }
 
 fn abort(piece: &Piece) -> Stop {

@@ -10,16 +10,14 @@ pub type Value = [u64; 2];
 
 impl Transfer {
     /// What a load of element `index` (0, or 1 for a pair) puts into its register.
+    #[inline]
     pub fn loaded(&self, bytes: &[u8; MAX_BYTES], index: usize, big_endian: bool) -> Value {
-        let size = usize::from(self.size);
-        let mut element = [0; 16];
-        let from = bytes.iter().skip(index * size).take(size);
-        element.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-        if big_endian {
-            element[..size].reverse();
-        }
-        let value = u128::from_le_bytes(element);
-        let (low, high) = (value as u64, (value >> 64) as u64);
+        let at = index * usize::from(self.size);
+        let [low, high] = match self.size {
+            16 if big_endian => [chunk(bytes, at + 8).swap_bytes(), chunk(bytes, at).swap_bytes()],
+            16 => [chunk(bytes, at), chunk(bytes, at + 8)],
+            size => [ordered(get(bytes, at, size), size, big_endian), 0],
+        };
         match self.bank {
             Bank::Vector => [low, high],
             Bank::General { sign_extend, wide } => [extend(low, self.size, sign_extend, wide), 0],
@@ -27,15 +25,56 @@ impl Transfer {
     }
 
     /// Puts the value that a register holds where a store of element `index` has it.
+    #[inline]
     pub fn store(&self, bytes: &mut [u8; MAX_BYTES], index: usize, value: Value, big_endian: bool) {
-        let size = usize::from(self.size);
-        let mut element = (u128::from(value[1]) << 64 | u128::from(value[0])).to_le_bytes();
-        if big_endian {
-            element[..size].reverse();
+        let at = index * usize::from(self.size);
+        let [low, high] = value;
+        match self.size {
+            16 => {
+                let [first, second] = if big_endian { [high.swap_bytes(), low.swap_bytes()] } else { [low, high] };
+                put(bytes, at, 8, first);
+                put(bytes, at + 8, 8, second);
+            }
+            size => put(bytes, at, size, ordered(extend(low, size, false, false), size, big_endian)),
         }
-        let to = bytes.iter_mut().skip(index * size).take(size);
-        to.zip(element).for_each(|(to, from)| *to = from);
     }
+}
+
+/// The low `size` bytes of a value, at most 8 and the rest zero, in the other order if data is big-endian.
+#[inline]
+const fn ordered(value: u64, size: u8, big_endian: bool) -> u64 {
+    if big_endian { value.swap_bytes() >> (64 - size as u32 * 8) } else { value }
+}
+
+/// Eight bytes, the first the lowest; what would lie past the end is zero.
+#[inline]
+fn chunk(bytes: &[u8; MAX_BYTES], at: usize) -> u64 {
+    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
+/// `size` bytes (1, 2, 4 or 8) at `at`, the first the lowest: as a little-endian device sees them.
+#[inline]
+pub fn get(bytes: &[u8; MAX_BYTES], at: usize, size: u8) -> u64 {
+    let bytes = bytes.get(at..).unwrap_or_default();
+    let value = match size {
+        1 => bytes.first().map(|byte| u64::from(*byte)),
+        2 => bytes.first_chunk().map(|bytes| u16::from_le_bytes(*bytes).into()),
+        4 => bytes.first_chunk().map(|bytes| u32::from_le_bytes(*bytes).into()),
+        _ => bytes.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)),
+    };
+    value.unwrap_or(0)
+}
+
+/// Puts the low `size` bytes of `value` at `at`; nothing if they do not fit.
+#[inline]
+pub fn put(bytes: &mut [u8; MAX_BYTES], at: usize, size: u8, value: u64) {
+    let bytes = bytes.get_mut(at..).unwrap_or_default();
+    match size {
+        1 => bytes.first_chunk_mut().map(|bytes| *bytes = (value as u8).to_le_bytes()),
+        2 => bytes.first_chunk_mut().map(|bytes| *bytes = (value as u16).to_le_bytes()),
+        4 => bytes.first_chunk_mut().map(|bytes| *bytes = (value as u32).to_le_bytes()),
+        _ => bytes.first_chunk_mut().map(|bytes| *bytes = value.to_le_bytes()),
+    };
 }
 
 /// The low `size` bytes, at most 8, as a general register gets them (C6.2, LDR and LDRS*).

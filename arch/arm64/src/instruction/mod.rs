@@ -187,11 +187,6 @@ impl Extend {
 }
 
 impl Transfer {
-    /// The registers in the order of their addresses.
-    pub fn registers(&self) -> impl Iterator<Item = u8> {
-        core::iter::once(self.first).chain(self.second)
-    }
-
     /// Bytes of the whole access, at most [`MAX_BYTES`].
     pub const fn length(&self) -> usize {
         (self.size as usize) << self.second.is_some() as u32

@@ -201,8 +201,8 @@ proptest! {
             prop_assert_eq!(resolved.base.is_some(), instruction.address.writeback != Writeback::None);
             let Operation::Transfer(transfer) = instruction.operation else { continue };
             prop_assert!(matches!(transfer.size, 1 | 2 | 4 | 8 | 16) && transfer.length() <= MAX_BYTES);
-            prop_assert!(transfer.registers().all(|register| register < 32));
-            for index in 0..transfer.registers().count() {
+            prop_assert!(transfer.first < 32 && transfer.second.is_none_or(|second| second < 32));
+            for index in 0..=usize::from(transfer.second.is_some()) {
                 transfer.loaded(&bytes, index, word & 1 != 0);
             }
         }

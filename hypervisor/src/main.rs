@@ -52,7 +52,7 @@ use entresol_metal_arm64::switch::gic as interface;
 use entresol_metal_arm64::{Metal, console as machine_console, cpu, gic, power};
 use entresol_sync::Once;
 use entresol_wire::bundle::Bundle;
-use entresol_wire::config::Console;
+use entresol_wire::config::{Console, format_size};
 
 /// Set when the secondary CPUs may run vCPUs.
 static READY: Once<()> = Once::new();
@@ -128,6 +128,12 @@ fn start_guests(info: &'static BootInfo) {
     // SAFETY: the loader put the bundle there, `split` keeps it out of heap and frames, and nothing writes to it.
     let bytes = unsafe { core::slice::from_raw_parts(region.start as *const u8, region.size() as usize) };
     let bundle = Bundle::parse(bytes).unwrap_or_else(|error| refuse(format_args!("boot bundle: {error}")));
+    // The bundle was checked against the machine that its owner had in mind.
+    let ram: u64 = info.ram.iter().map(|region| region.size()).sum();
+    if let Some(vm) = bundle.config().vms.iter().find(|vm| vm.memory > ram) {
+        let (memory, ram) = (format_size(vm.memory), format_size(ram));
+        refuse(format_args!("vm {}: memory = {memory}: must be at most the machine's: {ram}", vm.name));
+    }
     let names: Vec<&str> = bundle.config().vms.iter().map(|vm| vm.name.as_str()).collect();
     let foreground = bundle.config().vms.iter().position(|vm| vm.policies.console == Console::Foreground);
     if console::init(info, &names, foreground.unwrap_or(0)).is_err() || control::init(info).is_err() {

@@ -138,6 +138,11 @@ pub const TESTS: &[SystemTest] = &[
         run: kernels::damaged_bundles_start_nothing,
     },
     SystemTest {
+        name: "memory_of_another_machine_starts_nothing",
+        about: "a VM that was checked against a larger machine is refused",
+        run: kernels::memory_of_another_machine_starts_nothing,
+    },
+    SystemTest {
         name: "bad_input_is_named",
         about: "every mistake of an owner is refused with its field, value and rule",
         run: kernels::bad_input_is_named,

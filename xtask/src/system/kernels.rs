@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::io::Write;
+use std::process::{Command, Stdio};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use entresol_wire::config::{UnclaimedMmio, WrittenVm};
 
 use super::Context;
@@ -101,44 +102,50 @@ pub fn damaged_bundles_start_nothing(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The host tool refuses what the owner got wrong, each with the field, the value and the rule.
+/// More memory than there is: the hypervisor believes the machine, and not what the bundle says of it.
+pub fn memory_of_another_machine_starts_nothing(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "memory_of_another_machine_starts_nothing")?.outer("512M", 2);
+    let path = builder.file("whole.img", &[])?;
+    let mut vm = program("vm", &guests::flat("smp")?, "");
+    vm.memory = "1G".into();
+    bundle::pack(&bundle::check(bundle::written("4G", 2, vec![vm]))?, &path)?;
+    let machine = builder.boot_packed(&fs::read(&path)?)?;
+    machine.expect_refusal("vm vm: memory = 1G: must be at most the machine's: ")
+}
+
+/// What `cargo xtask run` says to each mistake of an owner; the field, the value and the rule, and nothing is started.
 pub fn bad_input_is_named(context: &Context) -> Result<()> {
     let builder = Builder::new(context, "bad_input_is_named")?;
-    let kernel = guests::flat("smp")?;
-    let words = builder.file("words.txt", b"not a kernel\n")?;
-    let large = builder.file("large.bin", &vec![0; 65 << 20])?;
-    let vm = |change: &dyn Fn(&mut WrittenVm)| {
-        let mut vm = program("vm", &kernel, "");
-        change(&mut vm);
-        vec![vm]
-    };
-    let twice = [vm(&|_| {}), vm(&|_| {})].concat();
+    builder.file("words.txt", b"not a kernel\n")?;
+    builder.file("large.bin", &vec![0; 65 << 20])?;
+    builder.file("good.bin", &fs::read(guests::flat("smp")?)?)?;
+    let good = "name = \"vm\"\nmemory = \"64M\"\nkernel = \"good.bin\"\n";
+    let vm = |from: &str, to: &str| format!("[[vms]]\n{}", good.replace(from, to));
+    let kernel = |file: &str| vm("good.bin", file);
+    let memory = |size: &str| vm("64M", size);
+    let vcpus = |count: &str| vm("name", &format!("vcpus = {count}\nname"));
     let cases = [
-        (
-            "a missing file",
-            vm(&|vm| vm.kernel = text(&words.with_file_name("nowhere"))),
-            "must be a file that can be read",
-        ),
-        ("no kernel", vm(&|vm| vm.kernel = text(&words)), "not a kernel: a text file"),
-        ("a large kernel", vm(&|vm| vm.kernel = text(&large)), "must fit into the VM's memory"),
-        ("odd memory", vm(&|vm| vm.memory = "63M".into()), "must be a multiple of 2M"),
-        ("much memory", vm(&|vm| vm.memory = "5G".into()), "must be at most the machine's"),
-        ("no vCPU", vm(&|vm| vm.vcpus = Some(0)), "must be from 1 to 8"),
-        ("nine vCPUs", vm(&|vm| vm.vcpus = Some(9)), "must be from 1 to 8"),
-        ("a name twice", twice, "must differ from every other VM's name"),
+        ("nowhere", kernel("nowhere"), "vms[0].kernel = \"nowhere\": must be a file that can be read"),
+        ("words", kernel("words.txt"), "vms[0].kernel = \"words.txt\": not a kernel: a text file"),
+        ("large", kernel("large.bin"), "vms[0].kernel = \"large.bin\": must fit into the VM's memory"),
+        ("odd", memory("63M"), "vms[0].memory = 63M: must be a multiple of 2M"),
+        ("much", memory("5G"), "vms[0].memory = 5G: must be at most the machine's: outer.memory = 4G"),
+        ("none", vcpus("0"), "vms[0].vcpus = 0: must be from 1 to 8"),
+        ("nine", vcpus("9"), "vms[0].vcpus = 9: must be from 1 to 8"),
+        ("twice", vm("", "") + &vm("", ""), "vms[1].name = \"vm\": must differ from every other VM's name"),
+        ("unknown", vm("name", "kernal = \"x\"\nname"), "unknown field `kernal`"),
     ];
-    for (what, vms, rule) in cases {
-        let refused = bundle::check(bundle::written("4G", 2, vms)).and_then(|loaded| {
-            let path = builder.file("never.img", &[])?;
-            bundle::pack(&loaded, &path)
-        });
-        let message = refused.err().map(|error| format!("{error:#}"));
-        let named = message.as_deref().is_some_and(|message| message.contains(rule));
-        ensure!(named, "{what} should be refused with {rule:?}, not {message:?}");
+    for (name, toml, message) in cases {
+        let file = builder.file(&format!("{name}.toml"), toml.as_bytes())?;
+        let socket = file.with_extension("sock");
+        let program = std::env::current_exe().context("cannot tell which program this is")?;
+        let mut run = Command::new(program);
+        run.args(["run", "--config"]).arg(&file).env("ENTRESOL_SOCKET", &socket).stdin(Stdio::null());
+        let output = run.output().context("cannot start this program again")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success(), "{name} is taken");
+        ensure!(said.contains(message), "{name} should be refused with {message:?}, not {said:?}");
+        ensure!(output.stdout.is_empty() && !said.contains("booting"), "{name} has started something: {said}");
     }
-    let file =
-        builder.file("unknown.toml", b"[[vms]]\nname = \"a\"\nmemory = \"64M\"\nkernel = \"x\"\nkernal = \"y\"\n")?;
-    let message = bundle::load(&file).err().map(|error| format!("{error:#}")).unwrap_or_default();
-    ensure!(message.contains("unknown field `kernal`"), "an unknown key should be named, not {message:?}");
     Ok(())
 }

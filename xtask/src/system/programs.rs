@@ -1,5 +1,7 @@
 //! The programs of `tests/guests` on the hypervisor: each tests one side of it from inside and says what it found.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use entresol_wire::config::{LargestEntry, UnclaimedMmio, WrittenVm};
 use entresol_wire::control::{State, Stats};
@@ -10,6 +12,9 @@ use super::owner::Owner;
 use crate::bundle::{linux, program};
 use crate::guests;
 use crate::initrd::{self, Initrd};
+
+/// How long a guest that prints for ever is waited for.
+const TALKATIVE: Duration = Duration::from_secs(400);
 
 /// Boots one program alone; it must report that everything passed, and power off. Returns the log.
 fn passes(context: &Context, name: &str, vm: WrittenVm) -> Result<String> {
@@ -72,6 +77,7 @@ pub fn every_touch_is_one_entry(context: &Context) -> Result<()> {
     vms[0].policies.page_size = LargestEntry::Page4K;
     vms.iter_mut().for_each(|vm| vm.memory = "256M".into());
     let mut machine = Builder::new(context, "every_touch_is_one_entry")?.boot(vms.into())?;
+    machine.console.patience.overall = TALKATIVE;
     machine.expect("VERIFIED 64 MiB, round 2")?;
     machine.send(b"\x1dn")?;
     machine.expect("VERIFIED 64 MiB, round 2")?;
@@ -115,6 +121,7 @@ pub fn out_of_memory_pauses_who_asked(context: &Context) -> Result<()> {
     ];
     vms[0].autostart = Some(false);
     let mut machine = Builder::new(context, "out_of_memory_pauses_who_asked")?.outer("768M", 2).boot(vms)?;
+    machine.console.patience.overall = TALKATIVE;
     let mut owner = Owner::of(&mut machine)?;
     // The others have all that they will ever touch.
     for (key, size) in [(b'2', 16), (b'3', 256)] {

@@ -24,6 +24,7 @@ mod system;
 mod test;
 mod workspace;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -54,7 +55,7 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let done = match Cli::parse_from(arguments(std::env::args_os())).command {
         Task::Run(options) => run::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
@@ -66,6 +67,16 @@ fn main() -> ExitCode {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// `cargo xtask run -- --vcpus 4` is what cargo's own commands have taught people to type: a `--` behind the command says
+/// nothing here.
+fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = given.collect();
+    if arguments.get(2).is_some_and(|argument| argument == "--") {
+        arguments.remove(2);
+    }
+    arguments
 }
 
 fn fetch_now() -> Result<ExitCode> {
@@ -82,4 +93,24 @@ fn build() -> Result<ExitCode> {
     let image = image::build(&[])?;
     println!("image: {}\nsymbols: {}", image.raw.display(), image.elf.display());
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(arguments(words.split(' ').map(OsString::from)))
+    }
+
+    #[test]
+    fn options_may_stand_behind_two_dashes() {
+        for words in
+            ["xtask run --vcpus 4 --memory 1G", "xtask run -- --vcpus 4 --memory 1G", "xtask run --", "xtask check"]
+        {
+            parse(words).unwrap();
+        }
+        assert!(parse("xtask run -- -- --vcpus 4").is_err());
+        assert!(parse("xtask -- run").is_err());
+    }
 }

@@ -77,7 +77,7 @@ impl<F: Format> Table<F> {
         }
         if planted!(ZA6) {
             machine.store(at.word, self.format().table(frame));
-            return Ok(frame);
+            return Ok(self.count_split(frame, block.size, smaller));
         }
         let Some(broken) = Broken::<M, F>::take(machine, at.word, at.raw) else {
             machine.zero(PfnRange::single(frame));
@@ -87,10 +87,15 @@ impl<F: Format> Table<F> {
         let blank = broken.flush(vmid, |vmid| TlbOp::Ipa { vmid, gfn, size: block.size, leaf_only: true });
         blank.publish(self.format().table(frame));
         machine.published();
+        Ok(self.count_split(frame, block.size, smaller))
+    }
+
+    /// Counts a block of `size` that became 512 leaves in `frame`, which it returns.
+    fn count_split(&self, frame: Pfn, size: PageSize, smaller: PageSize) -> Pfn {
         self.counters.add_table();
         self.counters.add_leaves(smaller, Word::PER_FRAME as u64);
-        self.counters.remove_leaves(block.size, 1);
-        Ok(frame)
+        self.counters.remove_leaves(size, 1);
+        frame
     }
 
     /// Replaces 512 leaves around `gfn` by the one leaf of `size` (2 MiB or 1 GiB) that says the same. It is young if one

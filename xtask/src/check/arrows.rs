@@ -26,7 +26,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("mmu", &["addr", "sync", "fault", "slot", "backing", "table", "machine"]),
     ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64"]),
     ("hypervisor", &HYPERVISOR),
-    ("cli", &["wire", "addr", "mmu", "loader"]),
+    ("model", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64"]),
+    ("cli", &["wire", "addr", "mmu", "loader", "model"]),
     ("xtask", &["wire", "cli"]),
 ];
 

@@ -1,0 +1,69 @@
+//! INV-7: every frame reference is released exactly once, on every path; and nobody reaches a frame that is free.
+//!
+//! Watches the pool giving a frame back (no translation, in a table or in a cache, may lead to it), each store of an
+//! entry (what it points to is given out), and the end of a schedule (every frame is accounted for). That a frame is
+//! not given back twice the pool itself asserts.
+
+use entresol_addr::{GfnRange, PfnRange};
+
+use crate::machine::descriptor::Descriptor;
+use crate::machine::{EntryWrite, World};
+
+/// Frames are about to be free.
+pub fn freed(world: &World, frames: PfnRange) -> Option<String> {
+    let mut reaching = None;
+    world.tables.each_seen(&world.tlb, None, None, |seen| {
+        let block = PfnRange::block(seen.leaf.pfn, seen.leaf.size);
+        if block.overlaps(frames) {
+            reaching = Some((seen.stale, seen.span));
+        }
+    });
+    if let Some((stale, span)) = reaching {
+        let how: (&str, GfnRange) = (if stale { "a TLB may still reach it" } else { "an entry still maps it" }, span);
+        return Some(format!("frame {:#x} is freed, and {} by gfn {:#x}", frames.start(), how.0, how.1.start()));
+    }
+    let mut level = None;
+    world.tables.each_pointer(&world.tlb, frames.start(), |at| level = Some(at));
+    level.map(|level| {
+        format!("table page {:#x} is freed, and a walk may still follow a level {level} entry to it", frames.start())
+    })
+}
+
+/// Checks a store to a table.
+pub fn entry(world: &World, write: &EntryWrite) -> Option<String> {
+    let frames = match write.new {
+        Descriptor::Invalid => return None,
+        Descriptor::Table(frame) => PfnRange::single(frame),
+        Descriptor::Leaf(leaf) if !leaf.normal => return None,
+        Descriptor::Leaf(leaf) => PfnRange::block(leaf.pfn, leaf.size),
+    };
+    let mut all = (0..frames.count()).map(|offset| frames.start().offset(offset));
+    let free = all.find(|pfn| !world.frame(*pfn).is_some_and(|frame| frame.taken))?;
+    Some(format!(
+        "the entry for gfn {:#x} of VM {} leads to frame {free:#x}, which is free",
+        write.span.start(),
+        write.vm
+    ))
+}
+
+/// What the frames of a schedule that has ended are used for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    /// Frames of the pool.
+    pub total: u64,
+    /// Those free.
+    pub free: u64,
+    /// Those in second-stage tables, roots included.
+    pub tables: u64,
+    /// Those behind objects.
+    pub resident: u64,
+    /// Those of objects' trees.
+    pub nodes: u64,
+}
+
+/// The schedule has ended, nothing waits for a grace period.
+pub fn balance(account: &Account) -> Option<String> {
+    let used = account.tables + account.resident + account.nodes;
+    let missing = account.total as i64 - account.free as i64 - used as i64;
+    (missing != 0).then(|| format!("{missing} frames are neither free nor used: {account:?}"))
+}

@@ -1,0 +1,154 @@
+//! INV-11: a guest never reads a byte that it, its owner or zeroing did not put there: the data oracle.
+//!
+//! Purpose: for each word of an object that a scenario uses, which values a read may return now. A guest's store makes
+//! its value the only one; a store of the owner takes a while, during which both the old and the new value are right.
+//!
+//! A guest that mixes cacheable and Non-cacheable accesses without FWB is responsible for its own maintenance (Arm DDI
+//! 0487 B2.12), and so is an owner that writes memory which a guest without caches has mapped; such words are not
+//! judged for the other kind of access until both agree again.
+
+use std::collections::HashMap;
+
+use crate::explore::access::Spread;
+
+/// A word of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// Which object.
+    pub object: usize,
+    /// Its frame.
+    pub frame: u64,
+    /// Word of the frame.
+    pub word: u16,
+}
+
+#[derive(Clone, Debug)]
+struct Cell {
+    values: Vec<u64>,
+    /// Guest stores so far.
+    stores: u64,
+    /// Only accesses of this kind are judged; `None` is both.
+    by: Option<bool>,
+    /// A guest stored in both ways without maintenance: anything may be there until the owner stores.
+    mixed: bool,
+}
+
+/// A store of the owner that has begun.
+#[derive(Clone, Copy, Debug)]
+pub struct Begun {
+    place: Place,
+    value: u64,
+    stores: u64,
+}
+
+/// What each word may read as.
+#[derive(Debug, Default)]
+pub struct Oracle {
+    cells: HashMap<Place, Cell, Spread>,
+    /// What each object reads as before anybody stores; 0 beyond the end.
+    initial: Vec<u64>,
+}
+
+impl Oracle {
+    fn cell(&mut self, place: Place) -> &mut Cell {
+        let initial = self.initial.get(place.object).copied().unwrap_or(0);
+        self.cells.entry(place).or_insert_with(|| Cell { values: vec![initial], stores: 0, by: None, mixed: false })
+    }
+
+    /// Nobody has stored yet; `initial` is what each object reads as.
+    pub fn new(initial: Vec<u64>) -> Self {
+        Self { cells: HashMap::default(), initial }
+    }
+
+    /// A guest stored `value`, past the cache if `uncached`; `coherent` says that both kinds see the same.
+    pub fn store(&mut self, place: Place, value: u64, uncached: bool, coherent: bool) {
+        let cell = self.cell(place);
+        cell.values = vec![value];
+        cell.stores += 1;
+        cell.mixed |= !coherent && cell.by == Some(!uncached);
+        cell.by = (!coherent).then_some(uncached);
+    }
+
+    /// The owner begins to store. `mapped`: a guest without FWB has the page mapped.
+    pub fn begin(&mut self, place: Place, value: u64, mapped: bool) -> Begun {
+        let cell = self.cell(place);
+        cell.values.push(value);
+        cell.by = mapped.then_some(false);
+        Begun { place, value, stores: cell.stores }
+    }
+
+    /// The owner's store is done.
+    pub fn end(&mut self, begun: Begun) {
+        let cell = self.cell(begun.place);
+        if cell.stores == begun.stores {
+            cell.values = vec![begun.value];
+            cell.mixed = false;
+        }
+    }
+
+    /// `count` frames were unmapped, and cleaned on the way: both kinds of access agree on them from now on.
+    pub fn cleaned(&mut self, object: usize, frame: u64, count: u64) {
+        let inside = |place: &Place| place.object == object && place.frame.wrapping_sub(frame) < count;
+        self.cells.iter_mut().filter(|(place, _)| inside(place)).for_each(|(_, cell)| cell.by = None);
+    }
+
+    /// The owner begins to make `count` frames from `frame` read as zero.
+    pub fn begin_zero(&mut self, object: usize, frame: u64, count: u64) -> Vec<Begun> {
+        let inside = |place: &Place| place.object == object && place.frame.wrapping_sub(frame) < count;
+        let places: Vec<Place> = self.cells.keys().copied().filter(inside).collect();
+        places.into_iter().map(|place| self.begin(place, 0, false)).collect()
+    }
+
+    /// A read returned `value`: what it should have been, if it should not have been that.
+    pub fn judge(&mut self, place: Place, value: u64, uncached: bool) -> Option<String> {
+        let cell = self.cell(place);
+        if cell.mixed || cell.by.is_some_and(|by| by != uncached) || cell.values.contains(&value) {
+            return None;
+        }
+        let right = cell.values.iter().map(|value| format!("{value:#x}")).collect::<Vec<_>>().join(" or ");
+        Some(format!(
+            "a read of word {} of frame {} of object {} returned {value:#x}; only {right} was put there",
+            place.word, place.frame, place.object
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLACE: Place = Place { object: 0, frame: 1, word: 2 };
+
+    #[test]
+    fn memory_begins_as_zero_and_holds_the_last_store() {
+        let mut oracle = Oracle::default();
+        assert!(oracle.judge(PLACE, 0, false).is_none());
+        assert!(oracle.judge(PLACE, 7, false).is_some());
+        oracle.store(PLACE, 7, false, true);
+        assert!(oracle.judge(PLACE, 7, true).is_none());
+        assert!(oracle.judge(PLACE, 0, false).unwrap().contains("only 0x7 was put there"));
+    }
+
+    #[test]
+    fn while_the_owner_stores_both_are_right() {
+        let mut oracle = Oracle::default();
+        let begun = oracle.begin(PLACE, 5, false);
+        assert!(oracle.judge(PLACE, 0, false).is_none() && oracle.judge(PLACE, 5, false).is_none());
+        oracle.end(begun);
+        assert!(oracle.judge(PLACE, 0, false).is_some());
+        let zero = oracle.begin_zero(0, 0, 2);
+        oracle.store(PLACE, 9, false, true);
+        zero.into_iter().for_each(|begun| oracle.end(begun));
+        assert!(oracle.judge(PLACE, 9, false).is_none() && oracle.judge(PLACE, 0, false).is_some());
+    }
+
+    #[test]
+    fn a_guest_that_mixes_is_on_its_own() {
+        let mut oracle = Oracle::default();
+        oracle.store(PLACE, 7, false, false);
+        assert!(oracle.judge(PLACE, 99, true).is_none());
+        assert!(oracle.judge(PLACE, 99, false).is_some());
+        oracle.cleaned(0, 0, 2);
+        assert!(oracle.judge(PLACE, 99, true).is_some());
+    }
+}

@@ -1,0 +1,305 @@
+//! What the owner of a virtual machine asks of the core, and what the lab knows about it before and after.
+
+use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageSize};
+use entresol_machine::model::Modelled;
+use entresol_mmu::VmVmid;
+use entresol_slot::{ObjectId, SlotFlags, SlotRequest, Update};
+use entresol_table::{Permissions, Reserve, Retired, Straddle};
+
+use super::record::SlotRecord;
+use super::stage::{Actor, Stage};
+use crate::check::inv11::Place;
+use crate::check::{Check, inv03};
+use crate::lab::{self, Hardware};
+use crate::litmus::outcome::Value;
+use crate::litmus::step::{RangeVerb, SlotVerb, Step};
+use crate::machine::descriptor::Descriptor;
+
+/// Runs a step of the owner on the CPU of `actor`.
+pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
+    let cpu = actor.cpu;
+    match step {
+        Step::Write { vm, gpa, value } => write(stage, actor, *vm, *gpa, *value),
+        Step::Read { vm, gpa, to } => {
+            let value = read(stage, actor, *vm, *gpa);
+            if let Some(register) = to {
+                stage.registers.borrow_mut().insert(register.clone(), value);
+            }
+        }
+        Step::Range { vm, range, what } => ranged(stage, actor, *vm, *range, *what),
+        Step::End => end(stage, actor),
+        Step::Object { object, frame, count, punch } => content(stage, cpu, *object, *frame, *count, *punch),
+        Step::Slot { vm, id, what } => slot(stage, cpu, *vm, *id, *what),
+        Step::CleanAll { vm } => stage.vms[*vm].clean_all(cpu),
+        Step::Reap => {
+            stage.host.pool.reap(&stage.host.epoch, cpu, usize::MAX);
+        }
+        Step::Vmids { count } => {
+            let worn: Vec<VmVmid> = (0..*count).map(|_| VmVmid::new()).collect();
+            for vm in &worn {
+                stage.host.vmids.load(&stage.host.machine, cpu, vm);
+                stage.host.vmids.put(cpu);
+            }
+        }
+        Step::Guest { .. } | Step::Mmu { .. } | Step::Leave => unreachable!("a vCPU's step"),
+    }
+    lab::settle();
+}
+
+fn refused(refused: bool) {
+    if refused {
+        lab::with(|lab| lab.mark("refused"));
+    }
+}
+
+/// The word of an object behind a guest address, if one slot holds it and nobody is changing that.
+fn place(vm: usize, gpa: Gpa) -> Option<Place> {
+    lab::with(|lab| {
+        let slot = lab.records.stable_at(vm, gpa.frame(), lab.world.now())?;
+        let frame = slot.offset + gpa.frame().since(slot.range.start());
+        Some(Place { object: slot.object, frame, word: (gpa.page_offset() / 8) as u16 })
+    })
+}
+
+fn write(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa, value: u64) {
+    let begun = place(vm, gpa).map(|place| {
+        lab::with(|lab| {
+            let mapped = matches!(lab.world.tables.current(vm, gpa.frame()), (Descriptor::Leaf(_), _));
+            lab.log(None, || format!("owner writes {value:#x} at {gpa:#x}"));
+            lab.oracle.begin(place, value, mapped && !lab.world.config.fwb)
+        })
+    });
+    let result = stage.vms[vm].write(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &value.to_le_bytes());
+    refused(result.is_err());
+    if let (Some(begun), Ok(())) = (begun, result) {
+        lab::with(|lab| lab.oracle.end(begun));
+    }
+}
+
+fn read(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa) -> Value {
+    let mut bytes = [0; 8];
+    let result = stage.vms[vm].read(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &mut bytes);
+    refused(result.is_err());
+    if result.is_err() {
+        return Value::Refused;
+    }
+    let value = u64::from_le_bytes(bytes);
+    if let Some(place) = place(vm, gpa) {
+        lab::with(|lab| {
+            let wrong = lab.oracle.judge(place, value, false);
+            lab.log(None, || format!("owner reads {value:#x} at {gpa:#x}"));
+            lab.found(Check::Inv11, wrong);
+        });
+    }
+    Value::Word(value)
+}
+
+/// The frames of objects that slots of `vm` show in `range` were unmapped, and cleaned on the way.
+fn unmapped(vm: usize, range: GfnRange) {
+    lab::with(|lab| {
+        let shown: Vec<_> =
+            lab.records.of(vm).filter_map(|slot| Some((slot.clone(), slot.range.intersect(range)?))).collect();
+        for (slot, part) in shown {
+            lab.oracle.cleaned(slot.object, slot.offset + part.start().since(slot.range.start()), part.count());
+        }
+    });
+}
+
+/// After a call that promises it: nothing reaches `range`.
+fn expect_unreachable(vm: usize, range: GfnRange) {
+    lab::with(|lab| {
+        if lab.checks.has(Check::Inv3) {
+            let wrong = inv03::unreachable(&lab.world, vm, range);
+            lab.found(Check::Inv3, wrong);
+        }
+    });
+}
+
+fn ranged(stage: &Stage<'_>, actor: &mut Actor, vm: usize, range: GfnRange, what: RangeVerb) {
+    let (cpu, machine) = (actor.cpu, &stage.host.machine);
+    let (table, vmid) = (stage.vms[vm].table(), stage.vmid(vm));
+    lab::with(|lab| lab.log(None, || format!("owner: {what:?} {:#x}, {} pages", range.start(), range.count())));
+    match what {
+        RangeVerb::Zap => {
+            refused(stage.vms[vm].zap(cpu, range).is_err());
+            unmapped(vm, range);
+        }
+        RangeVerb::Start => match stage.vms[vm].invalidate_range_start(cpu, range) {
+            Ok(invalidation) => {
+                expect_unreachable(vm, range);
+                unmapped(vm, range);
+                lab::with(|lab| lab.protected.push((vm, range)));
+                actor.invalidations.push((vm, invalidation));
+            }
+            Err(_) => refused(true),
+        },
+        RangeVerb::Split => {
+            let _pin = stage.host.epoch.pin(cpu);
+            let mut reserve = Reserve::new();
+            match stage.host.pool.take(cpu, entresol_backing::Order::PAGE) {
+                Ok(frame) => {
+                    entresol_machine::Machine::zero(machine, entresol_addr::PfnRange::single(frame));
+                    reserve.push(frame).expect("an empty reserve has room");
+                    refused(table.split(machine, vmid, range.start(), &mut reserve).is_err());
+                }
+                Err(_) => refused(true),
+            }
+            while let Some(frame) = reserve.pop() {
+                stage.host.pool.give(cpu, frame, entresol_backing::Order::PAGE);
+            }
+        }
+        RangeVerb::Merge => {
+            let _pin = stage.host.epoch.pin(cpu);
+            match table.merge(machine, vmid, range.start(), PageSize::Size2M) {
+                Ok(retired) => retire(stage, vm, retired),
+                Err(_) => refused(true),
+            }
+        }
+        RangeVerb::Age => {
+            let _pin = stage.host.epoch.pin(cpu);
+            table.age(machine, vmid, range);
+        }
+        RangeVerb::Protect => {
+            let _pin = stage.host.epoch.pin(cpu);
+            table.protect(machine, vmid, range, Permissions::WRITE, Straddle::Whole);
+        }
+    }
+}
+
+fn retire(stage: &Stage<'_>, vm: usize, retired: Retired) {
+    let machine: &Modelled<Hardware> = &stage.host.machine;
+    let defer = |frame| stage.host.pool.defer(frame, entresol_backing::Order::PAGE);
+    retired.drain(machine, stage.vms[vm].table().format(), defer);
+}
+
+fn end(stage: &Stage<'_>, actor: &mut Actor) {
+    let Some((vm, invalidation)) = actor.invalidations.pop() else {
+        refused(true);
+        return;
+    };
+    let range = invalidation.range();
+    lab::with(|lab| {
+        let place = lab.protected.iter().position(|one| *one == (vm, range));
+        if let Some(place) = place {
+            lab.protected.remove(place);
+        }
+        lab.log(None, || format!("owner: the invalidation of {:#x} ends", range.start()));
+    });
+    stage.vms[vm].invalidate_range_end(invalidation);
+}
+
+fn content(stage: &Stage<'_>, cpu: usize, object: usize, frame: u64, count: u64, punch: bool) {
+    let pin = stage.host.epoch.pin(cpu);
+    let Some(found) = stage.host.objects.get(&pin, stage.objects[object]) else {
+        refused(true);
+        return;
+    };
+    let supply = stage.host.supply(cpu);
+    if !punch {
+        refused(found.populate(&supply, frame, count).is_err());
+        return;
+    }
+    let begun = lab::with(|lab| {
+        lab.log(None, || format!("owner punches {count} frames of object {object} from {frame}"));
+        lab.oracle.begin_zero(object, frame, count)
+    });
+    let result = found.punch(&supply, frame, count);
+    refused(result.is_err());
+    if result.is_ok() {
+        lab::with(|lab| begun.into_iter().for_each(|begun| lab.oracle.end(begun)));
+    }
+}
+
+fn slot(stage: &Stage<'_>, cpu: usize, vm: usize, id: u32, what: SlotVerb) {
+    let old = lab::with(|lab| {
+        lab.log(None, || format!("owner: slot {id} of VM {vm}: {what:?}"));
+        lab.records.get(vm, id).cloned()
+    });
+    match (what, old) {
+        (SlotVerb::Create { range, object, offset, read_only }, None) => {
+            let record = SlotRecord {
+                vm,
+                id,
+                range,
+                object,
+                offset,
+                read_only,
+                rom: stage.rom[object],
+                changing: true,
+                since: 0,
+            };
+            lab::with(|lab| lab.records.begin_create(record.clone()));
+            let created = set(stage, cpu, &record, range.start(), false, true);
+            let at = created.then_some(range.start());
+            lab::with(|lab| lab.records.end(vm, id, at, lab.world.now()));
+        }
+        (SlotVerb::Delete, Some(old)) => {
+            lab::with(|lab| lab.records.begin_change(vm, id));
+            let deleted = set(stage, cpu, &old, old.range.start(), false, false);
+            if deleted {
+                expect_unreachable(vm, old.range);
+                unmapped(vm, old.range);
+            }
+            let at = (!deleted).then_some(old.range.start());
+            lab::with(|lab| lab.records.end(vm, id, at, lab.world.now()));
+        }
+        (SlotVerb::Move { base }, Some(old)) => relocate(stage, cpu, &old, base),
+        (SlotVerb::Flags { log }, Some(old)) => {
+            lab::with(|lab| lab.flags_update[cpu] = Some(old.range));
+            set(stage, cpu, &old, old.range.start(), log, true);
+            lab::with(|lab| lab.flags_update[cpu] = None);
+        }
+        (SlotVerb::Revert, Some(old)) => {
+            lab::with(|lab| lab.records.begin_change(vm, id));
+            revert(stage, &old);
+            lab::with(|lab| lab.records.end(vm, id, Some(old.range.start()), lab.world.now()));
+        }
+        (SlotVerb::Create { .. }, Some(_)) | (_, None) => refused(true),
+    }
+}
+
+fn relocate(stage: &Stage<'_>, cpu: usize, old: &SlotRecord, base: Gfn) {
+    let (vm, id) = (old.vm, old.id);
+    let range = GfnRange::new(base, old.range.count());
+    let Some(range) = range else { return refused(true) };
+    lab::with(|lab| {
+        lab.records.begin_change(vm, id);
+        lab.records.begin_create(SlotRecord { range, ..old.clone() });
+    });
+    let moved = set(stage, cpu, old, base, false, true);
+    if moved && !range.overlaps(old.range) {
+        expect_unreachable(vm, old.range);
+    }
+    let at = if moved { base } else { old.range.start() };
+    lab::with(|lab| lab.records.end(vm, id, Some(at), lab.world.now()));
+}
+
+fn request(stage: &Stage<'_>, record: &SlotRecord, base: Gfn, log: bool, keep: bool) -> SlotRequest {
+    let mut flags = SlotFlags::empty();
+    flags.set(SlotFlags::READ_ONLY, record.read_only);
+    flags.set(SlotFlags::LOG_DIRTY, log);
+    SlotRequest {
+        id: record.id,
+        base: base.base(),
+        size: if keep { record.range.count() * PAGE_SIZE } else { 0 },
+        object: ObjectId::new(stage.objects[record.object].raw()),
+        offset: record.offset * PAGE_SIZE,
+        flags: flags.bits(),
+    }
+}
+
+/// `set_slot`; returns whether it was accepted.
+fn set(stage: &Stage<'_>, cpu: usize, record: &SlotRecord, base: Gfn, log: bool, keep: bool) -> bool {
+    let result = stage.vms[record.vm].set_slot(cpu, &request(stage, record, base, log, keep));
+    refused(result.is_err());
+    result.is_ok()
+}
+
+/// Begins to delete the slot, and gives up after it was withdrawn: what a failed preparation does.
+fn revert(stage: &Stage<'_>, record: &SlotRecord) {
+    let request = request(stage, record, record.range.start(), false, false);
+    match stage.vms[record.vm].slots().update(&stage.host.epoch, &request, None) {
+        Ok(Update::Withdraw(withdraw)) => withdraw.invalidate().revert(),
+        Ok(Update::Unchanged | Update::Publish(_)) | Err(_) => refused(true),
+    }
+}

@@ -1,0 +1,417 @@
+//! One step of a script, from text.
+//!
+//! A step is a verb and its arguments; a virtual machine's name and a colon may stand before it, and `-> NAME` after a
+//! step that has a result. Numbers are decimal or `0x` hexadecimal. [`VERBS`] is the whole grammar.
+
+use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
+use entresol_fault::Access;
+
+/// What a verb looks like and does, for errors and for the documentation.
+pub const VERBS: [(&str, &str); 23] = [
+    ("load GPA", "the vCPU loads the word at GPA"),
+    ("store GPA VALUE", "the vCPU stores a word"),
+    ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
+    ("mmu on|off", "the vCPU's own translation: off makes its accesses Non-cacheable"),
+    ("leave", "the CPU stops running the virtual machine"),
+    ("write GPA VALUE", "the owner stores a word to guest memory"),
+    ("read GPA", "the owner reads a word of guest memory"),
+    ("zap GPA PAGES", "the owner invalidates a range"),
+    ("start GPA PAGES", "invalidate_range_start"),
+    ("end", "invalidate_range_end of the CPU's last start"),
+    ("punch OBJECT FRAME COUNT", "the owner makes frames of an object vacant"),
+    ("populate OBJECT FRAME COUNT", "the owner makes frames of an object present"),
+    ("slot ID GPA PAGES OBJECT OFFSET [ro]", "the owner creates a slot"),
+    ("delete ID", "the owner deletes a slot"),
+    ("move ID GPA", "the owner moves a slot"),
+    ("flags ID log|none", "the owner changes a slot's flags"),
+    ("revert ID", "the owner begins to delete a slot and gives up"),
+    ("split GPA", "the block behind GPA becomes smaller leaves"),
+    ("merge GPA", "the leaves around GPA become a 2 MiB block"),
+    ("age GPA PAGES", "the owner clears access flags"),
+    ("protect GPA PAGES", "the owner takes write permission away"),
+    ("clean-all", "the guest's set/way maintenance, trapped"),
+    ("reap", "frames whose grace period is over become free"),
+];
+
+/// Beside [`VERBS`]: `vmids COUNT` wears VMIDs out, for `setup`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A vCPU's access.
+    Guest {
+        /// Whose.
+        vm: usize,
+        /// What kind.
+        access: Access,
+        /// Where, 8-byte aligned.
+        gpa: Gpa,
+        /// What is stored.
+        value: u64,
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// The vCPU's MMU.
+    Mmu {
+        /// On or off.
+        on: bool,
+    },
+    /// The CPU puts its virtual machine.
+    Leave,
+    /// The owner's store.
+    Write {
+        /// Whose memory.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+        /// What.
+        value: u64,
+    },
+    /// The owner's load.
+    Read {
+        /// Whose memory.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// Something about a range of guest frames.
+    Range {
+        /// Whose.
+        vm: usize,
+        /// Which frames.
+        range: GfnRange,
+        /// What.
+        what: RangeVerb,
+    },
+    /// `invalidate_range_end`.
+    End,
+    /// Something about frames of an object.
+    Object {
+        /// Which object.
+        object: usize,
+        /// First frame.
+        frame: u64,
+        /// How many.
+        count: u64,
+        /// Vacant rather than present.
+        punch: bool,
+    },
+    /// Something about a slot.
+    Slot {
+        /// Whose.
+        vm: usize,
+        /// Which.
+        id: u32,
+        /// What.
+        what: SlotVerb,
+    },
+    /// Set/way maintenance.
+    CleanAll {
+        /// Whose.
+        vm: usize,
+    },
+    /// Deferred frames become free.
+    Reap,
+    /// So many VMIDs are used up.
+    Vmids {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// What happens to a range of guest frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeVerb {
+    /// Invalidated at once.
+    Zap,
+    /// `invalidate_range_start`.
+    Start,
+    /// The block there is split.
+    Split,
+    /// The leaves there are merged.
+    Merge,
+    /// Access flags are cleared.
+    Age,
+    /// Write permission is taken away.
+    Protect,
+}
+
+/// What happens to a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotVerb {
+    /// It is made.
+    Create {
+        /// Where.
+        range: GfnRange,
+        /// The object behind it.
+        object: usize,
+        /// The object's first frame.
+        offset: u64,
+        /// Guests may not write.
+        read_only: bool,
+    },
+    /// It goes.
+    Delete,
+    /// It goes elsewhere.
+    Move {
+        /// Where to.
+        base: Gfn,
+    },
+    /// Its flags become these.
+    Flags {
+        /// Writes are logged.
+        log: bool,
+    },
+    /// It is withdrawn, and the update given up.
+    Revert,
+}
+
+/// Why a text is no step.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("step {step:?}: {rule}")]
+pub struct StepError {
+    /// The text.
+    pub step: String,
+    /// What it must be.
+    pub rule: String,
+}
+
+/// Names that steps may use, by their numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Names<'a> {
+    /// Virtual machines.
+    pub vms: &'a [String],
+    /// Objects.
+    pub objects: &'a [String],
+}
+
+/// The words of a step, taken one by one.
+struct Words<'a> {
+    text: &'a str,
+    rest: std::str::SplitWhitespace<'a>,
+    names: Names<'a>,
+}
+
+impl<'a> Words<'a> {
+    fn error(&self, rule: impl Into<String>) -> StepError {
+        StepError { step: self.text.to_owned(), rule: rule.into() }
+    }
+
+    fn word(&mut self, what: &str) -> Result<&'a str, StepError> {
+        self.rest.next().ok_or_else(|| self.error(format!("{what} is missing")))
+    }
+
+    fn number(&mut self, what: &str) -> Result<u64, StepError> {
+        let word = self.word(what)?;
+        number(word).ok_or_else(|| self.error(format!("{what} {word:?} must be a number")))
+    }
+
+    fn gpa(&mut self) -> Result<Gpa, StepError> {
+        let raw = self.number("GPA")?;
+        if raw % 8 != 0 {
+            return Err(self.error(format!("GPA {raw:#x} must be a multiple of 8")));
+        }
+        Ok(Gpa::new(raw))
+    }
+
+    fn frame(&mut self) -> Result<Gfn, StepError> {
+        let gpa = self.gpa()?;
+        if gpa.page_offset() != 0 {
+            return Err(self.error(format!("GPA {gpa:#x} must be a multiple of 4096")));
+        }
+        Ok(gpa.frame())
+    }
+
+    fn range(&mut self) -> Result<GfnRange, StepError> {
+        let (start, pages) = (self.frame()?, self.number("PAGES")?);
+        let range = GfnRange::new(start, pages).filter(|range| !range.is_empty());
+        range.ok_or_else(|| self.error(format!("PAGES {pages} must be at least 1 and not wrap")))
+    }
+
+    fn object(&mut self) -> Result<usize, StepError> {
+        let name = self.word("OBJECT")?;
+        let known = self.names.objects.iter().position(|object| object == name);
+        known.ok_or_else(|| self.error(format!("OBJECT {name:?} must be the name of an object")))
+    }
+
+    fn id(&mut self) -> Result<u32, StepError> {
+        let id = self.number("ID")?;
+        u32::try_from(id).map_err(|_| self.error(format!("ID {id} must be below 2^32")))
+    }
+
+    fn choice(&mut self, of: [&str; 2]) -> Result<bool, StepError> {
+        let word = self.word(&of.join("|"))?;
+        let [yes, no] = of;
+        if word != yes && word != no {
+            return Err(self.error(format!("{word:?} must be {yes} or {no}")));
+        }
+        Ok(word == yes)
+    }
+}
+
+/// A number as steps and conditions write it.
+pub fn number(word: &str) -> Option<u64> {
+    match word.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => word.parse().ok(),
+    }
+}
+
+impl Step {
+    /// Reads a step.
+    ///
+    /// # Errors
+    ///
+    /// [`StepError`], with the rule that was broken.
+    pub fn parse(text: &str, names: Names<'_>) -> Result<Self, StepError> {
+        let error = |rule: String| StepError { step: text.to_owned(), rule };
+        let (body, to) = match text.split_once("->") {
+            Some((body, name)) => (body, Some(name.trim().to_owned())),
+            None => (text, None),
+        };
+        let (vm, body) = match body.split_once(':') {
+            Some((name, body)) => {
+                let known = names.vms.iter().position(|vm| vm == name.trim());
+                (known.ok_or_else(|| error(format!("{:?} must be the name of a virtual machine", name.trim())))?, body)
+            }
+            None => (0, body),
+        };
+        let mut words = Words { text, rest: body.split_whitespace(), names };
+        let verb = words.word("a verb")?;
+        let step = Self::verb(verb, vm, to.clone(), &mut words)?;
+        if let Some(extra) = words.rest.next() {
+            return Err(words.error(format!("{extra:?} must not stand there")));
+        }
+        let has_result = matches!(step, Self::Guest { .. } | Self::Read { .. });
+        if to.is_some() && !has_result {
+            return Err(words.error(format!("{verb} has no result")));
+        }
+        Ok(step)
+    }
+
+    fn verb(verb: &str, vm: usize, to: Option<String>, words: &mut Words<'_>) -> Result<Self, StepError> {
+        let range = |what, words: &mut Words<'_>| Ok(Self::Range { vm, range: words.range()?, what });
+        let page = |what, words: &mut Words<'_>| Ok(Self::Range { vm, range: GfnRange::single(words.frame()?), what });
+        let slot = |what, id| Ok(Self::Slot { vm, id, what });
+        match verb {
+            "load" => Ok(Self::Guest { vm, access: Access::Read, gpa: words.gpa()?, value: 0, to }),
+            "fetch" => Ok(Self::Guest { vm, access: Access::Fetch, gpa: words.gpa()?, value: 0, to }),
+            "store" => {
+                let (gpa, value) = (words.gpa()?, words.number("VALUE")?);
+                Ok(Self::Guest { vm, access: Access::Write, gpa, value, to })
+            }
+            "mmu" => Ok(Self::Mmu { on: words.choice(["on", "off"])? }),
+            "leave" => Ok(Self::Leave),
+            "write" => Ok(Self::Write { vm, gpa: words.gpa()?, value: words.number("VALUE")? }),
+            "read" => Ok(Self::Read { vm, gpa: words.gpa()?, to }),
+            "zap" => range(RangeVerb::Zap, words),
+            "start" => range(RangeVerb::Start, words),
+            "age" => range(RangeVerb::Age, words),
+            "protect" => range(RangeVerb::Protect, words),
+            "split" => page(RangeVerb::Split, words),
+            "merge" => page(RangeVerb::Merge, words),
+            "end" => Ok(Self::End),
+            "punch" | "populate" => {
+                let (object, frame, count) = (words.object()?, words.number("FRAME")?, words.number("COUNT")?);
+                Ok(Self::Object { object, frame, count, punch: verb == "punch" })
+            }
+            "slot" => {
+                let (id, range) = (words.id()?, words.range()?);
+                let (object, offset) = (words.object()?, words.number("OFFSET")?);
+                let read_only = match words.rest.next() {
+                    None => false,
+                    Some("ro") => true,
+                    Some(other) => return Err(words.error(format!("{other:?} must be ro, or nothing"))),
+                };
+                slot(SlotVerb::Create { range, object, offset, read_only }, id)
+            }
+            "delete" => slot(SlotVerb::Delete, words.id()?),
+            "revert" => slot(SlotVerb::Revert, words.id()?),
+            "move" => {
+                let id = words.id()?;
+                slot(SlotVerb::Move { base: words.frame()? }, id)
+            }
+            "flags" => {
+                let id = words.id()?;
+                slot(SlotVerb::Flags { log: words.choice(["log", "none"])? }, id)
+            }
+            "clean-all" => Ok(Self::CleanAll { vm }),
+            "reap" => Ok(Self::Reap),
+            "vmids" => Ok(Self::Vmids { count: words.number("COUNT")? }),
+            _ => {
+                let known: Vec<&str> = VERBS.iter().filter_map(|(form, _)| form.split(' ').next()).collect();
+                Err(words.error(format!("{verb:?} must be one of {}", known.join(", "))))
+            }
+        }
+    }
+
+    /// The guest page that the step is about, for reports.
+    pub fn page(&self) -> Option<(usize, Gfn)> {
+        match self {
+            Self::Guest { vm, gpa, .. } | Self::Write { vm, gpa, .. } | Self::Read { vm, gpa, .. } => {
+                Some((*vm, Gfn::new(gpa.get() >> PAGE_SHIFT)))
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Step, StepError> {
+        let (vms, objects) = (["a".to_owned(), "b".to_owned()], ["ram".to_owned()]);
+        Step::parse(text, Names { vms: &vms, objects: &objects })
+    }
+
+    #[test]
+    fn every_verb_is_read() {
+        let arguments = [
+            ("GPA", "0x2000"),
+            ("VALUE", "7"),
+            ("PAGES", "2"),
+            ("ID", "1"),
+            ("OBJECT", "ram"),
+            ("FRAME", "3"),
+            ("COUNT", "1"),
+            ("OFFSET", "0"),
+            ("[ro]", "ro"),
+            ("on|off", "off"),
+            ("log|none", "log"),
+        ];
+        for (form, _) in VERBS {
+            let text = arguments.iter().fold(form.to_owned(), |text, (from, to)| text.replace(from, to));
+            assert!(parse(&text).is_ok(), "{text}: {:?}", parse(&text));
+        }
+    }
+
+    #[test]
+    fn names_and_results() {
+        let step = parse("b: load 0x1008 -> r1").unwrap();
+        let expected =
+            Step::Guest { vm: 1, access: Access::Read, gpa: Gpa::new(0x1008), value: 0, to: Some("r1".to_owned()) };
+        assert_eq!(step, expected);
+        assert_eq!(step.page(), Some((1, Gfn::new(1))));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, rule) in [
+            ("lod 0x1000", "must be one of load"),
+            ("load", "GPA is missing"),
+            ("load x", "must be a number"),
+            ("load 0x1001", "multiple of 8"),
+            ("zap 0x1008 1", "multiple of 4096"),
+            ("zap 0x1000 0", "at least 1"),
+            ("c: load 0x1000", "name of a virtual machine"),
+            ("punch disk 0 1", "name of an object"),
+            ("reap -> r1", "has no result"),
+            ("reap now", "must not stand there"),
+            ("mmu maybe", "must be on or off"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(rule) && error.contains(text), "{error}");
+        }
+    }
+}

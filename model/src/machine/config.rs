@@ -1,0 +1,43 @@
+//! Which machine: the features that decide what the core owes.
+
+use entresol_machine::Features;
+use serde::Deserialize;
+
+/// CPUs that a model can have.
+pub const MAX_CPUS: usize = 4;
+
+/// A machine to explore. Constant for one run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// FEAT_S2FWB.
+    pub fwb: bool,
+    /// CTR_EL0.DIC.
+    pub dic: bool,
+    /// Bits of a VMID. 8 and 16 exist; a model may have as few as 6, so that rollover is near.
+    pub vmid_bits: u8,
+    /// Bits of a physical address.
+    pub physical_bits: u8,
+    /// Bits of a guest physical address.
+    pub ipa_bits: u8,
+    /// Frames of the pool.
+    pub frames: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { fwb: false, dic: true, vmid_bits: 8, physical_bits: 44, ipa_bits: 36, frames: 48 }
+    }
+}
+
+impl Config {
+    /// What the core is told.
+    pub fn features(&self) -> Features {
+        Features {
+            forced_write_back: self.fwb,
+            coherent_icache: self.dic,
+            physical_bits: self.physical_bits,
+            vmid_bits: self.vmid_bits,
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The zoo: each mistake that was made before, planted in the production path, with the scenario that shows it.
+//!
+//! Purpose: a checker that never fails proves nothing. For each [`Exhibit`] the bug is switched on, its scenario is
+//! explored within a budget, and the bug must be found; with the bug off, ten times the budget must find nothing; with
+//! the checkers that find it off, it must not be found, so no other accident finds it.
+//!
+//! What is not here yet, because the core has no such code: Z-A1's own path (`change` of a notifier; here it is planted
+//! where entries are installed, which has the same shape) and Z-A10 (dirty logging); Z-F3 and Z-F4 (dirty log and ring).
+
+use std::time::Duration;
+
+pub use entresol_sync::zoo::Bug;
+
+use crate::check::{Check, Checks};
+use crate::explore::run::Setting;
+use crate::explore::{Plan, Report, explore};
+use crate::litmus::Scenario;
+
+/// A planted bug and where it shows.
+#[derive(Clone, Copy, Debug)]
+pub struct Exhibit {
+    /// Its name in the specification.
+    pub name: &'static str,
+    /// The switch.
+    pub bug: Bug,
+    /// What is done wrong.
+    pub about: &'static str,
+    /// The scenario's file name.
+    pub file: &'static str,
+    text: &'static str,
+    /// The checkers that find it here; the first is the one meant for it.
+    pub found_by: &'static [Check],
+}
+
+macro_rules! exhibit {
+    ($name:literal, $bug:ident, $file:literal, $found_by:expr, $about:literal) => {
+        Exhibit {
+            name: $name,
+            bug: Bug::$bug,
+            about: $about,
+            file: $file,
+            text: include_str!(concat!("../../lab/", $file)),
+            found_by: $found_by,
+        }
+    };
+}
+
+/// All of them.
+pub const ZOO: [Exhibit; 14] = {
+    use Check::{Forbidden, Inv1, Inv2, Inv3, Inv5, Inv6, Inv7, Inv9, Inv11, Inv14, Panic, Slots};
+    /// A translation outlives what it leads to: whoever looks first sees it.
+    const STALE: &[Check] = &[Inv3, Inv7, Inv11, Inv2];
+    /// A translation is made of what was taken back: no promise of the invalidation is broken, the frame is.
+    const REVIVED: &[Check] = &[Inv7, Inv11, Inv3, Inv2];
+    [
+        exhibit!(
+            "Z-A1",
+            ZA1,
+            "mmu-off.toml",
+            &[Inv1, Inv11, Forbidden],
+            "an entry is installed and its page not cleaned"
+        ),
+        exhibit!(
+            "Z-A2",
+            ZA2,
+            "mmu-off.toml",
+            &[Inv1, Inv11, Forbidden],
+            "the page is cleaned after its entry is visible"
+        ),
+        exhibit!("Z-A3", ZA3, "invalidate.toml", STALE, "a fault tests the sequence, not what is in progress"),
+        exhibit!("Z-A4", ZA4, "invalidate.toml", REVIVED, "a fault tests what is in progress, not the sequence"),
+        exhibit!("Z-A5", ZA5, "invalidate.toml", REVIVED, "the sequence is sampled after the backing was asked"),
+        exhibit!("Z-A6", ZA6, "split.toml", &[Inv2], "a block becomes a table without a break"),
+        exhibit!("Z-A7", ZA7, "invalidate.toml", STALE, "a frame is freed before the invalidation completed"),
+        exhibit!("Z-A8", ZA8, "two-vcpus.toml", &[Inv7], "frames in hand are lost where a fault gives up"),
+        exhibit!("Z-A9", ZA9, "code.toml", &[Inv6, Inv11], "a page becomes executable, and old code stays cached"),
+        exhibit!("Z-A11", ZA11, "block-mmu-off.toml", &[Inv1, Inv11], "only the first page of a block is cleaned"),
+        exhibit!(
+            "Z-F1",
+            ZF1,
+            "delete-slot.toml",
+            &[Inv3, Inv5, Inv7, Inv11, Inv2],
+            "an update goes on before the grace period is over"
+        ),
+        exhibit!("Z-F2", ZF2, "revert-slot.toml", &[Inv9, Inv7], "an update that is given up leaves its slot invalid"),
+        exhibit!(
+            "Z-F5",
+            ZF5,
+            "vmid-rollover.toml",
+            &[Inv14, Inv3, Inv7, Inv11, Panic],
+            "a VMID is used again without a flush"
+        ),
+        exhibit!("Z-F6", ZF6, "slot-flags.toml", &[Slots], "an update of flags alone unmaps"),
+    ]
+};
+
+/// Schedules that a bug may take to be found: an exhaustive search at the scenario's bound, and 5,000 each of PCT and
+/// sticky.
+pub fn budget() -> Plan {
+    Plan { limit: Duration::from_secs(60), ..Plan::default() }
+}
+
+impl Exhibit {
+    /// The exhibit of that name, whatever its case.
+    pub fn named(name: &str) -> Option<Self> {
+        ZOO.into_iter().find(|exhibit| exhibit.name.eq_ignore_ascii_case(name))
+    }
+
+    /// Its scenario.
+    ///
+    /// # Panics
+    ///
+    /// If the file is wrong, which a test rules out.
+    pub fn scenario(&self) -> Scenario {
+        Scenario::parse(self.text).unwrap_or_else(|error| panic!("{}: {error}", self.file))
+    }
+
+    /// Looks for the bug with the checkers given.
+    pub fn hunt(&self, checks: Checks, plan: &Plan) -> Report {
+        let setting = Setting { bugs: &[self.bug], checks, ..Setting::default() };
+        explore(&self.scenario(), setting, plan, &|_| {})
+    }
+
+    /// Looks for anything in the same scenario without the bug, with ten times the random part of the plan.
+    pub fn control(&self, plan: &Plan) -> Report {
+        let plan = Plan { pct: plan.pct * 10, sticky: plan.sticky * 10, limit: plan.limit * 10, ..*plan };
+        explore(&self.scenario(), Setting::default(), &plan, &|_| {})
+    }
+}

@@ -9,6 +9,7 @@
 //! | [`console`] | joins this terminal to a guest's console |
 //! | [`table`] | shows answers to people |
 //! | [`ctl`] | the commands of `entresol ctl` |
+//! | [`lab`] | the commands of `entresol lab` |
 //!
 //! Exit status of the program, which [`Exit`] names: 0 done; 1 the hypervisor refused, or the guest whose console was
 //! attached crashed; 2 the command line or the configuration is wrong, or a file cannot be written; 3 nobody answers on the control channel.
@@ -19,6 +20,7 @@ pub mod client;
 pub mod config;
 pub mod console;
 pub mod ctl;
+pub mod lab;
 pub mod socket;
 pub mod table;
 

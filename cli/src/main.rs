@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use entresol_cli::config::{self, ConfigError};
 use entresol_cli::ctl::{self, Ctl};
+use entresol_cli::lab::{self, Lab};
 use entresol_cli::{Exit, bundle};
 use entresol_wire::config::format_size;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -41,11 +42,14 @@ enum Command {
     },
     /// Speak with a running hypervisor
     Ctl(Ctl),
+    /// Explore the core on a model of the machine
+    Lab(Lab),
 }
 
 fn main() -> ExitCode {
     let exit = match Arguments::parse().command {
         Command::Ctl(ctl) => ctl::run(ctl),
+        Command::Lab(lab) => lab::run(&lab),
         Command::Check { config } => report(check(&config)),
         Command::Bundle { config, output } => report(pack(&config, &output)),
     };

@@ -166,7 +166,8 @@ pub fn put(cpu: usize, vcpu: VcpuRef, leave: Leave, deliverable: impl FnOnce() -
         Leave::Off => slot.set_run(Run::Off),
         Leave::Park => queues.make_ready(vcpu),
         Leave::Ready => queues.make_ready(vcpu),
-        Leave::Wait(_) if deliverable() => queues.make_ready(vcpu),
+        // One that waits holds a share of its virtual machine, which nobody would come for after its end.
+        Leave::Wait(_) if !vcpu.vm.may_run() || deliverable() => queues.make_ready(vcpu),
         Leave::Wait(deadline) => {
             slot.set_run(Run::Waiting);
             queues.waiting.push(Waiter { vcpu, deadline, cpu });

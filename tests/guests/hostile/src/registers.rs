@@ -2,12 +2,16 @@
 //!
 //! Left out, because they only stop the CPU that executes them: SCTLR_EL1 and SCTLR2_EL1 (endianness, translation),
 //! VBAR_EL1, SPSel, GCSCR_EL1 (returns would fault), waiting for something that need not come (WFE, WFI, WFET, WFIT).
-//! SYS operands are addresses outside the program, because DC ZVA and its like write there.
+//! SYS operands are addresses outside the program, because DC ZVA and its like write there. ICC_BPR1_EL1 gets values
+//! without its reserved bits: QEMU 10.0 ends itself at the next interrupt otherwise (an assertion of its own on the virtual
+//! binary point), whatever runs at EL2.
 
 use crate::Attacker;
 
 /// An encoding as (op0, op1, CRn, CRm, op2).
 type Encoding = (u32, u32, u32, u32, u32);
+
+const ICC_BPR1_EL1: Encoding = (3, 0, 12, 12, 3);
 
 /// Registers that a hypervisor keeps for itself or must emulate.
 const KNOWN: [Encoding; 44] = [
@@ -33,7 +37,7 @@ const KNOWN: [Encoding; 44] = [
     (3, 0, 12, 11, 5), // ICC_SGI1R_EL1
     (3, 0, 12, 11, 6), // ICC_ASGI1R_EL1
     (3, 0, 12, 11, 7), // ICC_SGI0R_EL1
-    (3, 0, 12, 12, 3), // ICC_BPR1_EL1
+    ICC_BPR1_EL1,
     (3, 0, 12, 12, 4), // ICC_CTLR_EL1
     (3, 0, 12, 12, 5), // ICC_SRE_EL1
     (3, 0, 12, 12, 7), // ICC_IGRPEN1_EL1
@@ -98,6 +102,9 @@ pub fn attack(attacker: &mut Attacker) {
     let mut registers = [0; 18];
     for register in &mut registers {
         *register = if op0 == 1 { address(attacker) } else { value(attacker) };
+    }
+    if encoding == ICC_BPR1_EL1 {
+        registers.iter_mut().for_each(|value| *value &= 7);
     }
     attacker.execute(instruction, &registers);
 }

@@ -8,7 +8,7 @@
 //! Lock order: vCPU state (for the whole turn) → everything else.
 
 use entresol_metal_arm64::switch::{self, ExitKind};
-use entresol_metal_arm64::{cpu, timer, traps};
+use entresol_metal_arm64::{cpu, exit as hardware, timer, traps};
 
 use crate::exit::{self, Next};
 use crate::sched::{self, Leave, VcpuRef};
@@ -58,7 +58,10 @@ fn turn(cpu: usize, vcpu: VcpuRef) {
     let leave = {
         let mut state = vcpu.vm.vcpu(vcpu.index).state.lock();
         load(cpu, &vcpu, &mut state);
-        let leave = enter_until_it_leaves(cpu, &vcpu, &mut state);
+        let mut leave = enter_until_it_leaves(cpu, &vcpu, &mut state);
+        if let Some(syndrome) = hardware::take_system_error() {
+            leave = exit::system_error(&vcpu, syndrome);
+        }
         put(cpu, &vcpu, &mut state);
         match leave {
             Leave::Wait(at_most) => Leave::Wait([at_most, deadline(&vcpu, &state)].into_iter().flatten().min()),
@@ -89,7 +92,7 @@ fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave
         let next = match kind {
             ExitKind::Synchronous => exit::synchronous(cpu, vcpu, state),
             ExitKind::Interrupt => irq::take(cpu, Some((vcpu, state))),
-            ExitKind::SError => exit::system_error(vcpu),
+            ExitKind::SError => Next::Leave(exit::system_error(vcpu, hardware::esr())),
         };
         match next {
             Next::Again => {}

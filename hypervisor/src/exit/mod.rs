@@ -93,10 +93,10 @@ fn rare(vcpu: &VcpuRef, state: &mut State, esr: u64, exit: Exit) -> Next {
     }
 }
 
-/// An SError that was taken from the guest: nothing tells what it hit, so the virtual machine ends.
+/// An SError that the guest caused, with its syndrome: nothing tells what it hit, so the virtual machine ends.
 #[cold]
-pub fn system_error(vcpu: &VcpuRef) -> Next {
+pub fn system_error(vcpu: &VcpuRef, syndrome: u64) -> Leave {
     vcpu.vm.counters.bump(Reason::SystemError);
-    vcpu.vm.crash(Crash::SystemError { syndrome: hardware::esr() });
-    Next::Leave(Leave::Park)
+    vcpu.vm.crash(Crash::SystemError { syndrome });
+    Leave::Park
 }

@@ -3,6 +3,8 @@
 //! Protocol: valid from [`crate::switch::enter`]'s return with `Synchronous` or `SError` until the next exception to EL2,
 //! which is the next exit of this CPU.
 
+use crate::features::{self, Feature};
+
 /// ESR_EL2: the syndrome.
 #[inline]
 pub fn esr() -> u64 {
@@ -21,11 +23,29 @@ pub fn hpfar() -> u64 {
     mrs!("hpfar_el2")
 }
 
-/// Whether a physical SError waits that nobody has taken (ISR_EL1.A). Asked before another guest is loaded, so that it
-/// is not blamed on that one.
+/// Takes the physical SError that waits, if one does, and returns a syndrome for it in ESR_EL2's layout. Asked when a
+/// guest leaves, so that what it did is not blamed on the next one.
+///
+/// ESB orders what the guest did before it; SError is masked at EL2, so it is deferred to DISR_EL1 (Arm DDI 0487 D1.3.5,
+/// D24.2 DISR_EL1). A machine without FEAT_RAS has nothing like it: there the SError stays pending.
 #[inline]
-pub fn serror_pending() -> bool {
-    mrs!("isr_el1") & 1 << 8 != 0
+pub fn take_system_error() -> Option<u64> {
+    const A: u64 = 1 << 31;
+    const ISS: u64 = 0x01ff_ffff;
+    const CLASS: u64 = 0x2f << 26 | 1 << 25;
+    if !features::has(Feature::RAS) {
+        return None;
+    }
+    // SAFETY: ESB and DISR_EL1 exist with FEAT_RAS; at EL2 DISR_EL1 is the hypervisor's own, and nothing else uses it.
+    unsafe {
+        instruction!("hint #16");
+        let deferred = mrs!("s3_0_c12_c1_1");
+        if deferred & A == 0 {
+            return None;
+        }
+        msr!("s3_0_c12_c1_1", 0u64);
+        Some(CLASS | deferred & ISS)
+    }
 }
 
 /// With whose rights, and for what, a virtual address is translated.

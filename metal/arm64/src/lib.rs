@@ -33,8 +33,8 @@
 //!
 //! Lock order: none of the locks here is held while another is taken, except the console's, which is always last.
 //!
-//! Known holes: no branch target identification or pointer authentication for the hypervisor's own code; no RAS: an
-//! SError that is still pending when a guest leaves is reported by whoever runs next; the second stage's frames stay in
+//! Known holes: no branch target identification or pointer authentication for the hypervisor's own code; on a
+//! machine without FEAT_RAS an SError still pending when a guest leaves is reported by whoever runs next; the second stage's frames stay in
 //! the hypervisor's mapping (INV-10 needs an unmap, which comes with private memory).
 #![no_std]
 #![allow(unsafe_code, reason = "the instructions themselves; every block says why it is sound")]

@@ -12,7 +12,7 @@ use crate::progress::Step;
 use crate::workspace;
 
 /// Static programs need no library of any machine.
-const LINUX_TARGET: &str = "aarch64-unknown-linux-musl";
+pub const LINUX_TARGET: &str = "aarch64-unknown-linux-musl";
 
 /// The flat image of the guest `name`, built; its file ends in `.bin`, which a configuration takes for a flat kernel.
 ///

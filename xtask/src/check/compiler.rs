@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use crate::fetch::toolchain::METAL_TARGET;
+use crate::guests::LINUX_TARGET;
 use crate::{image, workspace};
 
 /// Each check with its name.
@@ -20,22 +21,14 @@ pub fn commands() -> Vec<(&'static str, Command)> {
     metal.args(["--package", "entresol-metal-arm64", "--quiet", "--", "-D", "warnings"]);
     commands.push(("clippy, metal", metal));
 
-    let guests = workspace::root().join("tests/guests");
-    if guests.join("Cargo.toml").is_file() {
+    for (folder, target) in [("tests/guests", METAL_TARGET), ("tests/guests/linux", LINUX_TARGET)] {
+        let folder = workspace::root().join(folder);
         let mut format = workspace::cargo();
-        format.current_dir(&guests).args(["fmt", "--all", "--check"]);
+        format.current_dir(&folder).args(["fmt", "--all", "--check"]);
         commands.push(("format, guests", format));
         let mut clippy = workspace::cargo();
-        clippy.current_dir(&guests).args([
-            "clippy",
-            "--workspace",
-            "--quiet",
-            "--target",
-            METAL_TARGET,
-            "--",
-            "-D",
-            "warnings",
-        ]);
+        clippy.current_dir(&folder);
+        clippy.args(["clippy", "--workspace", "--quiet", "--target", target, "--", "-D", "warnings"]);
         commands.push(("clippy, guests", clippy));
     }
     commands

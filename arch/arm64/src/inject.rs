@@ -93,6 +93,9 @@ impl Features {
 pub enum Status {
     /// Synchronous external abort, not on a table walk (0b010000).
     External,
+    /// Synchronous external abort on a stage-1 table walk, with the level of the descriptor, -1 to 3 (0b0101LL, and
+    /// 0b010011 for level -1).
+    ExternalOnWalk(i8),
     /// Address size fault at level 0 (0b000000).
     AddressSize,
     /// What an address translation instruction reported for the guest's own stage 1: PAR_EL1.FST, 6 bits.
@@ -254,6 +257,7 @@ const fn syndrome(exception: Exception, source: Source) -> u64 {
 const fn code(status: Status) -> u64 {
     match status {
         Status::External => 0b01_0000,
+        Status::ExternalOnWalk(level) => (0b01_0100 + level as i64) as u64 & 0x3f,
         Status::AddressSize => 0b00_0000,
         Status::Stage1(code) => code as u64 & 0x3f,
     }
@@ -277,6 +281,15 @@ mod tests {
 
     fn context(pstate: u64, sctlr: u64) -> Context {
         Context { pc: 0x1234, pstate, vbar: VBAR, sctlr }
+    }
+
+    #[test]
+    fn an_abort_on_a_walk_names_its_level() {
+        for (level, code) in [(-1, 0b01_0011), (0, 0b01_0100), (1, 0b01_0101), (2, 0b01_0110), (3, 0b01_0111)] {
+            let status = Status::ExternalOnWalk(level);
+            let abort = Exception::DataAbort { address: 7, status, write: false, cache_maintenance: false };
+            assert_eq!(enter(abort, &context(pstate::EL1H, 0), ALL).esr & 0x3f, code);
+        }
     }
 
     #[test]

@@ -14,6 +14,8 @@ use entresol_addr::Gpa;
 
 /// Most descriptors of one walk: levels -1 to 3.
 pub const MOST_LEVELS: usize = 5;
+/// The level of pages.
+const LAST_LEVEL: i8 = 3;
 
 /// The registers of the EL1&0 translation regime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,9 +49,9 @@ impl Regime {
         (size as u32 & 0x3f, granule)
     }
 
-    /// Follows the walk of `address`: `visit` gets the address of each descriptor and says what the eight bytes there are,
-    /// or that the walk ends.
-    pub fn walk(&self, address: u64, mut visit: impl FnMut(Gpa) -> Option<[u8; 8]>) {
+    /// Follows the walk of `address`: `visit` gets the address of each descriptor with its level, -1 to 3, and says what
+    /// the eight bytes there are, or that the walk ends.
+    pub fn walk(&self, address: u64, mut visit: impl FnMut(Gpa, i8) -> Option<[u8; 8]>) {
         let upper = address & UPPER != 0;
         let (unused, granule) = self.shape(upper);
         let stride = granule - 3;
@@ -62,7 +64,7 @@ impl Regime {
         for below in (0..levels).rev().take(MOST_LEVELS) {
             let width = if below == levels - 1 { first } else { stride };
             let index = address >> (granule + below * stride) & ((1 << width) - 1);
-            let Some(bytes) = visit(Gpa::new(table | (index * 8))) else { return };
+            let Some(bytes) = visit(Gpa::new(table | (index * 8)), LAST_LEVEL - below as i8) else { return };
             let descriptor = if self.big_endian { u64::from_be_bytes(bytes) } else { u64::from_le_bytes(bytes) };
             if descriptor & VALID == 0 || descriptor & TABLE == 0 {
                 return;
@@ -91,12 +93,16 @@ mod tests {
     /// Addresses of the descriptors if each leads to the table at `next`.
     fn visits(regime: Regime, address: u64, mut next: u64, end: u64) -> Vec<u64> {
         let mut all = Vec::new();
-        regime.walk(address, |gpa| {
+        let mut levels = Vec::new();
+        regime.walk(address, |gpa, level| {
             all.push(gpa.get());
+            levels.push(level);
             next += 0x1_0000;
             let descriptor = next | if all.len() as u64 == end { 1 } else { 3 };
             Some(if regime.big_endian { descriptor.to_be_bytes() } else { descriptor.to_le_bytes() })
         });
+        assert!(levels.windows(2).all(|pair| pair[1] == pair[0] + 1));
+        assert!(end != 0 || levels.last() == Some(&LAST_LEVEL));
         all
     }
 
@@ -123,7 +129,7 @@ mod tests {
         let address = 3 << 30 | 5 << 21;
         assert_eq!(visits(regime(SMALL), address, 0, 2).len(), 2);
         let mut count = 0;
-        regime(SMALL).walk(address, |_| {
+        regime(SMALL).walk(address, |_, _| {
             count += 1;
             Some([2, 0, 0, 0, 0, 0, 0, 0])
         });
@@ -141,8 +147,9 @@ mod tests {
         fn any_registers_and_tables_make_a_short_walk(tcr: u64, low: u64, high: u64, address: u64, descriptor: u64, big: bool) {
             let regime = Regime { tcr, ttbr: [low, high], big_endian: big };
             let mut count = 0;
-            regime.walk(address, |gpa| {
+            regime.walk(address, |gpa, level| {
                 count += 1;
+                assert!((-1..=LAST_LEVEL).contains(&level));
                 assert!(gpa.get() >> 48 == 0 && gpa.get() % 8 == 0);
                 Some((descriptor | 3 | 3 << 56).to_le_bytes())
             });

@@ -86,7 +86,7 @@ fn refuse(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64, instructio
     vcpu.vm.counters.bump(Reason::NotDecoded);
     match vcpu.vm.config.policies.no_syndrome {
         NoSyndrome::Inject => {
-            memory::inject(state, fault, far, Abort::External);
+            memory::inject(vcpu, state, fault, far, Abort::External);
             Next::Again
         }
         NoSyndrome::Stop => {

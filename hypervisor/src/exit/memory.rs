@@ -6,7 +6,7 @@ use entresol_fault::{Access, Fault};
 use entresol_metal_arm64::exit::{self as hardware, Rights};
 use entresol_mmu::{Abort, Outcome, Reason};
 
-use super::{Next, mmio, undefined};
+use super::{Next, mmio, undefined, walk};
 use crate::host;
 use crate::sched::{Leave, VcpuRef};
 use crate::vcpu::State;
@@ -51,7 +51,7 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
             Next::Again
         }
         Outcome::Inject(abort) => {
-            inject(state, fault, far, abort);
+            inject(vcpu, state, fault, far, abort);
             Next::Again
         }
         Outcome::Exit(Reason::OutOfMemory) => {
@@ -70,8 +70,9 @@ fn crash(vcpu: &VcpuRef, crash: Crash) -> Next {
 
 /// Gives the guest the abort that its access deserves.
 #[cold]
-pub fn inject(state: &mut State, fault: &Fault, far: u64, abort: Abort) {
+pub fn inject(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64, abort: Abort) {
     let status = match abort {
+        Abort::External if fault.stage1_walk => walk::abort(vcpu, state, far, fault.gpa),
         Abort::External => Status::External,
         Abort::AddressSize => Status::AddressSize,
         Abort::SystemError => return undefined::enter(state, Exception::SError { iss: SERROR_ISS }),

@@ -46,7 +46,7 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
             Next::Look
         }
         Claim::Abort => {
-            memory::inject(state, fault, far, Abort::External);
+            memory::inject(vcpu, state, fault, far, Abort::External);
             Next::Again
         }
     }

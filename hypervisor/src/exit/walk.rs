@@ -44,10 +44,8 @@ pub fn translate(vcpu: &VcpuRef, state: &State, address: u64, rights: Rights) ->
 
 #[cold]
 fn with_tables(vcpu: &VcpuRef, state: &State, address: u64, rights: Rights) -> Result<Translated, Untranslated> {
-    let regime =
-        Regime { tcr: live::tcr_el1(), ttbr: live::ttbrs_el1(), big_endian: live::sctlr_el1() & SCTLR_EE != 0 };
     let mut stopped = Ok(());
-    regime.walk(address, |gpa| match bring(vcpu, state, gpa) {
+    regime().walk(address, |gpa, level| match bring(vcpu, state, gpa, level) {
         Ok(descriptor) => Some(descriptor),
         Err(reason) => {
             stopped = Err(reason);
@@ -59,11 +57,33 @@ fn with_tables(vcpu: &VcpuRef, state: &State, address: u64, rights: Rights) -> R
         .map_err(|par| Status::of_par(par).map_or(Untranslated::Again, Untranslated::Fault))
 }
 
+/// What the loaded vCPU's stage 1 is now.
+fn regime() -> Regime {
+    Regime { tcr: live::tcr_el1(), ttbr: live::ttbrs_el1(), big_endian: live::sctlr_el1() & SCTLR_EE != 0 }
+}
+
+/// What a walk of `address` reports that found no memory in the page of `table`: an external abort, at the level of the
+/// descriptor that lies there as the tables stand now.
+#[cold]
+pub fn abort(vcpu: &VcpuRef, state: &State, address: u64, table: Gpa) -> Status {
+    let mut status = Status::External;
+    regime().walk(address, |gpa, level| {
+        if gpa.frame() == table.frame() {
+            status = Status::ExternalOnWalk(level);
+            return None;
+        }
+        let mut descriptor = [0; 8];
+        let pin = host::get().epoch.pin(cpu::index());
+        vcpu.vm.memory.read(&pin, &state.hint, gpa, &mut descriptor).ok().map(|()| descriptor)
+    });
+    status
+}
+
 /// SCTLR_EL1.EE: EL1's data and the tables are big-endian.
 const SCTLR_EE: u64 = 1 << 25;
 
-/// Maps the page of the descriptor at `gpa`, as the fault of a walk that reads it; the descriptor.
-fn bring(vcpu: &VcpuRef, state: &State, gpa: Gpa) -> Result<[u8; 8], Untranslated> {
+/// Maps the page of the descriptor of `level` at `gpa`, as the fault of a walk that reads it; the descriptor.
+fn bring(vcpu: &VcpuRef, state: &State, gpa: Gpa, level: i8) -> Result<[u8; 8], Untranslated> {
     let walk = Fault {
         gpa,
         access: Access::Read,
@@ -79,7 +99,7 @@ fn bring(vcpu: &VcpuRef, state: &State, gpa: Gpa) -> Result<[u8; 8], Untranslate
         Outcome::Retry => return Err(Untranslated::Again),
         Outcome::Exit(Reason::OutOfMemory) => return Err(Untranslated::OutOfMemory),
         // No memory is there.
-        _ => return Err(Untranslated::Fault(Status::External)),
+        _ => return Err(Untranslated::Fault(Status::ExternalOnWalk(level))),
     }
     let mut descriptor = [0; 8];
     match vcpu.vm.memory.read(&pin, &state.hint, gpa, &mut descriptor) {

@@ -141,18 +141,24 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// Carries out `operation` on the page at `gpa`, if it has a frame: one that has none was never in a cache.
     fn clean_page(&self, pin: &Pin<'_>, slot: &SlotRef, gpa: Gpa, operation: Maintenance) -> Outcome {
+        let features = self.host.features();
+        let nothing_to_do = match operation {
+            Maintenance::Instructions => features.coherent_icache,
+            // The guest's caches hide nothing from anybody.
+            Maintenance::Invalidate | Maintenance::Clean => features.forced_write_back,
+            Maintenance::CleanToUnification => false,
+        };
+        if nothing_to_do {
+            return Outcome::Skip;
+        }
         let machine = &self.host.machine;
         let frame = slot.object_frame(gpa.frame());
         let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()));
         let grant = object.and_then(|object| object.present(machine, frame));
         if let Some(grant) = grant.filter(|grant| grant.memory == Memory::Normal) {
             let page = PfnRange::single(grant.frame(frame));
-            let features = self.host.features();
             match operation {
-                Maintenance::Instructions if features.coherent_icache => {}
                 Maintenance::Instructions => machine.invalidate_icache(page),
-                // The guest's caches hide nothing from anybody.
-                Maintenance::Invalidate | Maintenance::Clean if features.forced_write_back => {}
                 _ => machine.clean_invalidate_to_poc(page),
             }
             machine.complete();

@@ -29,9 +29,9 @@ use entresol_arch_arm64::instruction::data::{self, Piece, Pieces, Value};
 use entresol_arch_arm64::instruction::{self, Bank, Base, MAX_BYTES, Operation, Transfer};
 use entresol_arch_arm64::policy::CacheOp;
 use entresol_fault::{Access, Fault};
-use entresol_metal_arm64::exit::{Rights, Translated};
+use entresol_metal_arm64::exit::{self as hardware, Rights, Translated};
 use entresol_metal_arm64::switch::fp;
-use entresol_metal_arm64::{cpu, live};
+use entresol_metal_arm64::{Metal, cpu, live};
 use entresol_mmu::{Abort, CopyError};
 use entresol_wire::config::NoSyndrome;
 
@@ -124,12 +124,31 @@ fn carry_out(vcpu: &VcpuRef, state: &mut State, fault: &Fault, far: u64) -> Resu
 }
 
 /// The instruction at the guest's PC.
+#[inline]
 fn fetch(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
     if state.regs.pstate & pstate::AARCH32 != 0 {
         return Err(Stop::NoSyndrome(None));
     }
-    let pc = state.regs.pc;
+    match fetch_mapped(state.regs.pc) {
+        Some(word) => Ok(word),
+        None => fetch_unmapped(vcpu, state),
+    }
+}
+
+/// The instruction at `pc`, if both stages have it now, as they nearly always do where it was just executed. A frame
+/// that the second stage maps after the pin began is not another's before the pin ends: frames are given back past a grace
+/// period after their last translation has gone.
+#[inline]
+fn fetch_mapped(pc: u64) -> Option<u32> {
+    let _pin = host::get().epoch.pin(cpu::index());
     // EL1 may read whatever EL0 may execute.
+    hardware::translate_to_machine(pc).and_then(Metal::load_word)
+}
+
+/// The same through the slots.
+#[cold]
+fn fetch_unmapped(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
+    let pc = state.regs.pc;
     let page = match walk::translate(vcpu, state, pc, Rights::El1Read) {
         Ok(translated) => translated.page(),
         // Its tables changed since it was fetched.
@@ -157,6 +176,10 @@ fn move_registers(
     let length = transfer.length() as u16;
     let part = Part { address, length, element: transfer.size, write: !transfer.load };
     let span = Span::new(vcpu, state, fit, part, transfer.unprivileged)?;
+    if span.is_by_registers() {
+        span.is_answered(vcpu)?;
+        return move_each(vcpu, state, &span, transfer);
+    }
     let big_endian = mmio::is_big_endian(state);
     let mut bytes = [0; MAX_BYTES];
     if !transfer.load {
@@ -170,6 +193,38 @@ fn move_registers(
     write_register(state, transfer.bank, transfer.first, transfer.loaded(&bytes, 0, big_endian));
     if let Some(second) = transfer.second {
         write_register(state, transfer.bank, second, transfer.loaded(&bytes, 1, big_endian));
+    }
+    Ok(look)
+}
+
+/// Step 5 where each register is one access.
+#[inline]
+fn move_each(vcpu: &VcpuRef, state: &mut State, span: &Span, transfer: &Transfer) -> Result<bool, Stop> {
+    let (size, mut look, mut loaded) = (transfer.size, false, [0; 2]);
+    let registers = [Some(transfer.first), transfer.second];
+    for (index, register) in registers.into_iter().flatten().enumerate() {
+        let address = span.part.address.wrapping_add(index as u64 * u64::from(size));
+        let gpa = Gpa::new(span.first.base() | address & (PAGE_SIZE - 1));
+        let claim = if transfer.load {
+            vcpu.vm.device_read(vcpu, state, gpa, size)
+        } else {
+            let [value, _] = read_register(state, transfer.bank, register);
+            vcpu.vm.device_write(vcpu, state, gpa, size, mmio::order(state, value, size))
+        };
+        match claim {
+            Claim::Value(value) => loaded[index] = value,
+            Claim::Done => {}
+            Claim::Look => look = true,
+            Claim::Abort => return Err(Stop::Abort { address, status: Status::External }),
+        }
+    }
+    for (register, value) in registers.into_iter().flatten().zip(loaded).filter(|_| transfer.load) {
+        let value = mmio::order(state, value, size);
+        let value = match transfer.bank {
+            Bank::General { sign_extend, wide } => data::extend(value, size, sign_extend, wide),
+            Bank::Vector => value,
+        };
+        write_register(state, transfer.bank, register, [value, 0]);
     }
     Ok(look)
 }
@@ -279,16 +334,27 @@ impl Span {
         Gpa::new(self.page(piece).base() | piece.address & (PAGE_SIZE - 1))
     }
 
+    /// Whether each register is one access to one device, as nearly always.
+    fn is_by_registers(&self) -> bool {
+        let size = u64::from(self.part.element);
+        size <= 8 && self.part.address & (size - 1) == 0 && self.first.0 == self.last.0 && !self.first.is_memory()
+    }
+
+    /// Step 3. A part that is alone is refused when it is tried, with nothing done yet.
+    fn is_answered(&self, vcpu: &VcpuRef) -> Result<(), Stop> {
+        let whole = |page: Page| page.is_memory() || vcpu.vm.fills(page.base());
+        if whole(self.first) && (self.first.0 == self.last.0 || whole(self.last)) {
+            return Ok(());
+        }
+        let alone = |piece: &Piece| u16::from(piece.size) == self.part.length;
+        let refused = |piece: &Piece| !self.page(piece).is_memory() && !vcpu.vm.answers(self.gpa(piece));
+        self.pieces().find(|piece| !alone(piece) && refused(piece)).map_or(Ok(()), |piece| Err(abort(&piece)))
+    }
+
     /// Steps 3 to 5; `bytes` are zero and stay it if there are none. Whether the vCPU has to look up.
     fn perform(&self, vcpu: &VcpuRef, state: &mut State, mut bytes: Option<&mut Bytes>) -> Result<bool, Stop> {
         let mixed = self.first.is_memory() || self.last.is_memory();
-        for piece in self.pieces() {
-            // One that is alone is refused when it is tried, with nothing done yet.
-            let alone = u16::from(piece.size) == self.part.length;
-            if !alone && !self.page(&piece).is_memory() && !vcpu.vm.answers(self.gpa(&piece)) {
-                return Err(abort(&piece));
-            }
-        }
+        self.is_answered(vcpu)?;
         if mixed {
             self.copy(vcpu, state, bytes.as_deref_mut())?;
         }

@@ -93,7 +93,7 @@ pub fn is_big_endian(state: &State) -> bool {
 }
 
 /// The low `size` bytes of `value` as the guest's byte order has them.
-fn order(state: &State, value: u64, size: u8) -> u64 {
+pub fn order(state: &State, value: u64, size: u8) -> u64 {
     let value = data::extend(value, size, false, false);
     if is_big_endian(state) { value.swap_bytes() >> (64 - u32::from(size) * 8) } else { value }
 }

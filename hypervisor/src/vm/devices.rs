@@ -10,7 +10,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use entresol_addr::Gpa;
+use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_devices::bus::{Device, Work};
 use entresol_devices::gic::{GicError, REDISTRIBUTOR_SIZE, Vgic};
 use entresol_devices::pl011::Pl011;
@@ -197,6 +197,11 @@ impl Vm {
         }
     }
 
+    /// Whether some device answers in all of the page at `page`: none of them has less than pages.
+    pub fn fills(&self, page: u64) -> bool {
+        self.devices.at(page).is_some() || gic_frame(page).is_some()
+    }
+
     /// Whether an access at `gpa`, where no memory is, will be answered; if not, that is noted.
     pub fn answers(&self, gpa: Gpa) -> bool {
         let address = gpa.get();
@@ -235,6 +240,22 @@ impl Vm {
         }
     }
 }
+
+const _: () = {
+    let windows = [
+        (virt::UART_BASE, virt::UART_SIZE),
+        (virt::RTC_BASE, virt::RTC_SIZE),
+        (virt::VIRTIO_BASE, virt::VIRTIO_SIZE * virt::VIRTIO_SLOTS as u64),
+        (virt::GICD_BASE, virt::GICD_SIZE),
+        (virt::GICR_BASE, virt::GICR_SIZE),
+    ];
+    let mut index = 0;
+    while index < windows.len() {
+        let (base, size) = windows[index];
+        assert!(base.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE), "a device has whole pages");
+        index += 1;
+    }
+};
 
 /// The GIC's frame at `address`: `None` for the distributor, or the number of a redistributor; and the offset in it.
 fn gic_frame(address: u64) -> Option<(Option<usize>, u64)> {

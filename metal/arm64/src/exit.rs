@@ -3,6 +3,8 @@
 //! Protocol: valid from [`crate::switch::enter`]'s return with `Synchronous` or `SError` until the next exception to EL2,
 //! which is the next exit of this CPU.
 
+use entresol_addr::{Hpa, PAGE_SIZE};
+
 use crate::features::{self, Feature};
 
 /// ESR_EL2: the syndrome.
@@ -80,6 +82,22 @@ impl Translated {
     pub const fn is_device(self) -> bool {
         self.0 >> 60 == 0
     }
+}
+
+/// Translates a guest's virtual address by both stages of the loaded vCPU, for a read of EL1 (AT S12E1R): where it is in
+/// the machine. `None` if either stage refuses: whatever the reason, there is a slower way to find it. PAR_EL1 is kept.
+#[inline]
+pub fn translate_to_machine(virtual_address: u64) -> Option<Hpa> {
+    let kept = mrs!("par_el1");
+    // SAFETY: AT reads both stages' tables and writes PAR_EL1 only.
+    unsafe {
+        instruction_on!("at s12e1r", virtual_address);
+        instruction!("isb");
+    }
+    let result = mrs!("par_el1");
+    // SAFETY: puts back what was there.
+    unsafe { msr!("par_el1", kept) };
+    (result & 1 == 0).then(|| Hpa::new(Translated(result).page() | virtual_address & (PAGE_SIZE - 1)))
 }
 
 /// Translates a guest's virtual address by its own stage 1. PAR_EL1 is the guest's and is kept. PSTATE.PAN is EL2's and

@@ -64,6 +64,21 @@ impl Metal {
         POOL.set(ranges);
     }
 
+    /// The aligned word of 32 bits at or below `at`; `None` if it is not in a frame of the pool. Whoever asks is pinned, or
+    /// otherwise sure that the frame is still what it takes it for.
+    #[inline]
+    pub fn load_word(at: Hpa) -> Option<u32> {
+        if !POOL.covers(PfnRange::single(at.frame())) {
+            return None;
+        }
+        let word: u32;
+        // SAFETY: a word of the pool, aligned, into which no Rust reference points; a guest may write it meanwhile.
+        unsafe {
+            asm!("ldr {:w}, [{}]", out(reg) word, in(reg) at.get() & !3, options(nostack, readonly, preserves_flags));
+        }
+        Some(word)
+    }
+
     /// The address of `frames`, which lie in the pool.
     #[inline]
     fn own(frames: PfnRange) -> u64 {

@@ -50,10 +50,16 @@ impl Pool {
         }
     }
 
+    /// Whether all of `frames` may be asked for.
+    #[inline]
+    pub fn covers(&self, frames: PfnRange) -> bool {
+        self.0[0].covers(frames) || self.0[1].covers(frames)
+    }
+
     /// Panics unless all of `frames` may be asked for.
     #[inline]
     pub fn check(&self, frames: PfnRange) {
-        if !self.0[0].covers(frames) && !self.0[1].covers(frames) {
+        if !self.covers(frames) {
             refuse(frames);
         }
     }
@@ -86,6 +92,9 @@ mod tests {
                 pool.check(frames);
             });
             assert_eq!(passes.is_ok(), mine, "{frames:?}");
+            let pool = Pool::new();
+            pool.set(&ranges);
+            assert_eq!(pool.covers(frames), mine, "{frames:?}");
         }
     }
 }

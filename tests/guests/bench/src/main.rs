@@ -10,8 +10,12 @@
 //! | 4, 5 | load of PL011's FR, store to its IFLS: a device that is emulated |
 //! | 6 | HVC: PSCI_VERSION |
 //! | 7 | store to a page that is mapped: 1, what counting itself costs |
+//! | 8 | LDP of two of PL011's registers: no syndrome says what it is |
+//! | 9 | DC CIVAC on memory that is mapped, where its owner lets it trap |
 //!
-//! and in `bench=blocks`, for a VM that may use blocks, phase 3: first store to a 2 MiB block as in phase 2.
+//! Phases 8 and 9 with the argument `all` only: KVM refuses the one and lets the hardware do the other.
+//!
+//! In `bench=blocks`, for a VM that may use blocks, phase 3: first store to a 2 MiB block as in phase 2.
 //!
 //! Populated but not mapped: the guest asks for the range's second-stage entries to be taken away. Our own hypervisor
 //! has a vendor call for it; for others, `service=ADDRESS` names a register pair (address, then length) that a VMM
@@ -47,7 +51,7 @@ fn main(machine: &Machine) {
     let start = free.start.next_multiple_of(BLOCK);
     assert!(start + count * size <= free.end, "this machine has too little memory");
     if !blocks {
-        calls();
+        calls(machine);
         phase::<0xa001>();
     } else {
         // Blocks are first touched outside any interval that counts.
@@ -90,7 +94,7 @@ fn touch(start: u64, count: u64, size: u64) {
     }
 }
 
-fn calls() {
+fn calls(machine: &Machine) {
     phase::<0xa007>();
     let page = memory::image().end.next_multiple_of(PAGE);
     memory::store64(page, 0);
@@ -110,6 +114,21 @@ fn calls() {
         let mut answer = psci::VERSION;
         measured!("hvc #0", inout("x0") answer, out("x1") _, out("x2") _, out("x3") _, clobber_abi("C"));
         assert_ne!(answer as i64, psci::NOT_SUPPORTED, "this firmware has no PSCI_VERSION");
+    }
+    if machine.argument("all").is_some() {
+        emulated(page);
+    }
+}
+
+/// What only a hypervisor that reads instructions or traps maintenance does.
+fn emulated(page: u64) {
+    phase::<0xa009>();
+    for _ in 0..CALLS {
+        measured!("dc civac, {}", in(reg) page);
+    }
+    phase::<0xa008>();
+    for _ in 0..CALLS {
+        measured!("ldp {:w}, {:w}, [{}]", out(reg) _, out(reg) _, in(reg) FR);
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Purpose: logs, panics and the guests' consoles go out of it, polled; what is typed comes in by interrupt.
 //!
-//! Protocol: one lock for output, so that lines of several CPUs do not mix. A panic takes no lock ([`Emergency`]): its
-//! output may cut a line in two, but it always comes. Input has one reader at a time, under its own lock.
+//! Protocol: one lock for output, so that lines of several CPUs do not mix. A record of the log has lines of its own, and
+//! repeats the line that it interrupted ([`Line`]). A panic takes no lock ([`Emergency`]): its output may cut a line in
+//! two, but it always comes. Input has one reader at a time, under its own lock.
 //!
 //! The registers are driven here and not by a crate, because the emergency path must work without the MMU, without
 //! atomics, and while another CPU is in the middle of anything.
@@ -17,6 +18,7 @@ use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::boot::BootInfo;
+use crate::line::Line;
 
 /// Data.
 const DR: u64 = 0x00;
@@ -44,7 +46,8 @@ const RX_INTERRUPTS: u32 = 1 << 4 | 1 << 6 | 1 << 10;
 
 /// Registers' address; zero before the device tree was read.
 static BASE: AtomicU64 = AtomicU64::new(0);
-static OUTPUT: Mutex<()> = Mutex::new(());
+/// What stands on the last line.
+static OUTPUT: Mutex<Line> = Mutex::new(Line::EMPTY);
 static INPUT: Mutex<()> = Mutex::new(());
 
 fn register_read(base: u64, register: u64) -> u32 {
@@ -85,14 +88,56 @@ fn put(byte: u8) {
 
 /// Writes bytes as they are, all of them before any other CPU's.
 pub fn write_bytes(bytes: &[u8]) {
-    let _turn = OUTPUT.lock();
-    bytes.iter().copied().for_each(put);
+    write_on(&mut OUTPUT.lock(), bytes);
+}
+
+fn write_on(line: &mut Line, bytes: &[u8]) {
+    for byte in bytes {
+        line.put(*byte);
+        put(*byte);
+    }
 }
 
 /// Writes text, with CR before each LF, all of it before any other CPU's.
 pub fn write_fmt(text: fmt::Arguments<'_>) {
-    let _turn = OUTPUT.lock();
-    Emergency::print(text);
+    print(&mut OUTPUT.lock(), text);
+}
+
+/// Writes a record on lines of its own.
+fn write_record(record: &log::Record<'_>) {
+    let mut line = OUTPUT.lock();
+    let interrupted = line.clone();
+    if interrupted.is_begun() {
+        write_on(&mut line, b"\r\n");
+    }
+    print(&mut line, format_args!("[{}] {}: {}\n", record.level(), record.target(), record.args()));
+    write_on(&mut line, interrupted.text());
+}
+
+fn print(line: &mut Line, text: fmt::Arguments<'_>) {
+    // A formatter that gives up cuts the text short; there is nobody left to tell.
+    if (Text { line }).write_fmt(text).is_err() {
+        b"<formatting failed>\r\n".iter().copied().for_each(put);
+    }
+}
+
+/// Text on a line, with CR before each LF.
+struct Text<'a> {
+    line: &'a mut Line,
+}
+
+impl fmt::Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for piece in text.as_bytes().split_inclusive(|byte| *byte == b'\n') {
+            let (body, end) = match piece.split_last() {
+                Some((b'\n', body)) => (body, &b"\r\n"[..]),
+                _ => (piece, &[][..]),
+            };
+            write_on(self.line, body);
+            write_on(self.line, end);
+        }
+        Ok(())
+    }
 }
 
 /// The console without its lock, for panics.
@@ -152,7 +197,7 @@ impl log::Log for Logger {
 
     fn log(&self, record: &log::Record<'_>) {
         if self.enabled(record.metadata()) {
-            write_fmt(format_args!("[{}] {}: {}\n", record.level(), record.target(), record.args()));
+            write_record(record);
         }
     }
 

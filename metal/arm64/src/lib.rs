@@ -47,6 +47,7 @@
 extern crate std;
 
 pub mod boot;
+mod line;
 pub mod operand;
 mod pool;
 

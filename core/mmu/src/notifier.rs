@@ -19,12 +19,12 @@
 
 use entresol_addr::{Gfn, GfnRange};
 use entresol_sync::atomic::{AtomicU64, Ordering, fence};
-use entresol_sync::{Mutex, planted};
+use entresol_sync::{Mutex, ordering, planted};
 
-/// Ended invalidations that can still be told apart by range.
-const HISTORY: u64 = 8;
+/// Ended invalidations that can still be told apart by range. Under loom so few that one is overwritten while it is read.
+const HISTORY: u64 = if cfg!(loom) { 2 } else { 8 };
 /// Invalidations that may be in progress at once.
-const IN_PROGRESS: usize = 8;
+const IN_PROGRESS: usize = if cfg!(loom) { 2 } else { 8 };
 
 /// A range that other CPUs read without a lock; `count` 0 means "none".
 struct Shared {
@@ -100,7 +100,7 @@ impl Notifier {
     /// Samples the sequence: before anything about the fault is decided.
     #[inline]
     pub fn sample(&self) -> Sample {
-        Sample(self.sequence.load(Ordering::Acquire))
+        Sample(self.sequence.load(ordering!(NotifierSample, Acquire, Relaxed)))
     }
 
     /// Whether anything in `range` changed, or is changing, since `sample`.
@@ -150,7 +150,7 @@ impl Notifier {
         let _writers = self.writers.lock();
         let ended = self.sequence.load(Ordering::Relaxed);
         self.history[(ended % HISTORY) as usize].set(invalidation.range);
-        self.sequence.store(ended + 1, Ordering::Release);
+        self.sequence.store(ended + 1, ordering!(NotifierEnd, Release, Relaxed));
         self.progress[invalidation.place].clear();
         self.active.fetch_sub(1, Ordering::SeqCst);
     }

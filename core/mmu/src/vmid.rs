@@ -20,7 +20,7 @@ use alloc::vec::Vec;
 use entresol_machine::{Machine, TlbOp, Vmid};
 use entresol_sync::atomic::{AtomicU64, Ordering, fence};
 use entresol_sync::epoch::MAX_CPUS;
-use entresol_sync::{Mutex, planted};
+use entresol_sync::{Mutex, ordering, planted};
 use entresol_table::VmidSource;
 
 use crate::OutOfHeap;
@@ -107,7 +107,7 @@ impl Vmids {
         self.active[cpu].store(identifier, Ordering::Release);
         // The other half of a table operation's barrier: it changes a word, then asks for the number. Either it sees
         // this number, or what runs under it sees the word.
-        fence(Ordering::SeqCst);
+        fence(ordering!(VmidLoad, SeqCst, AcqRel));
         number(identifier)
     }
 

@@ -7,7 +7,7 @@ use core::fmt;
 
 use entresol_addr::Gfn;
 use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use entresol_sync::{Epoch, Mutex, Pin, planted};
+use entresol_sync::{Epoch, Mutex, Pin, ordering, planted};
 
 use crate::set::Validity;
 use crate::{Generation, Mappings, ObjectId, ObjectShape, Set, Slot, SlotError, SlotRef, SlotRequest, Update};
@@ -144,7 +144,7 @@ impl Slots {
 
     #[inline]
     fn active(&self) -> (&Set, Generation) {
-        let state = self.state.load(Ordering::Acquire);
+        let state = self.state.load(ordering!(SlotsFind, Acquire, Relaxed));
         let set = if state & ACTIVE == 0 { &self.sets[0] } else { &self.sets[1] };
         (set, Generation::new(state >> 1))
     }
@@ -160,7 +160,7 @@ impl Slots {
         let state = self.state.load(Ordering::Relaxed);
         let next = state ^ ACTIVE;
         self.sets[(next & ACTIVE) as usize].replace(id, to);
-        self.state.store(next | IN_PROGRESS, Ordering::Release);
+        self.state.store(next | IN_PROGRESS, ordering!(SlotsPublish, Release, Relaxed));
         if !planted!(ZF1) {
             epoch.synchronize();
         }

@@ -8,6 +8,7 @@
 //! Protocol: `pin` stores the global count into the CPU's own word, then a full barrier; `advance` moves the global
 //! count, then a full barrier. One of the two sees the other (store buffering is excluded by the two barriers): either
 //! the pinned CPU already sees what was published before `advance`, or `is_over` sees it pinned at an older count.
+//! Both stores of a CPU's word are releases, because a later pin may be all that `is_over` sees of an earlier unpinning.
 //!
 //! Invariants: a CPU pins at most once at a time. Zero in a CPU's word means "not pinned".
 //! Lock order: none is taken.
@@ -15,10 +16,10 @@
 use core::marker::PhantomData;
 
 use crate::atomic::{AtomicU64, Ordering, fence};
-use crate::hint;
+use crate::{hint, ordering};
 
-/// The most CPUs that one machine may have.
-pub const MAX_CPUS: usize = 64;
+/// The most CPUs that one machine may have. Under loom as many as its tests have threads: each word is one more to try.
+pub const MAX_CPUS: usize = if cfg!(loom) { 3 } else { 64 };
 
 /// A CPU's word on a cache line of its own.
 #[repr(align(128))]
@@ -57,8 +58,9 @@ impl Epoch {
     pub fn pin(&self, cpu: usize) -> Pin<'_> {
         let word = &self.cpus[cpu].0;
         assert_eq!(word.load(Ordering::Relaxed), 0, "a CPU pins once at a time");
-        word.store(self.now.load(Ordering::Relaxed), Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        // Release: whoever sees this pin as a later one sees that the section before it has ended.
+        word.store(self.now.load(Ordering::Relaxed), ordering!(PinAgain, Release, Relaxed));
+        fence(ordering!(Pin, SeqCst, AcqRel));
         Pin { epoch: self, cpu, _not_send: PhantomData }
     }
 
@@ -73,7 +75,7 @@ impl Epoch {
     /// Whether every CPU pinned at `moment` or before has unpinned.
     pub fn is_over(&self, moment: Moment) -> bool {
         self.cpus.iter().all(|cpu| {
-            let pinned = cpu.0.load(Ordering::Acquire);
+            let pinned = cpu.0.load(ordering!(Over, Acquire, Relaxed));
             pinned == 0 || pinned > moment.0
         })
     }
@@ -104,7 +106,7 @@ impl Pin<'_> {
 impl Drop for Pin<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.epoch.cpus[self.cpu].0.store(0, Ordering::Release);
+        self.epoch.cpus[self.cpu].0.store(0, ordering!(Unpin, Release, Relaxed));
     }
 }
 

@@ -8,11 +8,11 @@
 //! The hypervisor masks interrupts at its own exception level, so no lock is ever taken by an interrupt handler on top
 //! of its holder.
 //!
-//! Protocol of the grace period: see [`epoch`]. Protocol of the lab: see `lab`.
+//! Protocol of the grace period: see [`epoch`]. Protocol of the lab: see `lab`; of weak orderings under loom: `weak`.
 #![no_std]
 #![forbid(unsafe_code)]
 
-#[cfg(feature = "lab")]
+#[cfg(any(feature = "lab", loom))]
 extern crate std;
 
 pub mod atomic;
@@ -22,15 +22,19 @@ pub mod hint;
 pub mod lab;
 pub mod tally;
 pub mod trace;
+#[cfg(loom)]
+pub mod weak;
 #[cfg(feature = "zoo")]
 pub mod zoo;
 
 pub use epoch::{Epoch, Pin};
-#[cfg(feature = "lab")]
+#[cfg(all(feature = "lab", not(loom)))]
 pub use lab::{Mutex, MutexGuard};
-#[cfg(not(feature = "lab"))]
+#[cfg(not(any(feature = "lab", loom)))]
 pub use spin::{Mutex, MutexGuard};
 pub use spin::{Once, RwLock};
+#[cfg(loom)]
+pub use weak::{Mutex, MutexGuard};
 
 /// Whether a bug of the zoo, named by a variant of `zoo::Bug`, is switched on. `false`, known to the compiler, wherever
 /// the feature `zoo` is not.

@@ -1,8 +1,8 @@
 //! Under which VMID a translation is cached.
 
 use entresol_machine::{Machine, TlbOp, Vmid};
-use entresol_sync::atomic::{Ordering, fence};
-use entresol_sync::planted;
+use entresol_sync::atomic::fence;
+use entresol_sync::{ordering, planted};
 
 /// Tells the VMID that a table's guest runs under, each time anew.
 ///
@@ -32,7 +32,7 @@ impl<F: Fn() -> Vmid> VmidSource for F {
 
 /// Invalidates and waits. Every word that the invalidation is for was changed before.
 pub(crate) fn flush<M: Machine, V: VmidSource>(machine: &M, vmid: &V, op: impl FnOnce(Vmid) -> TlbOp) {
-    fence(Ordering::SeqCst);
+    fence(ordering!(TableFlush, SeqCst, AcqRel));
     machine.tlb(op(vmid.vmid()));
     if !planted!(ZA7) {
         machine.complete();

@@ -123,7 +123,7 @@ impl Default for FrameMeta {
     }
 }
 
-const _: () = assert!(State::Absent.encode() == 0 && size_of::<FrameMeta>() == 12);
+const _: () = assert!(State::Absent.encode() == 0 && (size_of::<FrameMeta>() == 12 || cfg!(loom)));
 
 /// The frames of a machine by index.
 pub(crate) struct Frames {

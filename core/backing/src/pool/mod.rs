@@ -10,6 +10,9 @@
 //! Invariants: INV-7. Each frame is in exactly one [`meta::State`]; taking and giving check it with one exchange, in
 //! release builds too, so a frame given back twice, or by somebody who never had it, stops the machine at once.
 //! Lock order: deferred → a CPU's cache → buddy. No CPU holds two caches.
+//!
+//! Known holes: caches are emptied one after the other. Beside a CPU that fills its own meanwhile, [`OutOfMemory`] may be
+//! said although a frame was free all the time.
 
 mod buddy;
 mod deferred;

@@ -6,7 +6,8 @@ use entresol_machine::Machine;
 use entresol_slot::Slots;
 use entresol_table::{Format, Geometry, RootError, Table};
 
-use crate::{Host, Notifier, Options, Stats, Vm, VmVmid};
+use crate::dirty::Logs;
+use crate::{Host, Notifier, Options, OutOfHeap, Stats, Vm, VmVmid};
 
 /// Why a virtual machine was not created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub enum CreateError {
     },
     /// The slots could not be made.
     Slots(entresol_slot::CreateError),
+    /// The heap has no room for the places of dirty logs.
+    OutOfHeap,
     /// No frames for the root.
     OutOfMemory,
     /// The frames that the pool gave do not make a root.
@@ -41,6 +44,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         let geometry = format.geometry(ipa_bits).ok_or(CreateError::IpaBits { value: ipa_bits })?;
         let slots =
             Slots::with_capacity(options.slots, 1 << (u32::from(ipa_bits) - PAGE_SHIFT)).map_err(CreateError::Slots)?;
+        let logs = Logs::new(options.slots).map_err(|OutOfHeap| CreateError::OutOfHeap)?;
         let order = root_order(geometry);
         let first = host.pool.take(cpu, order).map_err(|_| CreateError::OutOfMemory)?;
         let root = PfnRange::new(first, geometry.root_frames()).expect("the pool's frames do not wrap");
@@ -49,6 +53,6 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
             CreateError::Root(error)
         })?;
         let (notifier, vmid, stats) = (Notifier::new(), VmVmid::new(), Stats::default());
-        Ok(Self { host, slots, table, notifier, vmid, options, stats })
+        Ok(Self { host, slots, table, notifier, vmid, logs, options, stats })
     }
 }

@@ -52,7 +52,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         Ok(())
     }
 
-    /// Stores `from` to guest memory at `gpa`.
+    /// Stores `from` to guest memory at `gpa`. Pages of slots that log become dirty.
     ///
     /// # Errors
     ///
@@ -73,6 +73,10 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 .ok_or(CopyError::Outside { gpa })?;
             let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();
             object.write(&self.host.supply(pin.cpu()), offset, part).map_err(|error| stopped(gpa, error))?;
+            // After the bytes: see `dirty`.
+            if slot.logs_dirty() {
+                self.logs.mark(&self.host.machine, pin.cpu(), &slot, gpa.frame());
+            }
             gpa = gpa.checked_add(part.len() as u64).ok_or(CopyError::Outside { gpa })?;
             rest = after;
         }

@@ -1,10 +1,10 @@
 //! The fault path, top to bottom.
 
 use entresol_addr::{Pfn, PfnRange};
-use entresol_backing::{GrantError, Memory, ObjectHandle, Order};
+use entresol_backing::{Grant, GrantError, Memory, ObjectHandle, Order};
 use entresol_fault::{Cause, Fault};
 use entresol_machine::{Features, Machine};
-use entresol_slot::Hint;
+use entresol_slot::{Hint, SlotRef};
 use entresol_sync::{Pin, planted};
 use entresol_table::{Format, MapError, Mapped, RelaxError, Reserve, Retired};
 
@@ -31,6 +31,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if fault.cause == Cause::AccessFlag {
             return self.make_young(fault);
         }
+        if slot.logs_dirty() {
+            return self.handle_logged(pin, hint, fault);
+        }
         let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())) else {
             return self.refused(Outcome::Exit(Reason::BadObject));
         };
@@ -49,11 +52,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if self.notifier.moved(sample, mapping.range()) || !self.slots.is_current(&slot, pin) {
             return self.retry();
         }
-        if grant.fresh {
-            self.stats.fresh.bump()
-        } else {
-            self.stats.populated.bump()
-        }
+        self.count_grant(&grant);
         match fault.cause {
             Cause::Permission { .. } => self.relax(fault, &mapping, features),
             _ => self.map(pin.cpu(), &mapping, features),
@@ -68,35 +67,60 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if let Some(outcome) = access::before_lookup(fault, self.machine_limit(), self.limit()) {
             return self.refused(outcome);
         }
-        let sample = self.notifier.sample();
-        let Some(slot) = self.slots.find(pin, fault.gfn(), hint) else {
-            return self.refused(access::outside(fault));
+        let (slot, _, mapping) = match self.decide(pin, hint, fault) {
+            Ok(decided) => decided,
+            Err(outcome) => return outcome,
         };
-        let write = fault.is_write();
-        if write && slot.is_read_only() {
-            return self.read_only(pin, fault);
+        if slot.logs_dirty() {
+            return self.publish_logged(pin, &slot, fault, &mapping);
         }
-        let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())) else {
-            return self.refused(Outcome::Exit(Reason::BadObject));
-        };
-        let grant = match object.grant_waiting(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write) {
-            Ok(grant) => grant,
-            Err(error) => return self.no_grant(pin, fault, error),
-        };
         let features = self.host.features();
-        let mapping = choose(&slot, &grant, fault, self.options.largest, features);
-        if self.notifier.moved(sample, mapping.range()) || !self.slots.is_current(&slot, pin) {
-            return self.retry();
-        }
         match self.map_with_tables(pin.cpu(), &mapping, features, 0) {
             Outcome::Retry => self.map_with_tables(pin.cpu(), &mapping, features, Reserve::MOST),
             outcome => outcome,
         }
     }
 
+    /// Everything up to the publication, off the hot path: slot, grant, mapping, and that nothing moved since. Waits for who
+    /// fills the same page.
+    pub(crate) fn decide(
+        &self,
+        pin: &Pin<'_>,
+        hint: &Hint,
+        fault: &Fault,
+    ) -> Result<(SlotRef, Grant, Mapping), Outcome> {
+        let sample = self.notifier.sample();
+        let Some(slot) = self.slots.find(pin, fault.gfn(), hint) else {
+            return Err(self.refused(access::outside(fault)));
+        };
+        let write = fault.is_write();
+        if write && slot.is_read_only() {
+            return Err(self.read_only(pin, fault));
+        }
+        let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())) else {
+            return Err(self.refused(Outcome::Exit(Reason::BadObject)));
+        };
+        let grant = object
+            .grant_waiting(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write)
+            .map_err(|error| self.no_grant(pin, fault, error))?;
+        if fault.is_fetch() && grant.memory == Memory::Device {
+            return Err(self.refused(Outcome::Inject(Abort::External)));
+        }
+        let mapping = choose(&slot, &grant, fault, self.options.largest, self.host.features());
+        if self.notifier.moved(sample, mapping.range()) || !self.slots.is_current(&slot, pin) {
+            return Err(self.retry());
+        }
+        Ok((slot, grant, mapping))
+    }
+
+    #[inline]
+    pub(crate) fn count_grant(&self, grant: &Grant) {
+        if grant.fresh { self.stats.fresh.bump() } else { self.stats.populated.bump() }
+    }
+
     /// A new entry.
     #[inline]
-    fn map(&self, cpu: usize, mapping: &Mapping, features: &Features) -> Outcome {
+    pub(crate) fn map(&self, cpu: usize, mapping: &Mapping, features: &Features) -> Outcome {
         self.stats.translation.bump();
         let mut reserve = Reserve::new();
         // Nearly always the tables are there: ask for them only when they are not.
@@ -109,15 +133,21 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     #[inline]
     fn try_map(&self, mapping: &Mapping, features: &Features, reserve: &mut Reserve) -> Result<Mapped, MapError> {
+        let mut prepare = self.prepare(mapping, features);
+        let flushes = self.flushes(&self.stats.tlb_ipa);
+        self.table.map(&self.host.machine, flushes, mapping.gfn, &mapping.leaf, reserve, &mut prepare)
+    }
+
+    /// What must be done to the memory before a new entry for it is seen.
+    #[inline]
+    pub(crate) fn prepare(&self, mapping: &Mapping, features: &Features) -> Prepare<'_, M> {
         let cacheable = mapping.leaf.memory == entresol_table::Memory::Normal;
-        let mut prepare = Prepare {
+        Prepare {
             machine: &self.host.machine,
             frames: PfnRange::block(mapping.leaf.pfn, mapping.leaf.size),
             clean: cacheable & !features.forced_write_back & !planted!(ZA1),
             icache: mapping.leaf.permissions.execute & !features.coherent_icache,
-        };
-        let flushes = self.flushes(&self.stats.tlb_ipa);
-        self.table.map(&self.host.machine, flushes, mapping.gfn, &mapping.leaf, reserve, &mut prepare)
+        }
     }
 
     /// The same with table pages in hand. A table that another vCPU splits meanwhile can raise the need: then the
@@ -144,7 +174,12 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     /// Puts `needed` zeroed frames into an empty reserve.
-    fn fill(&self, cpu: usize, reserve: &mut Reserve, needed: usize) -> Result<(), entresol_backing::OutOfMemory> {
+    pub(crate) fn fill(
+        &self,
+        cpu: usize,
+        reserve: &mut Reserve,
+        needed: usize,
+    ) -> Result<(), entresol_backing::OutOfMemory> {
         for _ in 0..needed.min(Reserve::MOST) {
             let frame = self.host.pool.take(cpu, Order::PAGE)?;
             self.host.machine.zero(PfnRange::single(frame));
@@ -157,7 +192,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// Wider permissions for an entry that is there.
     #[cold]
-    fn relax(&self, fault: &Fault, mapping: &Mapping, features: &Features) -> Outcome {
+    pub(crate) fn relax(&self, fault: &Fault, mapping: &Mapping, features: &Features) -> Outcome {
         self.stats.permission.bump();
         let frame = mapping.leaf.frame_of(fault.gfn());
         let add = mapping.leaf.permissions;
@@ -184,7 +219,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     #[inline]
-    fn installed(&self, mapped: Mapped) -> Outcome {
+    pub(crate) fn installed(&self, mapped: Mapped) -> Outcome {
         if !mapped.retired.is_empty() {
             self.retire(mapped.retired);
         }
@@ -198,7 +233,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     #[cold]
-    fn not_mapped(&self, error: MapError) -> Outcome {
+    pub(crate) fn not_mapped(&self, error: MapError) -> Outcome {
         match error {
             MapError::Present(_) => {
                 self.stats.spurious.bump();
@@ -237,7 +272,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// Frames whose grace period is over may be there yet.
     #[cold]
-    fn out_of_memory(&self, cpu: usize) -> Outcome {
+    pub(crate) fn out_of_memory(&self, cpu: usize) -> Outcome {
         if self.host.pool.reap(&self.host.epoch, cpu, usize::MAX) != 0 {
             return self.retry();
         }
@@ -245,7 +280,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     #[cold]
-    fn retry(&self) -> Outcome {
+    pub(crate) fn retry(&self) -> Outcome {
         self.stats.retry.bump();
         Outcome::Retry
     }

@@ -58,14 +58,17 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     ///
     /// [`InvalidateError`]; nothing changed.
     pub fn invalidate_range_start(&self, cpu: usize, range: GfnRange) -> Result<Invalidation, InvalidateError> {
-        if !self.everything().covers(range) {
-            return Err(InvalidateError::Outside { range });
-        }
+        self.check_range(range)?;
         let invalidation = self.notifier.start(range)?;
         self.host.epoch.synchronize();
         self.unmap(cpu, range);
         self.stats.invalidations.bump();
         Ok(invalidation)
+    }
+
+    /// Refuses what does not lie in the guest's address space.
+    pub(crate) fn check_range(&self, range: GfnRange) -> Result<(), InvalidateError> {
+        if self.everything().covers(range) { Ok(()) } else { Err(InvalidateError::Outside { range }) }
     }
 
     /// `invalidate_range_end`: the backing has its new state.
@@ -126,6 +129,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 .filter(|_| held)
                 .map(|object| ObjectShape { frames: object.frames(), private: false })
         };
+        let _logs = self.logs.owner();
         while self.notifier.is_active() {
             hint::spin_loop();
         }
@@ -153,7 +157,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             Update::Unchanged => Ok(Change::Nothing),
             Update::Publish(ready) => {
                 let change = ready.change();
+                self.make_log(cpu, change)?;
                 ready.commit();
+                self.log_changed(cpu, change);
                 if planted!(ZF6)
                     && let Change::Flags { to, .. } = change
                 {
@@ -163,11 +169,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             }
             Update::Withdraw(withdraw) => {
                 let change = withdraw.change();
+                self.make_log(cpu, change)?;
                 let ready = withdraw.invalidate();
                 if let Some(slot) = ready.withdrawn() {
                     self.unmap(cpu, slot.range());
                 }
                 ready.commit();
+                self.log_changed(cpu, change);
                 Ok(change)
             }
         }
@@ -176,12 +184,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// Ends the virtual machine: flushes its translations and gives its tables back. No vCPU of it runs any more. Its
     /// objects are their owner's.
     pub fn destroy(self, cpu: usize) {
-        let Self { host, table, stats, vmid, slots, .. } = self;
+        let Self { host, table, stats, vmid, slots, logs, .. } = self;
         {
             let pin = host.epoch.pin(cpu);
             for slot in slots.iter(&pin) {
                 let handle = ObjectHandle::from_raw(slot.object.get());
                 host.objects.release(handle).expect("a slot holds its object");
+                logs.free(&host.machine, slot.id, slot.count, &mut |frame| host.pool.give(cpu, frame, Order::PAGE));
             }
         }
         let geometry = table.geometry();

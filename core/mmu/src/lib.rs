@@ -12,10 +12,10 @@
 //! grace period makes step 5 and 6 one: a fault that asked before `start` has published before the unmap begins, and one
 //! that asks later sees it in progress (INV-3).
 //!
-//! Invariants: INV-1, INV-2, INV-3, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
-//! Lock order: slot update → notifier → object → pool. Faults take no lock but a pool's.
+//! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
+//! Lock order: dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
 //!
-//! Known holes: dirty tracking, the MMIO cache and page-frame caches are not here yet. An access that was found to lie
+//! Known holes: the MMIO cache and page-frame caches are not here yet. An access that was found to lie
 //! outside every slot is emulated after the pin ends; a slot made in between is met by the next access only (INV-9).
 #![no_std]
 #![forbid(unsafe_code)]
@@ -26,6 +26,7 @@ extern crate std;
 
 mod access;
 mod create;
+mod dirty;
 mod guest;
 mod handle;
 mod host;
@@ -37,11 +38,13 @@ mod outcome;
 mod stats;
 mod vm;
 mod vmid;
+mod young;
 
 #[cfg(test)]
 mod tests;
 
 pub use create::CreateError;
+pub use dirty::{LogError, RESERVE, Ring, RingEntry, RingFull, RingState, RingsError};
 pub use guest::CopyError;
 pub use host::Host;
 pub use invalidate::InvalidateError;

@@ -22,6 +22,17 @@ impl Mapping {
     pub fn range(&self) -> GfnRange {
         GfnRange::block(self.gfn, self.leaf.size)
     }
+
+    /// Only the page at `gfn`, which lies in it.
+    pub fn page(&self, gfn: Gfn) -> Self {
+        Self { gfn, leaf: Leaf { pfn: self.leaf.frame_of(gfn), size: PageSize::Size4K, ..self.leaf } }
+    }
+
+    /// The same without the permission to write.
+    pub fn read_only(&self) -> Self {
+        let permissions = self.leaf.permissions.without(Permissions::WRITE);
+        Self { leaf: Leaf { permissions, ..self.leaf }, ..*self }
+    }
 }
 
 /// The entry for `fault` at `gfn`, which lies in `slot` and is backed by `grant`.

@@ -52,6 +52,8 @@ pub struct Stats {
     pub outside: Counter,
     /// Aborts put into the guest by the pipeline.
     pub injected: Counter,
+    /// Pages of dirty logs that the owner took over and that were write-protected again.
+    pub reprotected: Counter,
     /// Invalidations through the notifier.
     pub invalidations: Counter,
     /// TLB invalidations of one address.

@@ -15,14 +15,14 @@ use proptest::prelude::*;
 
 use crate::{Abort, CopyError, Host, Maintenance, Options, Outcome, ReadOnlyIvac, Reason, Vm};
 
-const CPU: usize = 0;
-const RAM: u64 = 0x4000_0000;
-const OPTIONS: Options =
+pub(crate) const CPU: usize = 0;
+pub(crate) const RAM: u64 = 0x4000_0000;
+pub(crate) const OPTIONS: Options =
     Options { ipa_bits: 40, slots: 8, largest: PageSize::Size1G, read_only_ivac: ReadOnlyIvac::Abort };
 
-type TestVm<'h> = Vm<'h, FlatMachine, Stage2>;
+pub(crate) type TestVm<'h> = Vm<'h, FlatMachine, Stage2>;
 
-fn host_with(frames: u64, features: Features) -> Host<FlatMachine> {
+pub(crate) fn host_with(frames: u64, features: Features) -> Host<FlatMachine> {
     host_beside_rom(frames, 0, features)
 }
 
@@ -36,15 +36,15 @@ fn host_beside_rom(frames: u64, rom: u64, features: Features) -> Host<FlatMachin
     Host::new(machine, pool, Objects::with_capacity(8).unwrap()).unwrap()
 }
 
-fn coherent() -> Features {
+pub(crate) fn coherent() -> Features {
     Features { forced_write_back: true, coherent_icache: true, physical_bits: 44, vmid_bits: 16 }
 }
 
-fn host(frames: u64) -> Host<FlatMachine> {
+pub(crate) fn host(frames: u64) -> Host<FlatMachine> {
     host_with(frames, coherent())
 }
 
-fn vm<'h>(host: &'h Host<FlatMachine>) -> TestVm<'h> {
+pub(crate) fn vm<'h>(host: &'h Host<FlatMachine>) -> TestVm<'h> {
     Vm::new(host, CPU, Stage2 { fwb: host_fwb(host) }, OPTIONS).unwrap()
 }
 
@@ -53,16 +53,16 @@ fn host_fwb(host: &Host<FlatMachine>) -> bool {
     host.machine.features().forced_write_back
 }
 
-fn memory(host: &Host<FlatMachine>, frames: u64, policy: Policy) -> ObjectHandle {
+pub(crate) fn memory(host: &Host<FlatMachine>, frames: u64, policy: Policy) -> ObjectHandle {
     host.objects.create(&host.supply(CPU), Spec::Anonymous { frames, policy }).unwrap()
 }
 
-fn slot(id: u32, base: u64, frames: u64, object: ObjectHandle, flags: SlotFlags) -> SlotRequest {
+pub(crate) fn slot(id: u32, base: u64, frames: u64, object: ObjectHandle, flags: SlotFlags) -> SlotRequest {
     let object = ObjectId::new(object.raw());
     SlotRequest { id, base: Gpa::new(base), size: frames * PAGE_SIZE, object, offset: 0, flags: flags.bits() }
 }
 
-fn fault(gpa: u64, access: Access) -> Fault {
+pub(crate) fn fault(gpa: u64, access: Access) -> Fault {
     Fault {
         gpa: Gpa::new(gpa),
         access,
@@ -74,7 +74,7 @@ fn fault(gpa: u64, access: Access) -> Fault {
     }
 }
 
-fn touch(vm: &TestVm<'_>, gpa: u64, access: Access) -> Outcome {
+pub(crate) fn touch(vm: &TestVm<'_>, gpa: u64, access: Access) -> Outcome {
     vm.handle(&vm.host().epoch.pin(CPU), &Hint::new(), &fault(gpa, access))
 }
 

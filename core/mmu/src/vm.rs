@@ -6,6 +6,7 @@ use entresol_slot::Slots;
 use entresol_sync::planted;
 use entresol_table::{Census, Format, PageWork, Table, VmidSource};
 
+use crate::dirty::Logs;
 use crate::{Counter, Host, Notifier, ReadOnlyIvac, Stats, VmVmid};
 
 /// What an owner decides about a virtual machine's memory.
@@ -28,6 +29,7 @@ pub struct Vm<'h, M, F> {
     pub(crate) table: Table<F>,
     pub(crate) notifier: Notifier,
     pub(crate) vmid: VmVmid,
+    pub(crate) logs: Logs,
     pub(crate) options: Options,
     /// What happened so far.
     pub stats: Stats,

@@ -15,6 +15,8 @@ pub enum ErrorKind {
     Exists,
     /// `EFAULT`.
     BadAddress,
+    /// `ENOMEM`.
+    OutOfMemory,
 }
 
 /// A refused update. Nothing changed.
@@ -106,6 +108,11 @@ pub enum SlotError {
         /// One past the last byte of the address space.
         limit: u64,
     },
+    /// No frames for the dirty log of the slot.
+    NoLog {
+        /// Pages that it would have a bit for.
+        pages: u64,
+    },
 }
 
 impl SlotError {
@@ -114,6 +121,7 @@ impl SlotError {
         match self {
             Self::Overlaps { .. } => ErrorKind::Exists,
             Self::BeyondLimit { .. } => ErrorKind::BadAddress,
+            Self::NoLog { .. } => ErrorKind::OutOfMemory,
             _ => ErrorKind::InvalidArgument,
         }
     }
@@ -147,6 +155,9 @@ impl fmt::Display for SlotError {
                 "base {base:#x}: with size {size:#x} it must not overlap slot {other} ({other_size:#x} bytes at {other_base:#x})"
             ),
             Self::BeyondLimit { end, limit } => write!(f, "base: the end {end:#x} must not exceed {limit:#x}"),
+            Self::NoLog { pages } => {
+                write!(f, "flags dirty-log: a log of {pages} pages must fit into the machine's free frames")
+            }
         }
     }
 }

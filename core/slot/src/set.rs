@@ -107,6 +107,12 @@ impl Set {
         (slot.count != 0).then_some(slot)
     }
 
+    /// Slot `id`, if guest frames find it.
+    pub(crate) fn get_valid(&self, id: u16) -> Option<Slot> {
+        let (slot, validity) = self.cells.get(usize::from(id))?.load(id);
+        (slot.count != 0 && validity == Validity::Valid).then_some(slot)
+    }
+
     /// Some slot other than `except` that shares a frame with `range`.
     pub fn overlapping(&self, range: GfnRange, except: u16) -> Option<Slot> {
         // Slots do not overlap each other: of those that start before the range ends, only the last can reach into it.

@@ -89,6 +89,12 @@ impl Slots {
         Some(SlotRef { slot, generation })
     }
 
+    /// The valid slot numbered `id`.
+    pub fn get(&self, _pin: &Pin<'_>, id: u16) -> Option<SlotRef> {
+        let (set, generation) = self.active();
+        set.get_valid(id).map(|slot| SlotRef { slot, generation })
+    }
+
     /// Whether `slot` still says what the slots say, and no update is in progress. What is published before the pin
     /// ends is seen by the flush of every later update.
     #[inline]

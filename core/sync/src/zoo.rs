@@ -28,12 +28,18 @@ pub enum Bug {
     ZA8,
     /// Z-A9: an entry becomes executable without an instruction cache invalidation.
     ZA9,
+    /// Z-A10: a write fault makes an entry writable without setting the page's dirty bit.
+    ZA10,
     /// Z-A11: only a part of a block is cleaned.
     ZA11,
     /// Z-F1: the generation moves, and the update goes on, before the grace period is over.
     ZF1,
     /// Z-F2: an update that is given up leaves its slot invalid.
     ZF2,
+    /// Z-F3: the dirty log is cleared before the pages are write-protected again.
+    ZF3,
+    /// Z-F4: the end of what a ring entry names wraps, and is taken for a part of the slot.
+    ZF4,
     /// Z-F5: VMIDs are given out again without a flush.
     ZF5,
     /// Z-F6: an update of flags alone unmaps the slot.

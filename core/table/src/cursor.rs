@@ -8,7 +8,7 @@ use entresol_addr::{Gfn, GfnRange, Pfn};
 use entresol_machine::{Machine, Word};
 
 use crate::marker::Marker;
-use crate::{Entry, Format, LEAF_LEVEL, Table, index, shift};
+use crate::{Entry, Format, LEAF_LEVEL, Table, Walk, index, shift};
 
 /// Where a cursor stands.
 pub(crate) struct Place {
@@ -44,6 +44,12 @@ impl Hull {
         self.start = self.start.min(place.gfn.get());
         self.end = self.end.max(place.end());
         self.entries += 1;
+    }
+
+    pub(crate) fn join(&mut self, other: &Self) {
+        self.start = self.start.min(other.start);
+        self.end = self.end.max(other.end);
+        self.entries += other.entries;
     }
 
     pub(crate) fn entries(&self) -> u64 {
@@ -127,5 +133,61 @@ impl<'a, M: Machine, F: Format> Cursor<'a, M, F> {
             Marker::Frozen(_) => self.level = self.table.geometry().root_level(),
         }
         None
+    }
+}
+
+/// Looks entries up one by one, and remembers the last table of leaves for the next.
+pub(crate) struct Finder<'a, M, F> {
+    table: &'a Table<F>,
+    machine: &'a M,
+    /// Which frames the table translates, and where it is.
+    near: Option<(u64, Pfn)>,
+}
+
+impl<'a, M: Machine, F: Format> Finder<'a, M, F> {
+    pub(crate) fn new(table: &'a Table<F>, machine: &'a M) -> Self {
+        Self { table, machine, near: None }
+    }
+
+    /// The leaf behind `gfn`, or the word that an unmap in progress removed; `None` if nothing is there. Waits for a
+    /// claim, and walks anew where a table was unlinked.
+    pub(crate) fn find(&mut self, gfn: Gfn) -> Option<Place> {
+        if !self.table.geometry().contains(gfn) {
+            return None;
+        }
+        loop {
+            let at = self.look(gfn);
+            let place = Place {
+                word: at.word,
+                raw: at.raw,
+                level: at.level,
+                entry: at.entry,
+                gfn: Gfn::new(gfn.get() >> shift(at.level) << shift(at.level)),
+            };
+            match at.entry {
+                // A walk to the last level ends at no table.
+                Entry::Vacant | Entry::Table(_) => return None,
+                Entry::Leaf(_) => return Some(place),
+                Entry::Broken => match Marker::decode::<F>(at.raw) {
+                    Marker::Removed(_) => return Some(place),
+                    Marker::Claimed => entresol_sync::hint::spin_loop(),
+                    Marker::Frozen(_) => self.near = None,
+                },
+            }
+        }
+    }
+
+    fn look(&mut self, gfn: Gfn) -> Walk {
+        let number = gfn.get() >> shift(LEAF_LEVEL - 1);
+        if let Some((near, frame)) = self.near
+            && near == number
+        {
+            let word = Word::new(frame, index(gfn, LEAF_LEVEL));
+            let raw = self.machine.load(word);
+            return Walk { word, level: LEAF_LEVEL, raw, entry: self.table.format().decode(raw, LEAF_LEVEL) };
+        }
+        let at = self.table.descend(self.machine, gfn, LEAF_LEVEL);
+        self.near = (at.level == LEAF_LEVEL).then(|| (number, at.word.frame()));
+        at
     }
 }

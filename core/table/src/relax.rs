@@ -8,7 +8,7 @@ use entresol_addr::{Gfn, Pfn};
 use entresol_machine::{Machine, TlbOp};
 
 use crate::vmid::flush;
-use crate::{Entry, Format, Leaf, PageWork, Permissions, Table, VmidSource};
+use crate::{Entry, Format, Leaf, PageWork, Permissions, Table, VmidSource, Walk};
 
 /// Why an entry was not relaxed. Nothing was changed; unless it is `Outside`, the guest may try again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +44,25 @@ impl<F: Format> Table<F> {
         work: &mut W,
     ) -> Result<Leaf, RelaxError> {
         let at = self.walk(machine, gfn).ok_or(RelaxError::Outside { gfn })?;
+        self.relax_at(machine, vmid, gfn, &at, frame, add, work)
+    }
+
+    /// [`Self::relax`] of the entry that a walk for `gfn` ended at: for callers that decide by what is there.
+    ///
+    /// # Errors
+    ///
+    /// [`RelaxError`]; also if the entry is not what the walk saw any more.
+    #[allow(clippy::too_many_arguments, reason = "as above, and the walk")]
+    pub fn relax_at<M: Machine, V: VmidSource, W: PageWork>(
+        &self,
+        machine: &M,
+        vmid: V,
+        gfn: Gfn,
+        at: &Walk,
+        frame: Pfn,
+        add: Permissions,
+        work: &mut W,
+    ) -> Result<Leaf, RelaxError> {
         let old = match at.entry {
             Entry::Leaf(leaf) if leaf.frame_of(gfn) == frame => leaf,
             Entry::Broken => return Err(RelaxError::Busy),

@@ -5,7 +5,7 @@
 use entresol_addr::{Gfn, GfnRange};
 use entresol_machine::{Machine, TlbOp};
 
-use crate::cursor::{Cursor, Hull, Place};
+use crate::cursor::{Cursor, Finder, Hull, Place};
 use crate::vmid::flush;
 use crate::{Entry, Format, Leaf, Permissions, Table, VmidSource};
 
@@ -20,7 +20,7 @@ pub enum Straddle {
 
 impl<F: Format> Table<F> {
     /// Removes permissions from the leaves of `range`, in place, and flushes. When it returns, no CPU uses one of
-    /// them any more, also where another CPU removed it just before. Returns how many leaves changed.
+    /// them any more, also where another CPU removed it, or the whole leaf, just before. Returns how many leaves changed.
     ///
     /// Nothing is split: the next fault on a block decides that.
     pub fn protect<M: Machine, V: VmidSource>(
@@ -32,7 +32,7 @@ impl<F: Format> Table<F> {
         straddle: Straddle,
     ) -> u64 {
         let (mut seen, mut changed) = (Hull::new(), 0);
-        self.each_leaf(machine, range, |place, leaf, covered| {
+        let removed = self.each_leaf(machine, range, |place, leaf, covered| {
             if !covered && straddle == Straddle::Skip {
                 return true;
             }
@@ -47,6 +47,38 @@ impl<F: Format> Table<F> {
             seen.include(place);
             true
         });
+        seen.join(&removed);
+        if let Some(range) = seen.range() {
+            flush(machine, &vmid, |vmid| TlbOp::Range { vmid, range });
+        }
+        changed
+    }
+
+    /// The same for the leaves behind single frames, and nothing beside them but the rest of a block. Fast where
+    /// neighbours follow each other.
+    pub fn protect_frames<M: Machine, V: VmidSource>(
+        &self,
+        machine: &M,
+        vmid: V,
+        frames: impl Iterator<Item = Gfn>,
+        remove: Permissions,
+    ) -> u64 {
+        let (mut seen, mut changed, mut finder) = (Hull::new(), 0, Finder::new(self, machine));
+        for gfn in frames {
+            while let Some(place) = finder.find(gfn) {
+                if let Entry::Leaf(leaf) = place.entry {
+                    let permissions = leaf.permissions.without(remove);
+                    if permissions != leaf.permissions {
+                        if !self.update(machine, &place, &Leaf { permissions, ..leaf }) {
+                            continue;
+                        }
+                        changed += 1;
+                    }
+                }
+                seen.include(&place);
+                break;
+            }
+        }
         if let Some(range) = seen.range() {
             flush(machine, &vmid, |vmid| TlbOp::Range { vmid, range });
         }
@@ -91,8 +123,15 @@ impl<F: Format> Table<F> {
     }
 
     /// Walks the leaves of `range`. `f` gets each with its place and whether all of it is in the range, and says
-    /// whether it is done with it; if not, because the word changed, the word is looked at again.
-    fn each_leaf<M: Machine>(&self, machine: &M, range: GfnRange, mut f: impl FnMut(&Place, Leaf, bool) -> bool) {
+    /// whether it is done with it; if not, because the word changed, the word is looked at again. Returns what unmaps
+    /// in progress have removed and may not have flushed yet.
+    fn each_leaf<M: Machine>(
+        &self,
+        machine: &M,
+        range: GfnRange,
+        mut f: impl FnMut(&Place, Leaf, bool) -> bool,
+    ) -> Hull {
+        let mut removed = Hull::new();
         let mut cursor = Cursor::new(self, machine, range);
         while let Some(place) = cursor.peek() {
             match place.entry {
@@ -105,11 +144,13 @@ impl<F: Format> Table<F> {
                 }
                 Entry::Broken => {
                     if cursor.meet(place.raw).is_some() {
+                        removed.include(&place);
                         cursor.advance();
                     }
                 }
             }
         }
+        removed
     }
 
     /// Replaces the leaf at `place` in place, if it is still the one that was seen there.

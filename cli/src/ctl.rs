@@ -46,6 +46,11 @@ pub enum Command {
         /// Its name
         vm: String,
     },
+    /// Take what a virtual machine stored in its zones of coalesced MMIO, and how often its doorbells rang
+    Posted {
+        /// Its name
+        vm: String,
+    },
     /// Stop a virtual machine's vCPUs until `resume`
     Pause {
         /// Its name
@@ -125,6 +130,13 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
         Command::Slots { vm } => {
             let rows = client.slots(&vm)?;
             out.answer(&rows, || table::slots(&rows))?;
+        }
+        Command::Posted { vm } => {
+            let op = Op::Posted { vm: vm.into() };
+            match client.call(op.clone())? {
+                Answer::Posted(posted) => out.answer(&posted, || table::posted(&posted))?,
+                other => return Err(unexpected(&op, &other).into()),
+            }
         }
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,

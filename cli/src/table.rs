@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use entresol_wire::config::format_size;
-use entresol_wire::control::{SlotRow, Stats, VmRow};
+use entresol_wire::control::{Posted, SlotRow, Stats, VmRow};
 
 /// Columns whose numbers are easier to compare with their last digits above each other.
 fn table(header: &[&str], right: &[usize]) -> Table {
@@ -64,6 +64,19 @@ pub fn stats(stats: &Stats<'_>) -> String {
     let exits = stats.exits.iter().map(|(reason, count)| ("exits", reason.as_ref(), *count));
     for (what, kind, count) in fixed.into_iter().chain(exits) {
         table.add_row([what, kind, &count.to_string()]);
+    }
+    text(&table)
+}
+
+/// `posted`.
+pub fn posted(posted: &Posted) -> String {
+    let mut table = table(&["WHAT", "ADDRESS", "SIZE", "VALUE"], &[1, 2, 3]);
+    for write in &posted.writes {
+        let (address, size) = (format!("{:#x}", write.address), write.size.to_string());
+        table.add_row(["write", &address, &size, &write.value.to_string()]);
+    }
+    for bell in &posted.doorbells {
+        table.add_row(["rings", &format!("{:#x}", bell.address), "-", &bell.rings.to_string()]);
     }
     text(&table)
 }

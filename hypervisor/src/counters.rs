@@ -25,6 +25,8 @@ reasons! {
     InstructionAbort = "instruction-abort",
     /// Of the aborts: an access to a device or to nothing.
     Mmio = "mmio",
+    /// Of the aborts: a store to a zone of coalesced MMIO or to a doorbell.
+    Posted = "posted",
     /// Of the aborts: an access that the hardware did not describe.
     NoSyndrome = "no-syndrome",
     /// Of those: an access whose instruction is not decoded either.

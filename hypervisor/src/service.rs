@@ -4,12 +4,15 @@
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_metal_arm64::cpu;
+use entresol_mmu::CoalescedRing;
 
 use crate::sched::VcpuRef;
 
 /// Takes the second-stage entries of a range away: X1 its first byte, X2 its length in bytes, both page-aligned. Contents
 /// stay. Answers 0, or [`INVALID`].
 const ZAP: u32 = 0xc600_0001;
+/// Takes the coalesced writes that wait. Answers how many.
+const DRAIN: u32 = 0xc600_0002;
 /// An argument breaks a rule.
 const INVALID: u64 = -2i64 as u64;
 
@@ -21,6 +24,7 @@ pub fn call(vcpu: &VcpuRef, function: u32, x1: u64, x2: u64) -> Option<u64> {
     }
     match function {
         ZAP => Some(zap(vcpu, x1, x2)),
+        DRAIN => Some(core::iter::from_fn(|| vcpu.vm.posted.take()).take(CoalescedRing::ROOM).count() as u64),
         _ => None,
     }
 }

@@ -15,6 +15,7 @@ mod linux;
 pub mod machine;
 mod mmio;
 pub mod owner;
+mod posted;
 mod programs;
 pub mod transcript;
 
@@ -171,6 +172,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "bare_mmio_of_every_kind",
         about: "the same guest without the hypervisor: what it expects is what the architecture says",
         run: mmio::bare_mmio_of_every_kind,
+    },
+    SystemTest {
+        name: "posted_stores_reach_the_owner",
+        about: "coalesced writes arrive once and in order, a full ring stops the VM, doorbells are told",
+        run: posted::posted_stores_reach_the_owner,
     },
     SystemTest {
         name: "owner_stops_on_what_is_not_emulated",

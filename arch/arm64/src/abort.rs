@@ -135,6 +135,36 @@ pub const fn fault(esr: u64, far: u64, hpfar: u64) -> Fault {
     }
 }
 
+/// A store of one general register to where nothing is mapped, whole in its syndrome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Store {
+    /// Where.
+    pub gpa: Gpa,
+    /// Bytes: 1, 2, 4 or 8.
+    pub size: u8,
+    /// The register.
+    pub register: u8,
+}
+
+/// The page that HPFAR_EL2 names, where it is valid.
+#[inline]
+pub const fn page(hpfar: u64) -> Gpa {
+    Gpa::new((hpfar & HPFAR_ADDRESS) << 8)
+}
+
+/// The store behind a data abort from a lower exception level, if it is one: a translation fault by a write that is
+/// described (ISV), and neither maintenance nor a walk. `esr` is of a data abort; then HPFAR_EL2 is valid.
+#[inline]
+pub const fn described_store(esr: u64, far: u64, hpfar: u64) -> Option<Store> {
+    const LOOKED_AT: u64 =
+        bit::TRANSFER_VALID | bit::FAR_NOT_VALID | bit::CACHE_MAINTENANCE | bit::STAGE1_WALK | bit::WRITE | 0b11_1100;
+    if esr & LOOKED_AT != bit::TRANSFER_VALID | bit::WRITE | status::TRANSLATION as u64 {
+        return None;
+    }
+    let Transfer { size, register, .. } = transfer(esr);
+    Some(Store { gpa: Gpa::new((hpfar & HPFAR_ADDRESS) << 8 | far & 0xfff), size, register })
+}
+
 /// SAS 23:22, SSE 21, SRT 20:16, SF 15; meaningful if ISV is 1.
 #[inline]
 const fn transfer(esr: u64) -> Transfer {
@@ -163,6 +193,20 @@ mod tests {
         assert_eq!((fault.access, fault.cause), (Access::Write, Cause::Translation));
         assert_eq!(fault.transfer, Some(Transfer { size: 4, sign_extend: false, register: 3, wide: false }));
         assert!(!fault.stage1_walk && !fault.cache_maintenance && fault.is_write());
+    }
+
+    proptest! {
+        /// The short way says what the long one does, and takes nothing else.
+        #[test]
+        fn a_described_store_is_the_fault_that_it_is(esr in 0u64..1 << 25, far: u64, hpfar: u64) {
+            let esr = DATA | esr;
+            let fault = fault(esr, far, hpfar);
+            let plain = fault.access == Access::Write && fault.cause == Cause::Translation && esr & 0x3f != 43;
+            let ours = plain && !fault.stage1_walk && !fault.cache_maintenance && esr & 1 << 10 == 0;
+            let expected = fault.transfer.filter(|_| ours);
+            let expected = expected.map(|it| Store { gpa: fault.gpa, size: it.size, register: it.register });
+            prop_assert_eq!(described_store(esr, far, hpfar), expected);
+        }
     }
 
     #[test]

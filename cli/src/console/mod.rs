@@ -227,7 +227,11 @@ impl Session<'_> {
                 self.say(format_args!("{vm} is {end}"));
             }
             // Of a console that was attached before, or of another VM.
-            Event::Console { .. } | Event::Dropped { .. } | Event::InputReady { .. } | Event::State { .. } => (),
+            Event::Console { .. }
+            | Event::Dropped { .. }
+            | Event::InputReady { .. }
+            | Event::Doorbell { .. }
+            | Event::State { .. } => (),
         }
         Ok(None)
     }

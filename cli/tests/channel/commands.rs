@@ -32,6 +32,13 @@ db    paused (OutOfMemory)      2    512M        8K
     assert_eq!((text(&ps.stdout), ps.status.code()), (table, Some(0)));
     let stats = ctl(&fake, &["stats", "web"]);
     assert!(text(&stats.stdout).lines().any(|line| line.split_whitespace().eq(["exits", "wfi", "6"])));
+    let posted = ctl(&fake, &["posted", "web"]);
+    let table = "\
+WHAT     ADDRESS  SIZE  VALUE
+write  0xc000000     4   0x2a
+rings  0xc001000     -      7
+";
+    assert_eq!((text(&posted.stdout), posted.status.code()), (table, Some(0)));
     let slots = ctl(&fake, &["slots", "web"]);
     assert_eq!(text(&slots.stdout).lines().count(), 1 + 3);
 }

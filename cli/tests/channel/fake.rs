@@ -141,6 +141,7 @@ impl Guest {
             Op::Ps => self.respond(id, Ok(Answer::Ps(vec![row("web", State::Running), row("db", State::Paused)]))),
             Op::Stats { .. } => self.respond(id, Ok(Answer::Stats(Box::new(stats())))),
             Op::Slots { from, .. } => self.respond(id, Ok(Answer::Slots(page(*from)))),
+            Op::Posted { .. } => self.respond(id, Ok(Answer::Posted(posted()))),
             Op::Console { vm } => {
                 self.vm = Some(vm.to_string());
                 self.respond(id, Ok(Answer::Done));
@@ -196,6 +197,11 @@ fn row(name: &'static str, state: State) -> VmRow<'static> {
 
 fn stats() -> Stats<'static> {
     Stats { table_pages: 5, exits: [("wfi".into(), 6)].into(), ..Stats::default() }
+}
+
+fn posted() -> Posted {
+    let write = PostedWrite { address: 0x0c00_0000, size: 4, value: Hex(0x2a) };
+    Posted { writes: vec![write], doorbells: vec![Rings { address: 0x0c00_1000, rings: 7 }] }
 }
 
 /// Three slots, two at a time.

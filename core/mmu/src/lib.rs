@@ -25,6 +25,7 @@ extern crate alloc;
 extern crate std;
 
 mod access;
+mod coalesced;
 mod create;
 mod dirty;
 mod guest;
@@ -43,6 +44,7 @@ mod young;
 #[cfg(test)]
 mod tests;
 
+pub use coalesced::{CoalescedRing, CoalescedWrite, Full};
 pub use create::CreateError;
 pub use dirty::{LogError, RESERVE, Ring, RingEntry, RingFull, RingState, RingsError};
 pub use guest::CopyError;

@@ -32,6 +32,8 @@ pub enum Bug {
     ZA10,
     /// Z-A11: only a part of a block is cleaned.
     ZA11,
+    /// Z-B6: the ring of coalesced writes computes its distances modulo 2^32.
+    ZB6,
     /// Z-F1: the generation moves, and the update goes on, before the grace period is over.
     ZF1,
     /// Z-F2: an update that is given up leaves its slot invalid.

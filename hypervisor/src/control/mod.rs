@@ -126,6 +126,13 @@ pub fn printed(number: usize) {
     }
 }
 
+/// A doorbell rang. The work finds out whether it is one of the attached virtual machine.
+pub fn rung() {
+    if ATTACHED.load(Ordering::SeqCst) != NOBODY {
+        host_work::raise(Work::Control);
+    }
+}
+
 /// Virtual machine `number` has room for input.
 pub fn input_wanted(number: usize) {
     if ATTACHED.load(Ordering::Relaxed) == number {
@@ -180,6 +187,7 @@ fn describe(status: Status) -> (State, Option<Reason>) {
         Status::Paused(Pause::NotStarted) => named(State::Paused, "NotStarted"),
         Status::Paused(Pause::Owner) => named(State::Paused, "Owner"),
         Status::Paused(Pause::OutOfMemory) => named(State::Paused, "OutOfMemory"),
+        Status::Paused(Pause::CoalescedFull) => named(State::Paused, "CoalescedFull"),
         Status::Stopped(Stop::PowerOff) => named(State::Stopped, "PowerOff"),
         Status::Stopped(Stop::Reset) => named(State::Stopped, "Reset"),
         Status::Stopped(Stop::Killed) => named(State::Stopped, "Killed"),

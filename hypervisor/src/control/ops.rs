@@ -13,11 +13,14 @@ use alloc::vec::Vec;
 use entresol_addr::{PAGE_SIZE, PageSize};
 use entresol_backing::{Kind, ObjectHandle};
 use entresol_metal_arm64::cpu;
+use entresol_mmu::CoalescedRing;
 use entresol_slot::{Slot, SlotFlags};
 use entresol_sync::atomic::Ordering;
 use entresol_wire::Refusal;
+use entresol_wire::config::MAX_DOORBELLS;
 use entresol_wire::control::{
-    Answer, Code, Entries, Error, Faults, Hello, Op, SLOTS_PER_ANSWER, SlotPage, SlotRow, Stats, Tlb, VmRow,
+    Answer, Code, Entries, Error, Faults, Hello, Hex, Op, POSTED_WRITES, Posted, PostedWrite, Rings, SLOTS_PER_ANSWER,
+    SlotPage, SlotRow, Stats, Tlb, VmRow,
 };
 
 use super::session::Attached;
@@ -54,6 +57,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Ps => Answer::Ps(ps()?).into(),
         Op::Stats { vm } => Answer::Stats(Box::new(stats(&*alive(vm)?))).into(),
         Op::Slots { vm, from } => Answer::Slots(slots(&*alive(vm)?, *from)?).into(),
+        Op::Posted { vm } => Answer::Posted(posted(&*alive(vm)?)?).into(),
         Op::Pause { vm } => pause(vm)?.into(),
         Op::Resume { vm } => resume(vm)?.into(),
         Op::Kill { vm } => {
@@ -193,6 +197,23 @@ fn slot_row(slot: &Slot, kind: &'static str) -> SlotRow<'static> {
         kind: Cow::Borrowed(kind),
         flags: set.map(|(_, name)| Cow::Borrowed(*name)).collect(),
     }
+}
+
+const _: () = assert!(POSTED_WRITES == CoalescedRing::ROOM, "one answer empties the ring");
+
+/// Takes what was posted: room for it first, so that nothing that is taken is lost.
+fn posted(vm: &Vm) -> Result<Posted, Error> {
+    let (mut writes, mut doorbells) = (Vec::new(), Vec::new());
+    writes.try_reserve_exact(POSTED_WRITES).map_err(|_| no_memory())?;
+    doorbells.try_reserve_exact(MAX_DOORBELLS).map_err(|_| no_memory())?;
+    let taken = core::iter::from_fn(|| vm.posted.take()).take(POSTED_WRITES);
+    writes.extend(taken.map(|write| PostedWrite {
+        address: write.gpa().get(),
+        size: write.data().len() as u32,
+        value: Hex(write.data().iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))),
+    }));
+    doorbells.extend(vm.posted.take_rings().map(|(address, rings)| Rings { address, rings }));
+    Ok(Posted { writes, doorbells })
 }
 
 /// Answered when no vCPU runs any more.

@@ -199,6 +199,10 @@ impl Session {
             self.writer.tell(Event::InputReady { vm: attached.name.as_str().into() });
             self.writer.push(channel);
         }
+        if self.writer.has_room() && registry::find(attached.number).is_some_and(|vm| vm.posted.heard()) {
+            self.writer.tell(Event::Doorbell { vm: attached.name.as_str().into() });
+            self.writer.push(channel);
+        }
         // After its output: a client leaves when it hears that the virtual machine has ended.
         if self.writer.has_room() {
             tell_state(attached, &mut self.writer);

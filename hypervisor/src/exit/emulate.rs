@@ -36,12 +36,12 @@ use entresol_mmu::{Abort, CopyError};
 use entresol_wire::config::NoSyndrome;
 
 use super::walk::{self, Untranslated};
-use super::{Next, maintenance, memory, mmio, undefined};
+use super::{Next, maintenance, memory, mmio, posted, undefined};
 use crate::counters::Reason;
 use crate::host;
 use crate::sched::{Leave, VcpuRef};
 use crate::vcpu::State;
-use crate::vm::{Claim, Crash, Pause};
+use crate::vm::{Claim, Crash, Pause, Store};
 
 /// Why an access was not carried out. Nothing of it shows.
 enum Stop {
@@ -53,6 +53,8 @@ enum Stop {
     OutOfMemory,
     /// The guest's memory changed meanwhile: it tries again.
     Again,
+    /// The owner has to take coalesced writes first.
+    Full,
 }
 
 type Bytes = [u8; MAX_BYTES];
@@ -77,6 +79,7 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
             vcpu.vm.pause(Pause::OutOfMemory);
             Next::Leave(Leave::Park)
         }
+        Err(Stop::Full) => posted::wait_for_room(&vcpu.vm),
         Err(Stop::NoSyndrome(instruction)) => refuse(vcpu, state, fault, far, instruction),
     }
 }
@@ -177,6 +180,12 @@ fn move_registers(
     let part = Part { address, length, element: transfer.size, write: !transfer.load };
     let span = Span::new(vcpu, state, fit, part, transfer.unprivileged)?;
     if span.is_by_registers() {
+        if part.write
+            && transfer.second.is_none()
+            && let Some(look) = post(vcpu, state, &span, transfer)?
+        {
+            return Ok(look);
+        }
         span.is_answered(vcpu)?;
         return move_each(vcpu, state, &span, transfer);
     }
@@ -195,6 +204,21 @@ fn move_registers(
         write_register(state, transfer.bank, second, transfer.loaded(&bytes, 1, big_endian));
     }
     Ok(look)
+}
+
+/// A store of one register to a zone of coalesced MMIO or to a doorbell; `None` if it is to neither.
+fn post(vcpu: &VcpuRef, state: &State, span: &Span, transfer: &Transfer) -> Result<Option<bool>, Stop> {
+    let gpa = Gpa::new(span.first.base() | span.part.address & (PAGE_SIZE - 1));
+    if !vcpu.vm.posted.may_cover(gpa) {
+        return Ok(None);
+    }
+    let [value, _] = read_register(state, transfer.bank, transfer.first);
+    match vcpu.vm.posted.store(gpa, transfer.size, mmio::order(state, value, transfer.size)) {
+        Store::Elsewhere => Ok(None),
+        Store::Full => Err(Stop::Full),
+        Store::Done => Ok(Some(false)),
+        Store::Signalled => Ok(Some(true)),
+    }
 }
 
 /// Step 5 where each register is one access.

@@ -6,7 +6,7 @@ use entresol_fault::{Access, Fault};
 use entresol_metal_arm64::exit::{self as hardware, Rights};
 use entresol_mmu::{Abort, Outcome, Reason};
 
-use super::{Next, mmio, undefined, walk};
+use super::{Next, mmio, posted, undefined, walk};
 use crate::host;
 use crate::sched::{Leave, VcpuRef};
 use crate::vcpu::State;
@@ -22,6 +22,11 @@ pub fn abort(cpu: usize, vcpu: &VcpuRef, state: &mut State, esr: u64) -> Next {
     let hpfar = if abort::hpfar_is_valid(esr) { Some(hardware::hpfar()) } else { translate(far) };
     // The guest's own tables changed meanwhile: it faults again, or not.
     let Some(hpfar) = hpfar else { return Next::Look };
+    if vcpu.vm.posted.may_cover(abort::page(hpfar))
+        && let Some(next) = posted::described(vcpu, state, esr, far, hpfar)
+    {
+        return next;
+    }
     let fault = abort::fault(esr, far, hpfar);
     let outcome = {
         let pin = host::get().epoch.pin(cpu);

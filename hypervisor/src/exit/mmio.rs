@@ -4,7 +4,7 @@
 //! Everything else goes to [`emulate`], and so does what may be only the second half of an access: hardware reports one that
 //! crosses into a page without memory with that page's first address.
 
-use entresol_addr::PAGE_SIZE;
+use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_arch_arm64::instruction::data;
 use entresol_fault::{Access, Fault, Transfer};
 use entresol_metal_arm64::exit::{self as hardware, Rights};
@@ -52,14 +52,19 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
     }
 }
 
+/// Whether an access of `size` bytes that faulted at `gpa`, virtually at `far`, is aligned and begins there.
+#[inline]
+pub fn begins_there(gpa: Gpa, size: u8, far: u64) -> bool {
+    let address = gpa.get();
+    let first_of_page = address & (PAGE_SIZE - 1) == 0 && size > 1;
+    address & (u64::from(size) - 1) == 0 && !(first_of_page && may_begin_before(far))
+}
+
 /// Whether the access is one that a device answers at once: aligned, and beginning where the fault is. Only Normal memory
 /// takes others, and AArch32 code is not decoded.
 #[inline]
 fn is_whole(state: &State, fault: &Fault, transfer: &Transfer, far: u64) -> bool {
-    let address = fault.gpa.get();
-    let aligned = address & (u64::from(transfer.size) - 1) == 0;
-    let first_of_page = address & (PAGE_SIZE - 1) == 0 && transfer.size > 1;
-    (aligned && !(first_of_page && may_begin_before(far))) || state.regs.pstate & PSTATE_AARCH32 != 0
+    begins_there(fault.gpa, transfer.size, far) || state.regs.pstate & PSTATE_AARCH32 != 0
 }
 
 /// Whether an access that faults at the first byte of a page may have begun in the page before: stage 1 refuses that on

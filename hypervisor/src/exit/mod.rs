@@ -13,6 +13,7 @@ pub mod interrupts;
 mod maintenance;
 mod memory;
 mod mmio;
+mod posted;
 mod registers;
 pub mod timers;
 mod undefined;

@@ -29,7 +29,7 @@ use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry};
 use super::devices::Devices;
 use super::lines::Link;
 use super::memory::BootMemory;
-use super::{ID_REGISTERS, OutOfHeap, Overlay, Pause, Status, Vm};
+use super::{ID_REGISTERS, OutOfHeap, Overlay, Pause, Posted, Status, Vm};
 use crate::console::Terminal;
 use crate::counters::Counters;
 use crate::entropy;
@@ -103,6 +103,7 @@ fn assemble(
     let mut all = Vec::new();
     all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
     all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
+    let posted = Posted::new(config)?;
     let ram = create_ram(config)?;
     let (memory, vtcr) = create_memory(config, ram).inspect_err(|_| destroy_ram(ram))?;
     if let Err(error) = sched::reserve(vcpus) {
@@ -116,6 +117,7 @@ fn assemble(
         memory: ManuallyDrop::new(memory),
         gic,
         counters: Counters::default(),
+        posted,
         unclaimed: Counter::new(),
         devices,
         ram,

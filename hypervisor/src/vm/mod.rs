@@ -13,6 +13,7 @@ mod devices;
 mod lines;
 mod memory;
 mod overlay;
+mod posted;
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -41,6 +42,7 @@ use devices::Devices;
 pub use build::BuildError;
 pub use devices::Claim;
 pub use overlay::Overlay;
+pub use posted::{Posted, Store};
 
 /// The heap has no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub enum Pause {
     Owner,
     /// A page was needed and there is no frame.
     OutOfMemory,
+    /// Its coalesced writes have filled their ring.
+    CoalescedFull,
 }
 
 /// How a virtual machine ended by its own doing.
@@ -125,6 +129,8 @@ pub struct Vm {
     pub counters: Counters,
     /// Accesses that no memory and no device served.
     pub unclaimed: Counter,
+    /// Its zones of coalesced MMIO, and its doorbells.
+    pub posted: Posted,
     pub(crate) devices: Devices,
     ram: ObjectHandle,
     vcpus: Box<[Vcpu]>,

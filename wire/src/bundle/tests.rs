@@ -20,6 +20,8 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
         initrd: None,
         cmdline: "console=ttyAMA0 \"quoted\"\n".into(),
         disks,
+        coalesced_mmio: Vec::new(),
+        doorbells: Vec::new(),
         policies: Default::default(),
         autostart: true,
     }

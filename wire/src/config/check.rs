@@ -5,8 +5,9 @@ use alloc::string::String;
 use core::fmt;
 
 use super::{
-    Config, Console, Disk, MAX_CMDLINE, MAX_DISKS, MAX_NAME, MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_VCPUS, MAX_VMS,
-    MEMORY_GRANULE, MIN_OUTER_MEMORY, Outer, SECTOR, Vm, format_size,
+    CoalescedZone, Config, Console, Disk, MAX_CMDLINE, MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_NAME,
+    MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_OUTER_MEMORY, OWNERS_WINDOW, Outer,
+    SECTOR, Vm, format_size,
 };
 use crate::Refusal;
 
@@ -34,6 +35,7 @@ impl<F: fmt::Display> Config<F> {
             memory(&at, vm.memory, self.outer.memory)?;
             vcpus(&at, i64::from(vm.vcpus))?;
             cmdline(&at, &vm.cmdline)?;
+            owners_window(&at, vm)?;
             files(&at, vm, length)?;
         }
         Ok(())
@@ -120,6 +122,65 @@ fn cmdline(at: &str, cmdline: &str) -> Result<(), Refusal> {
         return Err(Refusal::text(field(), cmdline, "must not contain a zero byte, which would end it"));
     }
     Ok(())
+}
+
+/// Zones and doorbells: inside the window, apart from each other, and few.
+fn owners_window<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
+    most(&format!("{at}.coalesced_mmio"), vm.coalesced_mmio.len(), MAX_COALESCED)?;
+    most(&format!("{at}.doorbells"), vm.doorbells.len(), MAX_DOORBELLS)?;
+    for (index, zone) in vm.coalesced_mmio.iter().enumerate() {
+        let field = |name: &str| format!("{at}.coalesced_mmio[{index}].{name}");
+        if zone.size == 0 || !zone.size.is_multiple_of(8) {
+            return Err(Refusal::new(field("size"), zone.size, "must be a multiple of 8 above zero"));
+        }
+        if !zone.base.is_multiple_of(8) || !inside(zone.base, zone.size) {
+            let rule = format!("must be a multiple of 8, and the zone {}", within_window());
+            return Err(Refusal::new(field("base"), format_args!("{:#x}", zone.base), rule));
+        }
+        let earlier = vm.coalesced_mmio[..index].iter();
+        if let Some(other) = earlier.clone().position(|other| meets(other, zone.base, zone.size)) {
+            let rule = format!("must not overlap {at}.coalesced_mmio[{other}]");
+            return Err(Refusal::new(field("base"), format_args!("{:#x}", zone.base), rule));
+        }
+    }
+    for (index, bell) in vm.doorbells.iter().enumerate() {
+        let field = |name: &str| format!("{at}.doorbells[{index}].{name}");
+        if ![1, 2, 4, 8].contains(&bell.size) {
+            return Err(Refusal::new(field("size"), bell.size, "must be 1, 2, 4 or 8"));
+        }
+        let refused = |rule: String| Err(Refusal::new(field("address"), format_args!("{:#x}", bell.address), rule));
+        if !bell.address.is_multiple_of(bell.size) || !inside(bell.address, bell.size) {
+            return refused(format!("must be a multiple of its size, and the doorbell {}", within_window()));
+        }
+        if let Some(zone) = vm.coalesced_mmio.iter().position(|zone| meets(zone, bell.address, bell.size)) {
+            return refused(format!("must not lie in {at}.coalesced_mmio[{zone}]"));
+        }
+        if let Some(other) = vm.doorbells[..index].iter().position(|other| other.address == bell.address) {
+            return refused(format!("must not be that of {at}.doorbells[{other}]"));
+        }
+    }
+    Ok(())
+}
+
+fn most(field: &str, count: usize, most: usize) -> Result<(), Refusal> {
+    if count <= most {
+        return Ok(());
+    }
+    Err(Refusal::new(field, format_args!("{count} entries"), format!("must be at most {most}")))
+}
+
+/// Whether all of it lies in the owners' window.
+fn inside(start: u64, size: u64) -> bool {
+    start >= OWNERS_WINDOW.start && start.checked_add(size).is_some_and(|end| end <= OWNERS_WINDOW.end)
+}
+
+fn within_window() -> String {
+    format!("must lie within {:#x}-{:#x}", OWNERS_WINDOW.start, OWNERS_WINDOW.end - 1)
+}
+
+/// Whether a zone and a range share a byte; both lie in the window.
+fn meets(zone: &CoalescedZone, start: u64, size: u64) -> bool {
+    zone.base < start + size && start < zone.base + zone.size
 }
 
 fn files<F: fmt::Display>(at: &str, vm: &Vm<F>, length: &mut FileLength<'_, F>) -> Result<(), Refusal> {

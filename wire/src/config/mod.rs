@@ -13,7 +13,7 @@
 //! Invariants of a checked configuration: at least one VM and at most [`MAX_VMS`]; names differ, and are 1–32 of
 //! `[a-z0-9-]` not starting with `-`; memory is a multiple of 2 MiB above zero, and no VM has more than the outer
 //! machine; 1–8 vCPUs; at most [`MAX_DISKS`] disks of whole sectors; kernel and initrd fit into memory together; at
-//! most one VM has the console's foreground. The sum of all memory may exceed the machine's: memory is given on demand.
+//! most one VM has the console's foreground; zones and doorbells lie apart in [`OWNERS_WINDOW`]. The sum of all memory may exceed the machine's: memory is given on demand.
 //!
 //! Known hole: whether a file *is* a kernel is the loader's to say; here it only has to be there and to fit.
 
@@ -51,6 +51,13 @@ pub const MIN_OUTER_MEMORY: u64 = 256 << 20;
 pub const MAX_OUTER_MEMORY: u64 = 255 << 30;
 /// Memory comes in multiples of this many bytes: the block of the second stage.
 pub const MEMORY_GRANULE: u64 = 2 << 20;
+/// Where an owner puts what no device of the machine is: the platform bus of QEMU's `virt`. Memory and emulated devices are
+/// elsewhere.
+pub const OWNERS_WINDOW: core::ops::Range<u64> = 0x0c00_0000..0x0e00_0000;
+/// Most zones of coalesced MMIO of one virtual machine.
+pub const MAX_COALESCED: usize = 4;
+/// Most doorbells of one virtual machine.
+pub const MAX_DOORBELLS: usize = 8;
 /// Bytes in a disk's sector.
 pub const SECTOR: u64 = 512;
 
@@ -100,10 +107,36 @@ pub struct Vm<F> {
     pub cmdline: String,
     /// Block devices, in the order of their virtio slots.
     pub disks: Vec<Disk<F>>,
+    /// Where its stores are kept for its owner to take.
+    #[serde(default)]
+    pub coalesced_mmio: Vec<CoalescedZone>,
+    /// Where its stores are signals to its owner.
+    #[serde(default)]
+    pub doorbells: Vec<Doorbell>,
     /// What the owner decided where the architecture leaves a choice.
     pub policies: Policies,
     /// Whether it starts with the hypervisor; else it waits, paused, for a `resume`.
     pub autostart: bool,
+}
+
+/// A zone of coalesced MMIO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoalescedZone {
+    /// First guest physical address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// A doorbell: a store of just this size at just this address counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Doorbell {
+    /// Guest physical address.
+    pub address: u64,
+    /// Bytes: 1, 2, 4 or 8.
+    pub size: u64,
 }
 
 /// A block device.
@@ -314,6 +347,8 @@ impl<F> Vm<F> {
             initrd,
             cmdline: self.cmdline,
             disks: disks.collect::<Result<_, E>>()?,
+            coalesced_mmio: self.coalesced_mmio,
+            doorbells: self.doorbells,
             policies: self.policies,
             autostart: self.autostart,
         })

@@ -8,8 +8,8 @@ use serde::Deserialize;
 
 use super::check::{self, FileLength};
 use super::{
-    CacheMaintenance, Config, Console, Disk, KernelFormat, LargestEntry, NoSyndrome, OnReset, Outer, Policies,
-    ReadOnlyIvac, UnclaimedMmio, Vm, size,
+    CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, NoSyndrome, OnReset,
+    Outer, Policies, ReadOnlyIvac, UnclaimedMmio, Vm, size,
 };
 use crate::Refusal;
 
@@ -57,6 +57,12 @@ pub struct WrittenVm {
     /// Block devices.
     #[serde(default)]
     pub disks: Vec<WrittenDisk>,
+    /// Zones of coalesced MMIO.
+    #[serde(default)]
+    pub coalesced_mmio: Vec<CoalescedZone>,
+    /// Doorbells.
+    #[serde(default)]
+    pub doorbells: Vec<Doorbell>,
     /// Policies.
     #[serde(default)]
     pub policies: WrittenPolicies,
@@ -150,6 +156,8 @@ impl WrittenVm {
                 cache_maintenance: self.policies.cache_maintenance,
             },
             disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
+            coalesced_mmio: self.coalesced_mmio,
+            doorbells: self.doorbells,
             name: self.name,
             kernel: self.kernel,
             initrd: self.initrd,

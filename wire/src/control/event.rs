@@ -33,6 +33,12 @@ pub enum Event<'a> {
         #[serde(borrow)]
         vm: Cow<'a, str>,
     },
+    /// A doorbell of the attached virtual machine rang; told once until `posted` is asked.
+    Doorbell {
+        /// The virtual machine.
+        #[serde(borrow)]
+        vm: Cow<'a, str>,
+    },
     /// The attached virtual machine's state changed.
     State {
         /// The virtual machine.
@@ -55,6 +61,7 @@ impl Event<'_> {
             }
             Self::Dropped { vm, bytes } => Event::Dropped { vm: owned(vm), bytes },
             Self::InputReady { vm } => Event::InputReady { vm: owned(vm) },
+            Self::Doorbell { vm } => Event::Doorbell { vm: owned(vm) },
             Self::State { vm, state, reason } => Event::State { vm: owned(vm), state, reason: reason.map(owned) },
         }
     }

@@ -26,6 +26,8 @@
 //! - `input` gives bytes to the attached console. The answer says how many the guest's device took; if that is not
 //!   all, an [`Event::InputReady`] follows when there is room again, and the client sends the rest then.
 //! - `slots` answers at most [`SLOTS_PER_ANSWER`] rows, from slot number `from` on, and says where the next begin.
+//! - `posted` takes what the guest stored in zones of coalesced MMIO and how often its doorbells rang. While its console is
+//!   attached, [`Event::Doorbell`] tells once that some doorbell rang since `posted` was asked last.
 //! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
 //!
 //! Memory: what a guest causes (events) is encoded into a buffer that exists already. Reading a request takes heap of at
@@ -36,6 +38,7 @@ mod encode;
 mod event;
 mod fields;
 mod lines;
+mod posted;
 mod request;
 mod response;
 mod stats;
@@ -46,6 +49,7 @@ pub use bytes::Bytes;
 pub use encode::{Message, TooLong};
 pub use event::Event;
 pub use lines::{LineTooLong, Lines};
+pub use posted::{Hex, Posted, PostedWrite, Rings};
 pub use request::{Malformed, Op, Request};
 pub use response::{Answer, Code, Error, Hello, Response, SlotPage, SlotRow, State, VmRow};
 pub use stats::{Entries, Faults, Stats, Tlb};
@@ -56,6 +60,8 @@ pub const MAX_LINE: usize = 64 << 10;
 pub const CONSOLE_CHUNK: usize = 8 << 10;
 /// Most rows in one answer to `slots`.
 pub const SLOTS_PER_ANSWER: usize = 256;
+/// Most writes in one answer to `posted`: what the ring behind it holds.
+pub const POSTED_WRITES: usize = 169;
 /// Version of this protocol. It changes when a reader of the old one would go wrong.
 pub const PROTOCOL: u32 = 1;
 /// Ids are below this.

@@ -37,6 +37,11 @@ pub enum Op<'a> {
         /// The first slot number that is wanted.
         from: u32,
     },
+    /// Takes what it posted: coalesced writes, doorbells.
+    Posted {
+        /// Who.
+        vm: Cow<'a, str>,
+    },
     /// Its vCPUs stop running.
     Pause {
         /// Whose.
@@ -93,6 +98,7 @@ impl<'a> Op<'a> {
             Self::Ps => "ps",
             Self::Stats { .. } => "stats",
             Self::Slots { .. } => "slots",
+            Self::Posted { .. } => "posted",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
             Self::Kill { .. } => "kill",
@@ -109,6 +115,7 @@ impl<'a> Op<'a> {
             Self::Hello | Self::Ps | Self::Detach | Self::Shutdown => None,
             Self::Stats { vm }
             | Self::Slots { vm, .. }
+            | Self::Posted { vm }
             | Self::Pause { vm }
             | Self::Resume { vm }
             | Self::Kill { vm }
@@ -124,6 +131,7 @@ impl<'a> Op<'a> {
             "ps" => Self::Ps,
             "stats" => Self::Stats { vm: fields.text("vm")? },
             "slots" => Self::Slots { vm: fields.text("vm")?, from: fields.number_or_zero("from")? },
+            "posted" => Self::Posted { vm: fields.text("vm")? },
             "pause" => Self::Pause { vm: fields.text("vm")? },
             "resume" => Self::Resume { vm: fields.text("vm")? },
             "kill" => Self::Kill { vm: fields.text("vm")? },

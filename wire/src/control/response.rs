@@ -8,7 +8,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{PROTOCOL, Stats};
+use super::{PROTOCOL, Posted, Stats};
 use crate::Refusal;
 use crate::refusal::shorten;
 
@@ -39,6 +39,8 @@ pub enum Answer<'a> {
     /// Memory slots of one.
     #[serde(borrow)]
     Slots(SlotPage<'a>),
+    /// What one posted.
+    Posted(Posted),
     /// How many bytes of input the guest's console took.
     Accepted(u32),
 }
@@ -88,7 +90,7 @@ pub struct VmRow<'a> {
 pub enum State {
     /// Its vCPUs run when there is work for them.
     Running,
-    /// No vCPU runs until `resume`. Reasons: `NotStarted`, `Owner`, `OutOfMemory` and those of the core's exits.
+    /// No vCPU runs until `resume`. Reasons: `NotStarted`, `Owner`, `OutOfMemory`, `CoalescedFull` and those of the core's exits.
     Paused,
     /// It powered itself off or was killed; its memory is given back.
     Stopped,
@@ -229,6 +231,7 @@ impl Answer<'_> {
                 rows: page.rows.into_iter().map(SlotRow::into_owned).collect(),
                 next: page.next,
             }),
+            Self::Posted(posted) => Answer::Posted(posted),
             Self::Accepted(bytes) => Answer::Accepted(bytes),
         }
     }

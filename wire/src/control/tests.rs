@@ -47,6 +47,7 @@ fn requests_look_as_documented() {
         (Op::Stats { vm: vm() }, r#"{"id":7,"op":"stats","vm":"web"}"#),
         (Op::Slots { vm: vm(), from: 0 }, r#"{"id":7,"op":"slots","vm":"web"}"#),
         (Op::Slots { vm: vm(), from: 9 }, r#"{"id":7,"op":"slots","vm":"web","from":9}"#),
+        (Op::Posted { vm: vm() }, r#"{"id":7,"op":"posted","vm":"web"}"#),
         (Op::Pause { vm: vm() }, r#"{"id":7,"op":"pause","vm":"web"}"#),
         (Op::Resume { vm: vm() }, r#"{"id":7,"op":"resume","vm":"web"}"#),
         (Op::Kill { vm: vm() }, r#"{"id":7,"op":"kill","vm":"web"}"#),
@@ -138,6 +139,8 @@ fn responses_and_events_look_as_documented() {
         kind: "anonymous".into(),
         flags: ["dirty-log".into()].into(),
     };
+    let write = PostedWrite { address: 0x0c00_0000, size: 8, value: Hex(u64::MAX) };
+    let posted = Posted { writes: [write].into(), doorbells: [Rings { address: 0x0c00_1000, rings: 3 }].into() };
     let ok = |answer| Message::Response(Response { id: Some(7), result: Ok(answer) });
     let error = Error::no_such_vm("db");
     #[rustfmt::skip]
@@ -147,11 +150,13 @@ fn responses_and_events_look_as_documented() {
         (ok(Answer::Hello(Hello { name: "entresol".into(), version: "0.1.0".into(), protocol: 1 })), r#"{"id":7,"ok":{"hello":{"name":"entresol","version":"0.1.0","protocol":1}}}"#),
         (ok(Answer::Ps([row].into())), r#"{"id":7,"ok":{"ps":[{"name":"web","state":"paused","reason":"OutOfMemory","vcpus":2,"memory":536870912,"resident":4096}]}}"#),
         (ok(Answer::Slots(SlotPage { rows: [slot].into(), next: Some(1) })), r#"{"id":7,"ok":{"slots":{"rows":[{"id":0,"base":1073741824,"size":536870912,"object":3,"kind":"anonymous","flags":["dirty-log"]}],"next":1}}}"#),
+        (ok(Answer::Posted(posted)), r#"{"id":7,"ok":{"posted":{"writes":[{"address":201326592,"size":8,"value":"0xffffffffffffffff"}],"doorbells":[{"address":201330688,"rings":3}]}}}"#),
         (Message::Response(Response { id: None, result: Err(Error::new(Code::LineTooLong, "a line is longer than 5 bytes")) }), r#"{"id":null,"error":{"code":"line-too-long","message":"a line is longer than 5 bytes"}}"#),
         (Message::Response(Response { id: Some(7), result: Err(error) }), r#"{"id":7,"error":{"code":"no-such-vm","message":"vm = \"db\": must be the name of a virtual machine","field":"vm","value":"\"db\"","rule":"must be the name of a virtual machine"}}"#),
         (Message::Event(Event::Console { vm: "web".into(), data: Bytes::from(&b"\xff\x00"[..]) }), r#"{"event":{"console":{"vm":"web","data":"/wA="}}}"#),
         (Message::Event(Event::Dropped { vm: "web".into(), bytes: 12 }), r#"{"event":{"dropped":{"vm":"web","bytes":12}}}"#),
         (Message::Event(Event::InputReady { vm: "web".into() }), r#"{"event":{"input-ready":{"vm":"web"}}}"#),
+        (Message::Event(Event::Doorbell { vm: "web".into() }), r#"{"event":{"doorbell":{"vm":"web"}}}"#),
         (Message::Event(Event::State { vm: "web".into(), state: State::Stopped, reason: None }), r#"{"event":{"state":{"vm":"web","state":"stopped"}}}"#),
     ];
     for (message, expected) in table {
@@ -192,6 +197,13 @@ fn readers_accept_what_a_newer_hypervisor_adds() {
 }
 
 #[test]
+fn a_number_that_is_no_text_of_one_is_refused() {
+    for value in ["\"12\"", "\"0x\"", "\"0x+1\"", "\"0x1ffffffffffffffff\"", "12"] {
+        assert!(serde_json::from_str::<Hex>(value).is_err(), "{value}");
+    }
+}
+
+#[test]
 fn lines_that_are_no_message_are_refused() {
     for line in ["", "{}", "[]", r#"{"id":1}"#, r#"{"id":1,"ok":"done","event":{"input-ready":{"vm":"a"}}}"#] {
         assert!(Message::parse(line.as_bytes()).is_err(), "{line}");
@@ -222,6 +234,11 @@ fn the_largest_messages_fit_into_a_line() {
         kind: "anonymous".into(),
         flags: ["read-only".into(), "dirty-log".into()].into(),
     };
+    let write = PostedWrite { address: u64::MAX, size: 8, value: Hex(u64::MAX) };
+    let rings = Rings { address: u64::MAX, rings: u64::MAX };
+    let posted =
+        Posted { writes: [write; POSTED_WRITES].into(), doorbells: [rings; crate::config::MAX_DOORBELLS].into() };
+    through_message(&Message::Response(Response { id: Some(ID_LIMIT - 1), result: Ok(Answer::Posted(posted)) }));
     let page = SlotPage { rows: (0..SLOTS_PER_ANSWER).map(|_| slot()).collect(), next: Some(u32::MAX) };
     through_message(&Message::Response(Response { id: Some(ID_LIMIT - 1), result: Ok(Answer::Slots(page)) }));
 }

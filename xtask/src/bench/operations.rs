@@ -1,7 +1,7 @@
 //! The guest `bench` on the hypervisor: one run with 4 KiB entries, one with 2 MiB blocks.
 
 use anyhow::{Context, Result};
-use entresol_wire::config::{CacheMaintenance, LargestEntry, WrittenPolicies, WrittenVm};
+use entresol_wire::config::{CacheMaintenance, CoalescedZone, Doorbell, LargestEntry, WrittenPolicies, WrittenVm};
 
 use super::machine::{self, Run};
 use super::plugin::{Counts, Statistics};
@@ -9,8 +9,15 @@ use super::{Bench, Part};
 use crate::{bundle, guests};
 
 /// Key of the results and the guest's phase.
-const PAGES: [(&str, u8); 5] =
-    [("fault_populated_4k", 2), ("fault_fresh_4k", 1), ("mmio_read", 4), ("mmio_write", 5), ("hvc", 6)];
+const PAGES: [(&str, u8); 7] = [
+    ("fault_populated_4k", 2),
+    ("fault_fresh_4k", 1),
+    ("mmio_read", 4),
+    ("mmio_write", 5),
+    ("mmio_coalesced", 10),
+    ("doorbell", 11),
+    ("hvc", 6),
+];
 /// Of the same run: what KVM does not carry out for a guest.
 const OURS: [(&str, u8); 2] = [("mmio_pair", 8), ("cmo_trap", 9)];
 const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
@@ -18,6 +25,10 @@ const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
 /// Memory of the outer machine and of the guest.
 pub const OUTER: (u64, &str) = (4 << 30, "4G");
 pub const GUEST: (u64, &str) = (512 << 20, "512M");
+
+/// Where the guest expects a zone of coalesced MMIO, of one page, and a doorbell of 4 bytes.
+const COALESCED: u64 = 0x0c00_0000;
+const DOORBELL: u64 = 0x0c00_1000;
 
 /// What the guest prints last.
 pub const DONE: &str = "BENCH DONE";
@@ -51,6 +62,8 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
             cache_maintenance: CacheMaintenance::Trap,
             ..WrittenPolicies::default()
         },
+        coalesced_mmio: vec![CoalescedZone { base: COALESCED, size: 0x1000 }],
+        doorbells: vec![Doorbell { address: DOORBELL, size: 4 }],
         ..WrittenVm::default()
     };
     let packed = machine::file(bench, &format!("{name}.bundle"));

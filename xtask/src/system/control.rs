@@ -16,7 +16,7 @@ use crate::bundle::linux;
 use crate::initrd::{self, Initrd};
 
 /// What the hypervisor tells of one virtual machine.
-struct Listener {
+pub(super) struct Listener {
     client: Client,
     vm: &'static str,
     /// Output that was told and not yet looked for.
@@ -26,16 +26,18 @@ struct Listener {
     /// States that were told and not yet looked for.
     states: Vec<(State, Option<String>)>,
     input_ready: bool,
+    /// A doorbell rang.
+    pub(super) rung: bool,
 }
 
 impl Listener {
-    fn attach(mut client: Client, vm: &'static str) -> Result<Self> {
+    pub(super) fn attach(mut client: Client, vm: &'static str) -> Result<Self> {
         client.call(Op::Console { vm: vm.into() })?;
-        Ok(Self { client, vm, output: String::new(), dropped: 0, states: Vec::new(), input_ready: false })
+        Ok(Self { client, vm, output: String::new(), dropped: 0, states: Vec::new(), input_ready: false, rung: false })
     }
 
     /// Asks; what happened before the answer is taken note of.
-    fn ask(&mut self, op: Op<'_>) -> Result<Answer<'static>> {
+    pub(super) fn ask(&mut self, op: Op<'_>) -> Result<Answer<'static>> {
         let answer = self.client.call(op)?;
         while let Some(event) = self.client.event() {
             self.note(event)?;
@@ -56,6 +58,7 @@ impl Listener {
             Event::Console { vm, data } if vm == self.vm => self.output += &String::from_utf8_lossy(&data.0),
             Event::Dropped { vm, bytes } if vm == self.vm => self.dropped += bytes,
             Event::InputReady { vm } if vm == self.vm => self.input_ready = true,
+            Event::Doorbell { vm } if vm == self.vm => self.rung = true,
             Event::State { vm, state, reason } if vm == self.vm => {
                 self.states.push((state, reason.map(Into::into)));
             }
@@ -65,7 +68,7 @@ impl Listener {
     }
 
     /// Waits until `found` finds something in what was told.
-    fn until<T>(&mut self, what: &str, mut found: impl FnMut(&mut Self) -> Option<T>) -> Result<T> {
+    pub(super) fn until<T>(&mut self, what: &str, mut found: impl FnMut(&mut Self) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + ANSWER;
         loop {
             while let Some(event) = self.client.event() {
@@ -87,7 +90,7 @@ impl Listener {
     }
 
     /// Waits for `text` in the output, and forgets everything up to its end.
-    fn hear(&mut self, text: &str) -> Result<()> {
+    pub(super) fn hear(&mut self, text: &str) -> Result<()> {
         self.until(text, |told| {
             let end = told.output.find(text)? + text.len();
             told.output.drain(..end);
@@ -96,7 +99,7 @@ impl Listener {
     }
 
     /// Waits for a state.
-    fn state(&mut self, state: State, reason: Option<&str>) -> Result<()> {
+    pub(super) fn state(&mut self, state: State, reason: Option<&str>) -> Result<()> {
         self.until("change of state", |told| {
             let place = told.states.iter().position(|(at, why)| (*at, why.as_deref()) == (state, reason))?;
             told.states.drain(..=place);

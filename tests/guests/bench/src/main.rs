@@ -10,6 +10,8 @@
 //! | 4, 5 | load of PL011's FR, store to its IFLS: a device that is emulated |
 //! | 6 | HVC: PSCI_VERSION |
 //! | 7 | store to a page that is mapped: 1, what counting itself costs |
+//! | 10 | store to a zone of coalesced MMIO ([`COALESCED`]), which has room |
+//! | 11 | store to a doorbell ([`DOORBELL`]) that nobody waits for |
 //! | 8 | LDP of two of PL011's registers: no syndrome says what it is |
 //! | 9 | DC CIVAC on memory that is mapped, where its owner lets it trap |
 //!
@@ -19,7 +21,7 @@
 //!
 //! Populated but not mapped: the guest asks for the range's second-stage entries to be taken away. Our own hypervisor
 //! has a vendor call for it; for others, `service=ADDRESS` names a register pair (address, then length) that a VMM
-//! emulates.
+//! emulates; a third one takes coalesced writes.
 
 #![no_std]
 #![no_main]
@@ -39,6 +41,14 @@ const BLOCKS: u64 = 160;
 const CALLS: u64 = 8_192;
 /// Takes a range's second-stage entries away; contents stay: X1 address, X2 length.
 const UNMAP: u64 = 0xc600_0001;
+
+/// Takes coalesced writes.
+const DRAIN: u64 = 0xc600_0002;
+/// Where whoever configures the machine puts a zone of coalesced MMIO and a doorbell of 4 bytes.
+const COALESCED: u64 = 0x0c00_0000;
+const DOORBELL: u64 = 0x0c00_1000;
+/// Stores that every ring of coalesced writes has room for.
+const ROOM: u64 = 128;
 
 /// PL011 FR and IFLS (Arm DDI 0183, 3.3).
 const FR: u64 = UART + 0x18;
@@ -115,9 +125,28 @@ fn calls(machine: &Machine) {
         measured!("hvc #0", inout("x0") answer, out("x1") _, out("x2") _, out("x3") _, clobber_abi("C"));
         assert_ne!(answer as i64, psci::NOT_SUPPORTED, "this firmware has no PSCI_VERSION");
     }
+    phase::<0xa00a>();
+    for count in 0..CALLS {
+        measured!("str {:w}, [{}]", in(reg) count, in(reg) COALESCED + 8);
+        if count % ROOM == ROOM - 1 {
+            drain(machine);
+        }
+    }
+    phase::<0xa00b>();
+    for count in 0..CALLS {
+        measured!("str {:w}, [{}]", in(reg) count, in(reg) DOORBELL);
+    }
     if machine.argument("all").is_some() {
         emulated(page);
     }
+}
+
+/// Has the coalesced writes taken. A register of the VMM's does it by the exit.
+fn drain(machine: &Machine) {
+    if let Some(service) = machine.number("service") {
+        return memory::store64(service + 16, 0);
+    }
+    assert_eq!(smccc::hvc([DRAIN, 0, 0, 0]), ROOM, "coalesced writes were lost");
 }
 
 /// What only a hypervisor that reads instructions or traps maintenance does.

@@ -3,7 +3,7 @@
 //! What is expected is what the architecture says; the same program passes on the bare machine, where QEMU executes it all,
 //! but for what a hypervisor decides: `policy=abort` says that nothing answers outside devices with an abort that cancels
 //! everything, `no-syndrome=inject` that exclusives and atomics on a device take one, `cmo=trap` that cache
-//! maintenance takes the faults that it should.
+//! maintenance takes the faults that it should, `posted` that stores are to be taken by the owner ([`posted`]).
 //!
 //! The line `once: ` must come with its letters in order and each once: the harness compares it.
 
@@ -14,6 +14,7 @@ mod bench;
 mod cases;
 mod edges;
 mod maintenance;
+mod posted;
 mod run;
 
 use guest_rt::machine::{Machine, RAM, UART};
@@ -48,6 +49,11 @@ fn main(machine: &Machine) {
     }
     if machine.argument("no-syndrome") == Some("inject") {
         refused(&mut report);
+    }
+
+    if machine.argument("posted").is_some() {
+        posted::all(&mut report, aborts);
+        return report.end();
     }
 
     let free = machine.free();

@@ -29,7 +29,8 @@ use vm::Vm;
 
 /// Where the guest's memory is.
 pub const RAM: u64 = 0x4000_0000;
-/// A store of an address here, then of a length 8 bytes behind it, takes the range's second-stage entries away.
+/// A store of an address here, then of a length 8 bytes behind it, takes the range's second-stage entries away; one 16 bytes behind it
+/// takes the coalesced writes.
 pub const SERVICE: u64 = 0x0b00_0000;
 
 fn main() {

@@ -11,7 +11,8 @@ use kvm_bindings::{
     kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_regs, kvm_userspace_memory_region, kvm_vcpu_init,
     user_pt_regs,
 };
-use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::Devices;
 use crate::load::Start;
@@ -25,10 +26,16 @@ const REDISTRIBUTORS: u64 = 0x080a_0000;
 /// The UART's interrupt on `virt`: SPI 1.
 const UART_INTERRUPT: u32 = 33;
 
+/// Where the guest expects a page of coalesced MMIO, and a doorbell.
+const COALESCED: u64 = 0x0c00_0000;
+const DOORBELL: u64 = 0x0c00_1000;
+
 /// A virtual machine that can run once.
 pub struct Vm {
     vcpu: VcpuFd,
     vm: VmFd,
+    /// What the doorbell signals; nobody waits for it.
+    _doorbell: EventFd,
     _interrupts: DeviceFd,
     memory: Memory,
     uart_line: bool,
@@ -40,13 +47,18 @@ impl Vm {
     /// One vCPU, the kernel's interrupt controller, `memory` in two slots.
     pub fn new(memory: Memory) -> Result<Self, Box<dyn Error>> {
         let vm = Kvm::new()?.create_vm()?;
-        let vcpu = vm.create_vcpu(0)?;
+        let mut vcpu = vm.create_vcpu(0)?;
         let mut target = kvm_vcpu_init::default();
         vm.get_preferred_target(&mut target)?;
         target.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
         vcpu.vcpu_init(&target)?;
         let interrupts = interrupt_controller(&vm)?;
-        let vm = Self { vcpu, vm, _interrupts: interrupts, memory, uart_line: false, range_start: 0 };
+        vcpu.map_coalesced_mmio_ring()?;
+        vm.register_coalesced_mmio(IoEventAddress::Mmio(COALESCED), 0x1000)?;
+        let doorbell = EventFd::new(libc::EFD_NONBLOCK)?;
+        vm.register_ioevent(&doorbell, &IoEventAddress::Mmio(DOORBELL), NoDatamatch)?;
+        let vm =
+            Self { vcpu, vm, _doorbell: doorbell, _interrupts: interrupts, memory, uart_line: false, range_start: 0 };
         vm.slot(0, 0, FIRST_SLOT.min(vm.memory.size()))?;
         vm.slot(1, FIRST_SLOT, vm.memory.size().saturating_sub(FIRST_SLOT))?;
         Ok(vm)
@@ -61,7 +73,9 @@ impl Vm {
             match self.vcpu.run() {
                 Ok(VcpuExit::MmioRead(address, data)) => devices.read(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => {
-                    if address & !0xf == SERVICE {
+                    if address == SERVICE + 16 {
+                        while self.vcpu.coalesced_mmio_read()?.is_some() {}
+                    } else if address & !0xf == SERVICE {
                         drop_range = Some((address & 8 != 0, data.try_into().map(u64::from_le_bytes)?));
                     } else {
                         devices.write(address, data);

@@ -59,11 +59,13 @@ pub struct Account {
     pub resident: u64,
     /// Those of objects' trees.
     pub nodes: u64,
+    /// Those of dirty logs.
+    pub logs: u64,
 }
 
 /// The schedule has ended, nothing waits for a grace period.
 pub fn balance(account: &Account) -> Option<String> {
-    let used = account.tables + account.resident + account.nodes;
+    let used = account.tables + account.resident + account.nodes + account.logs;
     let missing = account.total as i64 - account.free as i64 - used as i64;
     (missing != 0).then(|| format!("{missing} frames are neither free nor used: {account:?}"))
 }

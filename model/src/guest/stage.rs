@@ -186,6 +186,7 @@ impl<'h> Stage<'h> {
             tables,
             resident: live.iter().map(|object| object.resident_frames()).sum(),
             nodes: live.iter().map(|object| object.node_frames()).sum(),
+            logs: self.vms.iter().map(|vm| vm.log_frames(&pin)).sum(),
         };
         lab::with(|lab| lab.found(Check::Inv7, inv07::balance(&account)));
     }

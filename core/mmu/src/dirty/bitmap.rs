@@ -25,6 +25,16 @@ const fn span(height: u8) -> u64 {
     PAGES * WORDS.pow(height as u32 + 1)
 }
 
+/// Levels above the frames of bits for `pages` pages.
+fn height_of(pages: u64) -> u8 {
+    (0..MAX_HEIGHT).find(|height| span(*height) >= pages).unwrap_or(MAX_HEIGHT)
+}
+
+/// Frames of a subtree; at most four calls deep.
+fn count(height: u8, pages: u64) -> u64 {
+    1 + children(height, pages).map(|(_, below)| count(height - 1, below)).sum::<u64>()
+}
+
 /// The bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bitmap {
@@ -35,8 +45,13 @@ pub(crate) struct Bitmap {
 impl Bitmap {
     /// Bits for `pages` pages, all clear.
     pub(crate) fn make<M: Machine>(supply: &Supply<'_, M>, pages: u64) -> Result<Self, OutOfMemory> {
-        let height = (0..MAX_HEIGHT).find(|height| span(*height) >= pages).unwrap_or(MAX_HEIGHT);
+        let height = height_of(pages);
         Ok(Self { root: build(supply, height, pages)?, height })
+    }
+
+    /// Frames that a bitmap of `pages` pages is made of.
+    pub(crate) fn frames(pages: u64) -> u64 {
+        count(height_of(pages), pages)
     }
 
     /// What it came from by [`Self::from_parts`].
@@ -168,6 +183,7 @@ mod tests {
             let (machine, pool) = machine(64);
             let bitmap = Bitmap::make(&Supply::new(&machine, &pool, 0), pages).unwrap();
             assert_eq!(64 - pool.free_frames(), frames, "{pages} pages");
+            assert_eq!(Bitmap::frames(pages), frames);
             bitmap.free(&machine, pages, &mut |frame| pool.give(0, frame, Order::PAGE));
             assert_eq!(pool.free_frames(), 64);
         }

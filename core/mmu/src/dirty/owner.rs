@@ -215,6 +215,18 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         self.logs.is_dirty(&self.host.machine, &slot, gfn)
     }
 
+    /// Frames of the pool that logs take.
+    pub fn log_frames(&self, pin: &entresol_sync::Pin<'_>) -> u64 {
+        let log = |slot: &Slot| self.logs.get(slot.id).map_or(0, |_| Bitmap::frames(slot.count));
+        self.slots.iter(pin).map(|slot| log(&slot)).sum()
+    }
+
+    /// Where the log of slot `id` stands, for audits: the frame of bits, if the slot has at most 32,768 pages, or the first
+    /// of the frames above it.
+    pub fn log_root(&self, pin: &entresol_sync::Pin<'_>, id: u16) -> Option<entresol_addr::Pfn> {
+        self.slots.get(pin, id).and_then(|slot| self.logs.get(slot.id)).map(|log| log.parts().0)
+    }
+
     /// Slot `id` and its log. The caller holds the owner's lock, so both stay.
     pub(super) fn log_of(&self, cpu: usize, id: u16) -> Result<(Slot, Bitmap), LogError> {
         let pin = self.host.epoch.pin(cpu);

@@ -5,6 +5,8 @@
 //! only a work folder that the next one removes.
 
 pub mod apt;
+pub mod browser;
+pub mod foreign;
 pub mod guest;
 pub mod host;
 pub mod qemu;
@@ -16,6 +18,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+pub use browser::Browser;
 pub use guest::Guest;
 pub use qemu::Qemu;
 
@@ -40,6 +43,16 @@ pub fn qemu_only() -> Result<Qemu> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
     qemu::ensure_qemu(&cache)
+}
+
+/// A browser without a window, for the test of the lab's pages.
+///
+/// # Errors
+/// As [`everything`].
+pub fn browser() -> Result<Browser> {
+    let cache = workspace::cache_dir()?;
+    let _lock = lock(&cache)?;
+    browser::ensure_browser(&cache)
 }
 
 /// Held while the cache is read or changed; the operating system lets go of it however we end.

@@ -15,6 +15,7 @@ mod linux;
 pub mod machine;
 mod mmio;
 pub mod owner;
+mod page;
 mod posted;
 mod programs;
 pub mod transcript;
@@ -147,6 +148,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "bad_input_is_named",
         about: "every mistake of an owner is refused with its field, value and rule",
         run: kernels::bad_input_is_named,
+    },
+    SystemTest {
+        name: "lab_page_shows_the_stale_line",
+        about: "the page of Z-A1 in a headless browser: lanes, the dirty line, memory behind it, the step that read it",
+        run: page::lab_page_shows_the_stale_line,
     },
     SystemTest {
         name: "linux_boots_to_shell",

@@ -1,22 +1,17 @@
-//! A trace as one self-contained page of HTML: a lane for each CPU, and beside it the watched pages after each event.
+//! A trace as one self-contained page of HTML: a lane for each CPU, and beside it the watched pages over time.
 //!
 //! No script, no font, no image: it opens anywhere, and what it shows is in the document, so a search finds it.
+//!
+//! Shape: time runs down. What happened on a CPU is a card in its lane. A watched page has four columns (its entry, the
+//! line as the cache shows it, memory behind it, translations that are stale); their colour is their state after each
+//! event, and the words stand only where they change. What happened before the CPUs ran is folded away in the first row,
+//! the finding is the last.
 
 use std::fmt::Write;
 
 use super::{Event, PageState, Trace};
 
-const STYLE: &str = "
-:root { color-scheme: light dark; --line: #8884; --dirty: #e67e2233; --lag: #c0392b33; --cpu: #2980b91f }
-body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; max-width: 110rem }
-h1 { font-size: 1.25rem } code, td { font-family: ui-monospace, monospace; font-size: 12px }
-.found { border-left: 4px solid #c0392b; padding: .5rem .8rem; background: var(--lag) }
-table { border-collapse: collapse; margin-top: 1rem } th, td { border: 1px solid var(--line); padding: .2rem .5rem }
-th { position: sticky; top: 0; background: Canvas; text-align: left } td { vertical-align: top }
-td.here { background: var(--cpu); max-width: 34rem } td.step { text-align: right; color: #888 }
-td.dirty { background: var(--dirty) } td.lag { background: var(--lag); font-weight: bold }
-small { color: #888; display: block } tr.setup td { color: #888 }
-";
+const STYLE: &str = include_str!("page.css");
 
 /// What stands above the lanes.
 #[derive(Clone, Debug)]
@@ -33,78 +28,157 @@ pub struct Head {
 
 /// The page for a schedule on `cpus` CPUs.
 pub fn render(head: &Head, trace: &Trace, cpus: usize) -> String {
+    let setup = trace.events.iter().take_while(|event| event.cpu.is_none()).count();
+    let (before, during) = trace.events.split_at(setup);
     let mut page = String::new();
-    // Writing to a string cannot fail.
-    let _ = write!(
-        page,
-        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style></head>\
-         <body><h1>{title}</h1><p>{about}</p>",
-        title = escape(&head.title),
-        about = escape(&head.about),
-    );
+    heading(&mut page, head);
+    page.push_str("<div class=\"scroll\"><table id=\"trace\">");
+    columns(&mut page, trace, cpus);
+    page.push_str("<tbody>");
+    let mut states: &[PageState] = before.last().map_or(&[], |event| &event.pages);
+    first_row(&mut page, before, states, cpus);
+    for event in during {
+        row(&mut page, event, cpus, states);
+        states = &event.pages;
+    }
     if let Some(found) = &head.found {
-        let _ = write!(page, "<p class=\"found\" id=\"found\">{}</p>", escape(found));
+        last_row(&mut page, found, during.last(), cpus, trace.watched.len());
     }
-    let _ =
-        write!(page, "<p>Again: <code>{}</code></p><table id=\"trace\"><thead><tr><th>step</th>", escape(&head.replay));
-    for cpu in 0..cpus {
-        let _ = write!(page, "<th>CPU {cpu}</th>");
-    }
-    for (vm, gfn) in &trace.watched {
-        let _ = write!(
-            page,
-            "<th>VM {vm}, {:#x}: entry</th><th>in the cache</th><th>in memory</th><th>stale</th>",
-            gfn.base()
-        );
-    }
-    page.push_str("</tr></thead><tbody>");
-    let mut before: &[PageState] = &[];
-    for event in &trace.events {
-        row(&mut page, event, cpus, before);
-        before = &event.pages;
-    }
-    page.push_str("</tbody></table></body></html>\n");
+    page.push_str("</tbody></table></div></main></body></html>\n");
     page
 }
 
+// Writing to a string cannot fail: the results of `write!` below say nothing.
+
+fn heading(page: &mut String, head: &Head) {
+    let title = escape(&head.title);
+    let _ = write!(
+        page,
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width\"><title>{title} – Entresol lab</title>\
+         <style>{STYLE}</style></head><body><main><header><p class=\"kicker\">Entresol lab</p><h1>{title}</h1>\
+         <p class=\"about\">{}</p></header>",
+        escape(&head.about),
+    );
+    match &head.found {
+        Some(found) => {
+            let _ = write!(page, "<section class=\"found\" id=\"found\">{}</section>", finding(found));
+        }
+        None => page.push_str("<section class=\"fine\">Nothing was found in this schedule.</section>"),
+    }
+    let _ = write!(
+        page,
+        "<p class=\"again\"><span>Again</span><code>{}</code></p><ul class=\"legend\">\
+         <li class=\"valid\">valid entry</li><li class=\"dirty\">dirty line</li>\
+         <li class=\"lag\">memory differs from the cache</li><li class=\"stale\">stale translations</li></ul>",
+        escape(&head.replay)
+    );
+}
+
+/// A finding begins with the name of its checker.
+fn finding(found: &str) -> String {
+    match found.split_once(": ") {
+        Some((check, what)) => format!("<b>{}</b><span>{}</span>", escape(check), escape(what)),
+        None => format!("<span>{}</span>", escape(found)),
+    }
+}
+
+fn columns(page: &mut String, trace: &Trace, cpus: usize) {
+    page.push_str("<thead><tr><th rowspan=\"2\" class=\"step\">step</th>");
+    for cpu in 0..cpus {
+        let _ = write!(page, "<th rowspan=\"2\" class=\"cpu cpu{cpu}\">CPU {cpu}</th>");
+    }
+    for (vm, gfn) in &trace.watched {
+        let _ = write!(page, "<th colspan=\"4\" class=\"page\">VM {vm}, page {:#x}</th>", gfn.base());
+    }
+    page.push_str("</tr><tr>");
+    for _ in &trace.watched {
+        page.push_str("<th class=\"edge\">entry</th><th>in the cache</th><th>in memory</th><th>in TLBs</th>");
+    }
+    page.push_str("</tr></thead>");
+}
+
+/// What happened before the CPUs ran, folded away, and how it left the pages.
+fn first_row(page: &mut String, events: &[Event], states: &[PageState], cpus: usize) {
+    if events.is_empty() {
+        return;
+    }
+    let _ = write!(
+        page,
+        "<tr class=\"setup\"><td class=\"step\"></td><td colspan=\"{cpus}\"><details id=\"setup\"><summary>before the CPUs \
+         ran: {} events</summary><ol>",
+        events.len()
+    );
+    for event in events {
+        let _ = write!(page, "<li>{}</li>", words(event));
+    }
+    page.push_str("</ol></details></td>");
+    states.iter().for_each(|state| watched(page, state, false));
+    page.push_str("</tr>");
+}
+
 fn row(page: &mut String, event: &Event, cpus: usize, before: &[PageState]) {
-    let place = event.place.as_ref().map_or(String::new(), |place| format!("<small>{}</small>", escape(place)));
-    let cell = format!("<td class=\"here\">{}{place}</td>", escape(&event.what));
     match event.cpu {
         None => {
             let _ = write!(
                 page,
-                "<tr class=\"setup\"><td class=\"step\"></td><td colspan=\"{cpus}\">{}{place}</td>",
-                escape(&event.what)
+                "<tr class=\"after\"><td class=\"step\"></td><td colspan=\"{cpus}\">{}</td>",
+                words(event)
             );
         }
         Some(here) => {
             let _ = write!(page, "<tr><td class=\"step\">{}</td>", event.step);
-            (0..cpus).for_each(|cpu| page.push_str(if cpu == here { &cell } else { "<td></td>" }));
+            for cpu in 0..cpus {
+                let card =
+                    if cpu == here { format!("<div class=\"card\">{}</div>", words(event)) } else { String::new() };
+                let _ = write!(page, "<td class=\"lane cpu{cpu}\">{card}</td>");
+            }
         }
     }
     for (place, state) in event.pages.iter().enumerate() {
-        // What did not change is not said again.
-        if before.get(place) == Some(state) {
-            page.push_str("<td></td><td></td><td></td><td></td>");
-        } else {
-            watched(page, state);
-        }
+        watched(page, state, before.get(place) == Some(state));
     }
     page.push_str("</tr>");
 }
 
-fn watched(page: &mut String, state: &PageState) {
-    let word = |word: Option<u64>| word.map_or("–".to_owned(), |word| format!("{word:#x}"));
-    let dirty = if state.dirty { " class=\"dirty\" title=\"the line is dirty\"" } else { "" };
-    let lag = if state.cached == state.memory { "" } else { " class=\"lag\" title=\"memory lags behind the cache\"" };
-    let stale = if state.stale == 0 { "–".to_owned() } else { state.stale.to_string() };
+/// Where the schedule ended, and why.
+fn last_row(page: &mut String, found: &str, last: Option<&Event>, cpus: usize, pages: usize) {
+    let step =
+        last.filter(|event| event.cpu.is_some()).map_or_else(|| "end".to_owned(), |event| event.step.to_string());
+    let columns = cpus + 4 * pages;
     let _ = write!(
         page,
-        "<td>{}</td><td{dirty}>{}</td><td{lag}>{}</td><td>{stale}</td>",
-        escape(&state.entry),
-        word(state.cached),
-        word(state.memory),
+        "<tr class=\"violation\" id=\"violation\"><td class=\"step\">{step}</td><td colspan=\"{columns}\">{}</td></tr>",
+        finding(found)
+    );
+}
+
+/// An event, and the line of the core that did it.
+fn words(event: &Event) -> String {
+    let place = event.place.as_ref().map_or(String::new(), |place| format!("<small>{}</small>", escape(place)));
+    let by = if event.what.starts_with("guest ") { " class=\"guest\"" } else { "" };
+    format!("<span{by}>{}</span>{place}", escape(&event.what))
+}
+
+/// The four cells of a page. What did not change keeps its colour and is not said again.
+fn watched(page: &mut String, state: &PageState, same: bool) {
+    let say = |text: String| if same { String::new() } else { text };
+    let word = |word: Option<u64>| word.map_or("–".to_owned(), |word| format!("{word:#x}"));
+    let valid = if state.cached.is_some() { " valid" } else { "" };
+    let dirty = if state.dirty { "dirty" } else { "" };
+    let lag = if state.cached == state.memory { "" } else { "lag" };
+    let (stale, in_tlbs) = match state.stale {
+        0 => ("", "–".to_owned()),
+        count => ("stale", format!("{count} stale")),
+    };
+    let _ = write!(
+        page,
+        "<td class=\"state edge{valid}\">{}</td><td class=\"state {dirty}\">{}</td><td class=\"state {lag}\">{}</td>\
+         <td class=\"state {stale}\">{}</td>",
+        say(escape(&state.entry)),
+        say(word(state.cached)),
+        say(word(state.memory)),
+        say(in_tlbs),
     );
 }
 
@@ -128,8 +202,15 @@ mod tests {
             memory: Some(0xdead),
             stale: 1,
         };
-        let event = Event { step: 4, cpu: Some(1), what: "a < b".to_owned(), place: None, pages: vec![state] };
-        let trace = Trace { events: vec![event], watched: vec![(0, Gfn::new(1))] };
+        let event = |step, cpu, what: &str| Event {
+            step,
+            cpu,
+            what: what.to_owned(),
+            place: Some("core/x.rs:1".to_owned()),
+            pages: vec![state.clone()],
+        };
+        let events = vec![event(0, None, "setup"), event(4, Some(1), "a < b"), event(5, Some(0), "guest load")];
+        let trace = Trace { events, watched: vec![(0, Gfn::new(1))] };
         let head = Head {
             title: "t".to_owned(),
             about: "<script>".to_owned(),
@@ -140,13 +221,16 @@ mod tests {
         for part in [
             "a &lt; b",
             "&lt;script&gt;",
-            "class=\"lag\"",
-            "0xdead",
-            "class=\"dirty\"",
-            "VM 0, 0x1000: entry",
-            "INV-1: x",
+            "<td class=\"state lag\">0xdead</td>",
+            "<td class=\"state lag\"></td>",
+            "<td class=\"state dirty\">0x55</td>",
+            "VM 0, page 0x1000",
+            "1 stale",
+            "<summary>before the CPUs ran: 1 events</summary>",
+            "<span class=\"guest\">guest load</span><small>core/x.rs:1</small>",
+            "<td class=\"step\">5</td><td colspan=\"6\"><b>INV-1</b><span>x</span></td>",
         ] {
-            assert!(page.contains(part), "{part}");
+            assert!(page.contains(part), "{part} is not in {page}");
         }
         assert_eq!(page.matches("<tr").count(), page.matches("</tr>").count());
     }

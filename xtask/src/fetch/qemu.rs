@@ -4,15 +4,12 @@
 //! that the outer machine may be.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::apt::{self, Root};
-use super::host::{self, Os};
-use crate::progress::Step;
+use super::foreign;
 
 const OLDEST: (u32, u32) = (10, 0);
 const PROGRAM: &str = "qemu-system-aarch64";
@@ -67,7 +64,7 @@ pub fn ensure_qemu(cache: &Path) -> Result<Qemu> {
     }
     let folder = cache.join(FOLDER);
     if !folder.is_dir() {
-        fetch(cache, &folder)?;
+        foreign::fetch(cache, &folder, "qemu-system-arm", "QEMU")?;
     }
     let qemu = unpacked(&folder)
         .with_context(|| format!("the fetched QEMU does not start: remove {} and try again", folder.display()))?;
@@ -81,45 +78,8 @@ pub fn ensure_qemu(cache: &Path) -> Result<Qemu> {
     Ok(qemu)
 }
 
-fn fetch(cache: &Path, folder: &Path) -> Result<()> {
-    let step = Step::start("fetching QEMU from Debian");
-    let os = Os::here();
-    let debian = host::debian(&os, cache)?;
-    let root = Root::open(cache, os.tools_suite(), &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
-    step.say("fetching QEMU from Debian");
-    let packages = root.closure("qemu-system-arm")?;
-    let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;
-    let (packed, tree) = (work.path().join("packed"), work.path().join("tree"));
-    fs::create_dir(&packed).and_then(|()| fs::create_dir(&tree)).context("cannot make a work folder")?;
-    let listed = root.download(&packages, &packed, &step)?;
-    step.say("unpacking QEMU");
-    step.counts_to(listed.len());
-    for package in &listed {
-        apt::unpack(&packed.join(&package.file), &tree)?;
-        step.one_done();
-    }
-    super::publish(&tree, folder)
-}
-
-/// QEMU with the loader and the libraries that it was packaged with: the machine's own may be older or newer.
 fn unpacked(folder: &Path) -> Result<Qemu> {
-    let loaders = [
-        "lib64/ld-linux-x86-64.so.2",
-        "usr/lib64/ld-linux-x86-64.so.2",
-        "lib/ld-linux-aarch64.so.1",
-        "usr/lib/ld-linux-aarch64.so.1",
-    ];
-    let loader =
-        loaders.iter().map(|name| folder.join(name)).find(|path| path.is_file()).context("there is no loader in it")?;
-    let triple = if loader.to_string_lossy().contains("x86-64") { "x86_64-linux-gnu" } else { "aarch64-linux-gnu" };
-    let mut libraries = OsString::new();
-    for dir in ["lib", "usr/lib"].map(|lib| folder.join(lib).join(triple)).iter().filter(|dir| dir.is_dir()) {
-        // Some libraries (PulseAudio's, libblkid's) live in a folder of their own below.
-        if !libraries.is_empty() {
-            libraries.push(":");
-        }
-        libraries.push(dir);
-    }
+    let (loader, libraries) = foreign::loader(folder)?;
     let first = vec![
         "--library-path".into(),
         libraries,

@@ -7,25 +7,43 @@ use entresol_metal_arm64::cpu;
 use entresol_mmu::CoalescedRing;
 
 use crate::sched::VcpuRef;
+use crate::vm::Alias;
 
 /// Takes the second-stage entries of a range away: X1 its first byte, X2 its length in bytes, both page-aligned. Contents
 /// stay. Answers 0, or [`INVALID`].
 const ZAP: u32 = 0xc600_0001;
 /// Takes the coalesced writes that wait. Answers how many.
 const DRAIN: u32 = 0xc600_0002;
+/// Makes a slot that shows the machine's own memory a second time, or moves, changes or deletes the one of that number: X1 bits
+/// 15:0 its number, 31:16 its flags, 63:32 the page of memory behind its first; X2 its address; X3 its bytes, 0 to delete.
+/// Answers 0, or [`INVALID`].
+const SLOT: u32 = 0xc600_0003;
 /// An argument breaks a rule.
 const INVALID: u64 = -2i64 as u64;
 
 /// The answer to a vendor call, or `None` if there is no such function.
 #[cold]
-pub fn call(vcpu: &VcpuRef, function: u32, x1: u64, x2: u64) -> Option<u64> {
+pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64> {
     if !vcpu.vm.config.policies.services {
         return None;
     }
     match function {
         ZAP => Some(zap(vcpu, x1, x2)),
         DRAIN => Some(core::iter::from_fn(|| vcpu.vm.posted.take()).take(CoalescedRing::ROOM).count() as u64),
+        SLOT => Some(slot(vcpu, x1, x2, x3)),
         _ => None,
+    }
+}
+
+fn slot(vcpu: &VcpuRef, which: u64, base: u64, size: u64) -> u64 {
+    let alias =
+        Alias { number: which as u16, flags: (which >> 16) as u16, offset: (which >> 32) * PAGE_SIZE, base, size };
+    match vcpu.vm.set_alias(&alias) {
+        Ok(()) => 0,
+        Err(error) => {
+            log::debug!("vm {}: no slot: {error}", vcpu.vm.config.name);
+            INVALID
+        }
     }
 }
 

@@ -18,6 +18,7 @@ pub mod owner;
 mod page;
 mod posted;
 mod programs;
+mod slots;
 pub mod transcript;
 
 use std::collections::VecDeque;
@@ -58,6 +59,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "out_of_memory_pauses_who_asked",
         about: "a VM that takes all memory waits, the others run; with a killed one's memory it goes on",
         run: programs::out_of_memory_pauses_who_asked,
+    },
+    SystemTest {
+        name: "slots_change_under_eight_vcpus",
+        about: "random slot updates under accesses of every kind: right data, no memory is emulated",
+        run: slots::slots_change_under_eight_vcpus,
     },
     SystemTest {
         name: "every_touch_is_one_entry",
@@ -178,6 +184,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "bare_mmio_of_every_kind",
         about: "the same guest without the hypervisor: what it expects is what the architecture says",
         run: mmio::bare_mmio_of_every_kind,
+    },
+    SystemTest {
+        name: "maintenance_follows_the_table",
+        about: "each cache maintenance operation on each kind of target, by both policies",
+        run: slots::maintenance_follows_the_table,
     },
     SystemTest {
         name: "posted_stores_reach_the_owner",

@@ -26,8 +26,8 @@ pub fn call(vcpu: &VcpuRef, state: &mut State) -> Next {
             None => return Next::Leave(Leave::Park),
         },
         smccc::Call::Unknown { function } => {
-            let [a, b] = [x[1], x[2]];
-            (service::call(vcpu, function, a, b).unwrap_or(smccc::NOT_SUPPORTED), Next::Again)
+            let arguments = [x[1], x[2], x[3]];
+            (service::call(vcpu, function, arguments).unwrap_or(smccc::NOT_SUPPORTED), Next::Again)
         }
     };
     state.regs.x[0] = answer;

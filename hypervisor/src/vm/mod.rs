@@ -8,6 +8,7 @@
 //! the guest again. A virtual machine is dropped by the host's work only, unpinned.
 //! Lock order: status → scheduler.
 
+mod aliases;
 pub mod build;
 mod devices;
 mod lines;
@@ -39,6 +40,7 @@ use crate::sched::{self, VcpuRef};
 use crate::vcpu::{Boot, Vcpu};
 use devices::Devices;
 
+pub use aliases::Alias;
 pub use build::BuildError;
 pub use devices::Claim;
 pub use overlay::Overlay;

@@ -6,13 +6,13 @@
 //! doorbell that rings for the first time since then tells the attached owner ([`control::rung`]). When the ring is full the
 //! virtual machine waits, with its store not done, until its owner has taken something and resumes it.
 //!
-//! Invariants: no slot shows a page of a zone or a doorbell: memory is not in that window. So a store to one needs no look at the
-//! slots (INV-9). Nothing here allocates after creation but answers to the owner.
+//! Invariants: no slot shows a page of a zone or a doorbell ([`Posted::meets`] is asked before one is made), so a store to one needs
+//! no look at the slots (INV-9). Nothing here allocates after creation but answers to the owner.
 //! Lock order: the ring is a leaf.
 
 use alloc::vec::Vec;
 
-use entresol_addr::Gpa;
+use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_mmu::{CoalescedRing, CoalescedWrite};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -132,5 +132,13 @@ impl Posted {
         // Forgotten before it is counted: a ring that comes after the count is told.
         self.rung.store(false, Ordering::SeqCst);
         self.bells.iter().map(|bell| (bell.place.address, bell.rings.swap(0, Ordering::AcqRel)))
+    }
+
+    /// Whether a zone or a doorbell lies in a page of the `size` bytes at `start`, both page-aligned.
+    pub fn meets(&self, start: u64, size: u64) -> bool {
+        let zones = self.zones.iter().map(|zone| (zone.base, zone.size));
+        let bells = self.bells.iter().map(|bell| (bell.place.address, bell.place.size));
+        let end = start.saturating_add(size);
+        zones.chain(bells).any(|(base, size)| base / PAGE_SIZE * PAGE_SIZE < end && start < base + size)
     }
 }

@@ -190,6 +190,10 @@ pub mod probe {
         zero_block = "dc zva, x0";
         /// DC CVAC.
         clean = "dc cvac, x0";
+        /// DC CVAU.
+        clean_to_unification = "dc cvau, x0";
+        /// DC CVAP (FEAT_DPB).
+        clean_to_persistence = ".arch armv8.2-a", "dc cvap, x0";
         /// DC CIVAC.
         clean_invalidate = "dc civac, x0";
         /// DC IVAC.

@@ -1,0 +1,81 @@
+//! Slots that show a virtual machine's memory a second time: at another address, read-only, or both.
+//!
+//! Protocol: slot 0 is the memory itself and stays. Everything else about an update is the core's to decide ([`Vm::set_slot`] of
+//! the memory); it waits for grace periods, so nobody asks with one pinned.
+
+use core::fmt;
+
+use entresol_addr::Gpa;
+use entresol_metal_arm64::cpu;
+use entresol_slot::{ObjectId, SlotError, SlotRequest};
+
+use super::Vm;
+
+/// A slot as it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alias {
+    /// Its number.
+    pub number: u16,
+    /// `entresol_slot::SlotFlags`.
+    pub flags: u16,
+    /// First guest physical address.
+    pub base: u64,
+    /// Bytes; 0 deletes.
+    pub size: u64,
+    /// The memory's byte behind the first.
+    pub offset: u64,
+}
+
+/// Why it is refused; nothing changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AliasError {
+    /// Slot 0 is the memory itself.
+    Memory,
+    /// A zone of coalesced MMIO or a doorbell is there.
+    Posted {
+        /// What was asked for.
+        base: u64,
+        /// Its bytes.
+        size: u64,
+    },
+    /// A rule of every slot.
+    Slot(SlotError),
+}
+
+impl fmt::Display for AliasError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => f.write_str("slot 0: must stay, it is the machine's memory"),
+            Self::Posted { base, size } => {
+                write!(f, "base {base:#x}: {size:#x} bytes from there must meet no coalesced zone and no doorbell")
+            }
+            Self::Slot(error) => error.fmt(f),
+        }
+    }
+}
+
+impl Vm {
+    /// Makes, moves, changes or deletes a slot that shows the machine's own memory.
+    ///
+    /// # Errors
+    ///
+    /// [`AliasError`]; nothing changed.
+    pub fn set_alias(&self, alias: &Alias) -> Result<(), AliasError> {
+        let Alias { number, flags, base, size, offset } = *alias;
+        if number == 0 {
+            return Err(AliasError::Memory);
+        }
+        if self.posted.meets(base, size) {
+            return Err(AliasError::Posted { base, size });
+        }
+        let request = SlotRequest {
+            id: number.into(),
+            base: Gpa::new(base),
+            size,
+            object: ObjectId::new(self.ram.raw()),
+            offset,
+            flags: flags.into(),
+        };
+        self.memory.set_slot(cpu::index(), &request).map_err(AliasError::Slot)
+    }
+}

@@ -1,0 +1,55 @@
+//! Memory slots that come and go under a guest that uses them, and what maintenance does to each kind.
+
+use anyhow::{Result, ensure};
+use entresol_wire::config::{CacheMaintenance, ReadOnlyIvac, WrittenVm};
+
+use super::Context;
+use super::machine::Builder;
+use crate::bundle::program;
+use crate::guests;
+
+/// Where a test that was asked to be long says for how long, in seconds.
+const LONG: &str = "ENTRESOL_SOAK_SECONDS";
+/// How long updates and accesses go on otherwise.
+const SECONDS: u64 = 40;
+
+fn vm(cmdline: &str) -> Result<WrittenVm> {
+    let mut vm = program("slots", &guests::flat("slots")?, cmdline);
+    vm.memory = "64M".into();
+    vm.policies.services = true;
+    Ok(vm)
+}
+
+/// Every maintenance operation on every kind of target, by both policies, as the specification's table has it.
+pub fn maintenance_follows_the_table(context: &Context) -> Result<()> {
+    for (policy, ivac) in [(ReadOnlyIvac::Abort, "abort"), (ReadOnlyIvac::Clean, "clean")] {
+        let mut vm = vm(&format!("table ivac={ivac}"))?;
+        vm.policies.cache_maintenance = CacheMaintenance::Trap;
+        vm.policies.read_only_ivac = policy;
+        let mut machine = Builder::new(context, &format!("maintenance_{ivac}"))?.boot(vec![vm])?;
+        machine.expect("ALL PASS")?;
+        let log = machine.expect_power_off()?;
+        let failed: Vec<&str> = log.lines().filter(|line| line.starts_with("FAIL")).collect();
+        ensure!(failed.is_empty(), "{ivac}: {}", failed.join("; "));
+    }
+    Ok(())
+}
+
+/// Random updates under eight vCPUs that access everything: no wrong data, no memory that is emulated.
+pub fn slots_change_under_eight_vcpus(context: &Context) -> Result<()> {
+    let seconds = match std::env::var(LONG) {
+        Ok(text) => text.parse().map_err(|error| anyhow::anyhow!("{LONG}={text}: must be seconds: {error}"))?,
+        Err(_) => SECONDS,
+    };
+    let mut vm = vm(&format!("soak={seconds}"))?;
+    vm.vcpus = Some(8);
+    let mut machine = Builder::new(context, "slots_change_under_eight_vcpus")?.boot(vec![vm])?;
+    machine.console.patience.overall += std::time::Duration::from_secs(2 * seconds);
+    machine.expect("ALL PASS")?;
+    let log = machine.expect_power_off()?;
+    let failed: Vec<&str> = log.lines().filter(|line| line.starts_with("FAIL")).collect();
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    let line = log.lines().find(|line| line.contains("accesses to windows")).unwrap_or_default();
+    println!("{}", line.trim());
+    Ok(())
+}

@@ -46,7 +46,7 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 1)]
         seed: u64,
         /// Refuse every request for a frame in turn
-        #[arg(long)]
+        #[arg(long, conflicts_with = "refuse")]
         starve: bool,
         /// Stop after so many seconds
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
@@ -86,6 +86,9 @@ struct What {
     /// Let only this checker watch; may be given again
     #[arg(long, value_name = "CHECK")]
     only: Vec<String>,
+    /// Refuse this request for a frame, counted from 1
+    #[arg(long, value_name = "N")]
+    refuse: Option<u64>,
     /// Write the trace as a page of HTML
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -134,11 +137,12 @@ struct Loaded {
     scenario: Scenario,
     bugs: Vec<Bug>,
     checks: Checks,
+    refuse: Option<u64>,
 }
 
 impl Loaded {
     fn setting(&self) -> Setting<'_> {
-        Setting { bugs: &self.bugs, checks: self.checks, ..Setting::default() }
+        Setting { bugs: &self.bugs, checks: self.checks, starve: self.refuse, ..Setting::default() }
     }
 }
 
@@ -155,7 +159,7 @@ fn load(what: &What) -> Result<Loaded, Refused> {
     let bugs = what.plant.iter().map(|name| exhibit(name).map(|exhibit| exhibit.bug)).collect::<Result<_, _>>()?;
     let only = what.only.iter().map(|name| checker(name)).collect::<Result<Vec<_>, _>>()?;
     let checks = if only.is_empty() { Checks::all() } else { Checks::only(&only) };
-    Ok(Loaded { scenario, bugs, checks })
+    Ok(Loaded { scenario, bugs, checks, refuse: what.refuse })
 }
 
 fn exhibit(name: &str) -> Result<Exhibit, Refused> {
@@ -227,24 +231,25 @@ fn summary(scenario: &Scenario, report: &Report) -> String {
 
 /// Shows what was found, as short as it gets.
 fn shown(what: &What, scenario: &Scenario, setting: Setting<'_>, failure: &Failure) -> Result<Exit, Refused> {
-    let short = if setting.starve.is_none() && failure.by != "starved" {
-        shrink(scenario, setting, failure)
-    } else {
-        failure.clone()
-    };
+    let setting = Setting { starve: failure.refused, ..setting };
+    let short = shrink(scenario, setting, failure);
     print(&format!("found by {} after {} schedules: {}\n", failure.by, failure.after, short.violation))?;
     let ended = replay(scenario, setting, &short.trail);
-    trace(what, scenario, &ended, &short.trail)?;
+    trace(what, scenario, &ended, &command(what, failure.refused, &short.trail))?;
     Ok(Exit::Refused)
 }
 
-fn trace(what: &What, scenario: &Scenario, ended: &Ended, trail: &Trail) -> Result<(), Refused> {
-    let command = command(what, trail);
+fn trace(what: &What, scenario: &Scenario, ended: &Ended, command: &str) -> Result<(), Refused> {
     let Some(trace) = &ended.trace else { return Ok(()) };
     print(&format!("again: {command}\n\n{}", text::render(trace, scenario.cpus.len())))?;
     if let Some(path) = &what.html {
         let found = ended.violation.as_ref().map(ToString::to_string);
-        let head = html::Head { title: scenario.name.clone(), about: scenario.about.clone(), found, replay: command };
+        let head = html::Head {
+            title: scenario.name.clone(),
+            about: scenario.about.clone(),
+            found,
+            replay: command.to_owned(),
+        };
         let page = html::render(&head, trace, scenario.cpus.len());
         std::fs::write(path, page).map_err(|error| format!("{}: {error}", path.display()))?;
     }
@@ -252,7 +257,7 @@ fn trace(what: &What, scenario: &Scenario, ended: &Ended, trail: &Trail) -> Resu
 }
 
 /// The command that repeats a schedule.
-fn command(what: &What, trail: &Trail) -> String {
+fn command(what: &What, refused: Option<u64>, trail: &Trail) -> String {
     let mut command = format!("entresol lab replay {}", what.file.display());
     for feature in &what.machine {
         let name = feature.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
@@ -264,13 +269,16 @@ fn command(what: &What, trail: &Trail) -> String {
     for name in &what.only {
         command += &format!(" --only {name}");
     }
+    if let Some(request) = refused {
+        command += &format!(" --refuse {request}");
+    }
     format!("{command} '{trail}'")
 }
 
 fn again(what: &What, trail: &Trail) -> Result<Exit, Refused> {
     let loaded = load(what)?;
     let ended = replay(&loaded.scenario, loaded.setting(), trail);
-    trace(what, &loaded.scenario, &ended, trail)?;
+    trace(what, &loaded.scenario, &ended, &command(what, what.refuse, trail))?;
     for (register, value) in &ended.registers {
         print(&format!("{register} = {value}\n"))?;
     }
@@ -320,55 +328,4 @@ fn zoo(name: Option<&str>, control: bool) -> Result<Exit, Refused> {
     bar.finish_and_clear();
     print(&format!("{table}\n"))?;
     Ok(if all { Exit::Done } else { Exit::Refused })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Alone {
-        #[command(flatten)]
-        lab: Lab,
-    }
-
-    fn litmus(name: &str) -> String {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab").join(name).display().to_string()
-    }
-
-    fn lab(arguments: &[&str]) -> Exit {
-        run(&Alone::parse_from([&["lab"], arguments].concat()).lab)
-    }
-
-    #[test]
-    fn a_right_core_passes() {
-        assert_eq!(lab(&["run", &litmus("two-vcpus.toml"), "--exhaustive"]), Exit::Done);
-    }
-
-    #[test]
-    fn a_stale_read_is_found_repeated_and_drawn() {
-        let (folder, file) = (tempfile::tempdir().expect("a folder"), litmus("mmu-off.toml"));
-        let page = folder.path().join("trace.html");
-        let html = page.to_str().expect("a plain path");
-        assert_eq!(lab(&["run", &file, "--plant", "Z-A1", "--only", "INV-11", "--html", html]), Exit::Refused);
-        let text = std::fs::read_to_string(&page).expect("the page was written");
-        for part in ["<!doctype html>", "id=\"found\"", "class=\"lag\"", "MMU off: 0xdeadf4eedeadf4ee"] {
-            assert!(text.contains(part), "{part} is in the page");
-        }
-        assert_eq!(lab(&["replay", &file, "-", "--plant", "Z-A1", "--only", "INV-11"]), Exit::Refused);
-        assert_eq!(lab(&["replay", &file, "-"]), Exit::Done);
-        assert_eq!(lab(&["run", &file, "--plant", "Z-A1", "--machine", "fwb", "--exhaustive"]), Exit::Done);
-    }
-
-    #[test]
-    fn mistakes_are_refused() {
-        assert_eq!(lab(&["run", &litmus("mmu-off.toml"), "--plant", "Z-X9"]), Exit::Usage);
-        assert_eq!(lab(&["run", &litmus("mmu-off.toml"), "--only", "INV-99"]), Exit::Usage);
-        assert_eq!(lab(&["run", &litmus("absent.toml")]), Exit::Usage);
-        assert!(Alone::try_parse_from(["lab", "replay", "x.toml", "nonsense"]).is_err());
-    }
 }

@@ -49,6 +49,8 @@ pub struct Lab {
     pub protected: Vec<(usize, GfnRange)>,
     /// For each CPU the range of a slot whose flags it is changing.
     pub flags_update: [Option<GfnRange>; MAX_CPUS],
+    /// For each CPU the frame that its exclusive load watches, and how many stores it had seen.
+    pub monitors: [Option<(Pfn, u64)>; MAX_CPUS],
     /// Events that happened.
     pub marks: BTreeSet<&'static str>,
     /// What happened in order, if somebody wants to read it.
@@ -88,6 +90,7 @@ pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::acc
         oracle: Oracle::default(),
         protected: Vec::new(),
         flags_update: [None; MAX_CPUS],
+        monitors: [None; MAX_CPUS],
         marks: BTreeSet::new(),
         trace: None,
         requests: 0,

@@ -27,7 +27,9 @@ struct Cell {
     values: Vec<u64>,
     /// Guest stores so far.
     stores: u64,
-    /// Only accesses of this kind are judged; `None` is both.
+    /// Stores that have begun so far, the owner's too.
+    changes: u64,
+    /// Only accesses of this kind are judged: past the cache, or through it; `None` is both.
     by: Option<bool>,
     /// A guest stored in both ways without maintenance: anything may be there until the owner stores.
     mixed: bool,
@@ -41,6 +43,14 @@ pub struct Begun {
     stores: u64,
 }
 
+/// Maintenance of a word's line that a guest has begun.
+#[derive(Clone, Copy, Debug)]
+pub struct Cleaned {
+    place: Place,
+    invalidates: bool,
+    changes: u64,
+}
+
 /// What each word may read as.
 #[derive(Debug, Default)]
 pub struct Oracle {
@@ -52,7 +62,13 @@ pub struct Oracle {
 impl Oracle {
     fn cell(&mut self, place: Place) -> &mut Cell {
         let initial = self.initial.get(place.object).copied().unwrap_or(0);
-        self.cells.entry(place).or_insert_with(|| Cell { values: vec![initial], stores: 0, by: None, mixed: false })
+        self.cells.entry(place).or_insert_with(|| Cell {
+            values: vec![initial],
+            stores: 0,
+            changes: 0,
+            by: None,
+            mixed: false,
+        })
     }
 
     /// Nobody has stored yet; `initial` is what each object reads as.
@@ -65,6 +81,7 @@ impl Oracle {
         let cell = self.cell(place);
         cell.values = vec![value];
         cell.stores += 1;
+        cell.changes += 1;
         cell.mixed |= !coherent && cell.by == Some(!uncached);
         cell.by = (!coherent).then_some(uncached);
     }
@@ -73,6 +90,7 @@ impl Oracle {
     pub fn begin(&mut self, place: Place, value: u64, mapped: bool) -> Begun {
         let cell = self.cell(place);
         cell.values.push(value);
+        cell.changes += 1;
         cell.by = mapped.then_some(false);
         Begun { place, value, stores: cell.stores }
     }
@@ -83,6 +101,21 @@ impl Oracle {
         if cell.stores == begun.stores {
             cell.values = vec![begun.value];
             cell.mixed = false;
+        }
+    }
+
+    /// A guest begins to clean the line of `place` to the point of coherency, and to invalidate it too if it `invalidates`.
+    pub fn begin_clean(&self, place: Place, invalidates: bool) -> Cleaned {
+        Cleaned { place, invalidates, changes: self.cells.get(&place).map_or(0, |cell| cell.changes) }
+    }
+
+    /// It is done: if nobody stored meanwhile, both kinds of access see the same, as far as the operation goes.
+    pub fn end_clean(&mut self, cleaned: &Cleaned) {
+        let cell = self.cell(cleaned.place);
+        let undisturbed = cell.changes == cleaned.changes && cell.values.len() == 1;
+        // What was stored past the cache a stale copy may hide until that is invalidated.
+        if undisturbed && (cleaned.invalidates || cell.by == Some(false)) {
+            cell.by = None;
         }
     }
 
@@ -150,5 +183,25 @@ mod tests {
         assert!(oracle.judge(PLACE, 99, false).is_some());
         oracle.cleaned(0, 0, 2);
         assert!(oracle.judge(PLACE, 99, true).is_some());
+    }
+
+    #[test]
+    fn maintenance_makes_both_kinds_agree_unless_somebody_stores_meanwhile() {
+        let mut oracle = Oracle::default();
+        oracle.store(PLACE, 7, false, false);
+        let clean = oracle.begin_clean(PLACE, false);
+        oracle.store(PLACE, 8, false, false);
+        oracle.end_clean(&clean);
+        assert!(oracle.judge(PLACE, 99, true).is_none(), "8 came after the clean began");
+        let clean = oracle.begin_clean(PLACE, false);
+        oracle.end_clean(&clean);
+        assert!(oracle.judge(PLACE, 99, true).is_some() && oracle.judge(PLACE, 8, true).is_none());
+        oracle.store(PLACE, 9, true, false);
+        let clean = oracle.begin_clean(PLACE, false);
+        oracle.end_clean(&clean);
+        assert!(oracle.judge(PLACE, 99, false).is_none(), "a copy may be older than memory");
+        let clean = oracle.begin_clean(PLACE, true);
+        oracle.end_clean(&clean);
+        assert!(oracle.judge(PLACE, 99, false).is_some() && oracle.judge(PLACE, 9, false).is_none());
     }
 }

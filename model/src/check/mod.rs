@@ -17,6 +17,7 @@ pub mod inv11;
 pub mod inv13;
 pub mod inv14;
 pub mod inv15;
+pub mod maintenance;
 pub mod slots;
 
 use std::fmt;
@@ -51,6 +52,8 @@ pub enum Check {
     Inv15,
     /// Slot updates do what their kind says.
     Slots,
+    /// Cache maintenance means what the table says.
+    Maintenance,
     /// Outcomes that the litmus file forbids.
     Forbidden,
     /// A panic of the core.
@@ -59,7 +62,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -72,6 +75,7 @@ impl Check {
         Self::Inv14,
         Self::Inv15,
         Self::Slots,
+        Self::Maintenance,
         Self::Forbidden,
         Self::Panic,
     ];
@@ -96,6 +100,7 @@ impl Check {
             Self::Inv14 => "INV-14",
             Self::Inv15 => "INV-15",
             Self::Slots => "slots",
+            Self::Maintenance => "cache-ops",
             Self::Forbidden => "forbidden",
             Self::Panic => "panic",
         }

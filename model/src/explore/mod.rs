@@ -74,6 +74,8 @@ pub struct Failure {
     pub by: &'static str,
     /// In the how manieth schedule.
     pub after: u64,
+    /// The request for a frame that was refused in it, counted from 1.
+    pub refused: Option<u64>,
 }
 
 /// What an exploration did.
@@ -142,7 +144,8 @@ impl Common<'_> {
         }
         if let Some(violation) = ended.violation.take() {
             self.stop.store(true, Ordering::Relaxed);
-            let failure = Failure { violation, trail: ended.trail.clone(), by, after: number };
+            let (trail, refused) = (ended.trail.clone(), self.setting.starve);
+            let failure = Failure { violation, trail, by, after: number, refused };
             report.failure.get_or_insert(failure);
         }
         ended
@@ -348,7 +351,8 @@ pub fn starve(scenario: &Scenario, setting: Setting<'_>, seeds: u64) -> (u64, Op
             let ended = bench.run(scenario, &setting, strategy());
             schedules += 1;
             if let Some(violation) = ended.violation {
-                return (schedules, Some(Failure { violation, trail: ended.trail, by: "starved", after: schedules }));
+                let (trail, refused) = (ended.trail, Some(request));
+                return (schedules, Some(Failure { violation, trail, by: "starved", after: schedules, refused }));
             }
             if ended.requests < request {
                 break;

@@ -40,6 +40,8 @@ pub struct Schedule {
     current: usize,
     /// Operations so far.
     pub steps: u64,
+    /// Of these, each CPU's.
+    own: [u64; crate::machine::config::MAX_CPUS],
     picks: u64,
     /// Decisions that mattered so far: what PCT spreads its changes over.
     pub points: u64,
@@ -61,6 +63,7 @@ impl Schedule {
             statuses: Vec::new(),
             current: 0,
             steps: 0,
+            own: Default::default(),
             picks: 0,
             points: 0,
             rounds: 0,
@@ -77,6 +80,7 @@ impl Schedule {
         self.statuses.clear();
         self.statuses.resize(cpus, Status::Ready);
         (self.current, self.steps, self.picks, self.points, self.rounds) = (0, 0, 0, 0, 0);
+        self.own = Default::default();
         self.running = false;
         self.trail.turns.clear();
         self.accesses.clear(cpus);
@@ -100,6 +104,11 @@ impl Schedule {
         self.current
     }
 
+    /// Operations of all CPUs but the one that runs.
+    pub fn others(&self) -> u64 {
+        self.own.iter().sum::<u64>() - self.own[self.current]
+    }
+
     /// The CPU that runs is about to use `address`: may it?
     pub fn access(&mut self, address: usize, write: bool, site: Site) -> Go {
         if !self.running {
@@ -109,6 +118,7 @@ impl Schedule {
         let number = self.sites.number(site);
         let shared = self.sites.is_shared(number);
         let me = self.current;
+        self.own[me] += 1;
         self.choose(false, shared);
         // The operation happens when this CPU goes again; its order among the others is then that of `touch`.
         if self.current == me {

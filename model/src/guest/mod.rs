@@ -1,8 +1,11 @@
 //! Guests and owners as scripts: what each CPU of a scenario does.
 //!
-//! [`vcpu`] is a guest's access as hardware makes it; [`owner`] what the owner of a virtual machine asks of the core;
+//! [`vcpu`] is a guest's access as hardware makes it, [`operation`] what the manual says about it, [`memory`] its effect;
+//! [`owner`] what the owner of a virtual machine asks of the core;
 //! [`record`] what the lab remembers of that; [`stage`] puts machine, objects and virtual machines up and runs scripts.
 
+pub mod memory;
+pub mod operation;
 pub mod owner;
 pub mod record;
 pub mod stage;

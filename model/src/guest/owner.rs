@@ -6,8 +6,9 @@ use entresol_mmu::VmVmid;
 use entresol_slot::{ObjectId, SlotFlags, SlotRequest, Update};
 use entresol_table::{Permissions, Reserve, Retired, Straddle};
 
+use super::memory;
 use super::record::SlotRecord;
-use super::stage::{Actor, Stage};
+use super::stage::{Actor, Kind, Stage};
 use crate::check::inv11::Place;
 use crate::check::{Check, inv03};
 use crate::lab::{self, Hardware};
@@ -41,7 +42,7 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
                 stage.host.vmids.put(cpu);
             }
         }
-        Step::Guest { .. } | Step::Mmu { .. } | Step::Leave => unreachable!("a vCPU's step"),
+        Step::Guest { .. } | Step::Mmu { .. } | Step::Tlbi | Step::Leave => unreachable!("a vCPU's step"),
     }
     lab::settle();
 }
@@ -52,13 +53,8 @@ fn refused(refused: bool) {
     }
 }
 
-/// The word of an object behind a guest address, if one slot holds it and nobody is changing that.
 fn place(vm: usize, gpa: Gpa) -> Option<Place> {
-    lab::with(|lab| {
-        let slot = lab.records.stable_at(vm, gpa.frame(), lab.world.now())?;
-        let frame = slot.offset + gpa.frame().since(slot.range.start());
-        Some(Place { object: slot.object, frame, word: (gpa.page_offset() / 8) as u16 })
-    })
+    lab::with(|lab| memory::place(lab, vm, gpa))
 }
 
 fn write(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa, value: u64) {
@@ -224,7 +220,8 @@ fn slot(stage: &Stage<'_>, cpu: usize, vm: usize, id: u32, what: SlotVerb) {
                 object,
                 offset,
                 read_only,
-                rom: stage.rom[object],
+                rom: stage.kinds[object] == Kind::Rom,
+                device: stage.kinds[object] == Kind::Device,
                 changing: true,
                 since: 0,
             };

@@ -21,6 +21,8 @@ pub struct SlotRecord {
     pub read_only: bool,
     /// The object behind it is read-only.
     pub rom: bool,
+    /// The object behind it is a device.
+    pub device: bool,
     /// An update is on its way.
     pub changing: bool,
     /// When the last update of it ended.
@@ -34,10 +36,25 @@ impl SlotRecord {
     }
 }
 
+/// What lies at a guest address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// No slot.
+    Nothing,
+    /// Memory that guests may not change.
+    ReadOnly,
+    /// Memory.
+    Writable,
+    /// A device.
+    Device,
+}
+
 /// All slots.
 #[derive(Debug, Default)]
 pub struct Records {
     slots: Vec<SlotRecord>,
+    /// Slots that went: whose, where they lay, and when the update ended.
+    gone: Vec<(usize, GfnRange, Stamp)>,
 }
 
 impl Records {
@@ -53,7 +70,14 @@ impl Records {
 
     /// The update of slot `id` of `vm` has ended: it lies at `at`, or nowhere.
     pub fn end(&mut self, vm: usize, id: u32, at: Option<Gfn>, now: Stamp) {
-        self.slots.retain(|slot| !(slot.vm == vm && slot.id == id) || at == Some(slot.range.start()));
+        let gone = &mut self.gone;
+        self.slots.retain(|slot| {
+            let stays = !(slot.vm == vm && slot.id == id) || at == Some(slot.range.start());
+            if !stays {
+                gone.push((vm, slot.range, now));
+            }
+            stays
+        });
         self.mine(vm, id).for_each(|slot| (slot.changing, slot.since) = (false, now));
     }
 
@@ -74,6 +98,20 @@ impl Records {
     /// A slot in which `gfn` of `vm` lies, changing or not.
     pub fn any_at(&self, vm: usize, gfn: Gfn) -> Option<&SlotRecord> {
         self.of(vm).find(|slot| slot.range.contains(gfn))
+    }
+
+    /// What lay at `gfn` of `vm` all the time since `since`, if it was one thing.
+    pub fn target(&self, vm: usize, gfn: Gfn, since: Stamp) -> Option<Target> {
+        if self.any_at(vm, gfn).is_none() {
+            let went = self.gone.iter().any(|(of, range, when)| *of == vm && range.contains(gfn) && *when >= since);
+            return (!went).then_some(Target::Nothing);
+        }
+        let slot = self.stable_at(vm, gfn, since)?;
+        Some(match (slot.device, slot.refuses_stores()) {
+            (_, true) => Target::ReadOnly,
+            (true, false) => Target::Device,
+            (false, false) => Target::Writable,
+        })
     }
 
     /// The slot in which `gfn` of `vm` lies and which nobody has changed since `since`.

@@ -18,10 +18,13 @@ use crate::check::{Check, inv14};
 use crate::lab::{self, Hardware};
 use crate::litmus::outcome::Registers;
 use crate::litmus::step::Step;
-use crate::litmus::{Object, Scenario};
+use crate::litmus::{GuestPolicy, Object, Scenario};
 use crate::machine::FIRST;
 use crate::machine::content::Content;
 use crate::machine::walk::Walker;
+
+/// The first frame of a device: no memory is there.
+const DEVICE: u64 = 0x8_0000;
 
 /// The machine that the core runs on.
 pub type LabHost = Host<Modelled<Hardware>>;
@@ -36,10 +39,23 @@ pub struct Stage<'h> {
     pub vms: Vec<LabVm<'h>>,
     /// Objects, by number.
     pub objects: Vec<ObjectHandle>,
-    /// For each object whether it is read-only.
-    pub rom: Vec<bool>,
+    /// For each object what it is made of.
+    pub kinds: Vec<Kind>,
+    /// What the owner decided about guests.
+    pub policy: GuestPolicy,
     /// Results.
     pub registers: RefCell<Registers>,
+}
+
+/// What an object of a scenario is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Memory.
+    Ram,
+    /// Memory that guests may not change.
+    Rom,
+    /// Addresses of a device.
+    Device,
 }
 
 /// One CPU of a scenario.
@@ -96,15 +112,16 @@ impl<'h> Stage<'h> {
                 ipa_bits: machine.ipa_bits,
                 slots: 8,
                 largest: PageSize::Size1G,
-                read_only_ivac: Default::default(),
+                read_only_ivac: scenario.policy.read_only_ivac.into(),
             };
             let vm = Vm::new(host, 0, Stage2 { fwb: machine.fwb }, options).expect("frames for the scenario's tables");
             let (level, root) = (vm.table().geometry().root_level(), vm.table().root());
             lab::with(|lab| lab.world.add_root(number, level, root));
             vm
         });
-        let rom = scenario.objects.iter().map(|object| object.rom.is_some()).collect();
-        let stage = Self { host, vms: vms.collect(), objects, rom, registers: RefCell::default() };
+        let kinds = scenario.objects.iter().map(kind).collect();
+        let (policy, registers) = (scenario.policy, RefCell::default());
+        let stage = Self { host, vms: vms.collect(), objects, kinds, policy, registers };
         let mut actor = Actor::new(0);
         scenario.setup.iter().for_each(|step| stage.run(&mut actor, step));
         stage.leave(&mut actor);
@@ -123,16 +140,18 @@ impl<'h> Stage<'h> {
 
     fn run(&self, actor: &mut Actor, step: &Step) {
         match step {
-            Step::Guest { vm, access, gpa, value, to } => {
+            Step::Guest { vm, what, gpa, to } => {
                 let vmid = self.enter(actor, *vm);
                 let walker = Walker { cpu: actor.cpu, vm: *vm, vmid };
-                let (gpa, access, value, mmu_off) = (*gpa, *access, *value, actor.mmu_off);
-                let result = vcpu::access(self, actor, *vm, Attempt { walker, gpa, access, value, mmu_off });
+                let (gpa, what, mmu_off) = (*gpa, *what, actor.mmu_off);
+                let result = vcpu::access(self, actor, *vm, Attempt { walker, gpa, what, mmu_off });
                 if let Some(register) = to {
                     self.registers.borrow_mut().insert(register.clone(), result);
                 }
             }
             Step::Mmu { on } => actor.mmu_off = !on,
+            // See `operation`: nothing that the second stage keeps goes by it.
+            Step::Tlbi => lab::with(|lab| lab.log(None, || "guest TLBI: stage 1 only".to_owned())),
             Step::Leave => self.leave(actor),
             other => owner::run(self, actor, other),
         }
@@ -213,10 +232,19 @@ impl<'h> Stage<'h> {
     }
 }
 
+fn kind(object: &Object) -> Kind {
+    match (object.device, object.rom) {
+        (true, _) => Kind::Device,
+        (false, Some(_)) => Kind::Rom,
+        (false, None) => Kind::Ram,
+    }
+}
+
 fn create(host: &LabHost, object: &Object, rom: &mut u64) -> ObjectHandle {
     let frames = object.frames;
-    let spec = match object.rom {
-        Some(value) => {
+    let spec = match (kind(object), object.rom) {
+        (Kind::Device, _) => Spec::Device { first: Pfn::new(DEVICE), frames },
+        (_, Some(value)) => {
             let first = Pfn::new(*rom);
             *rom += frames;
             for pfn in (0..frames).map(|offset| first.offset(offset)) {
@@ -224,7 +252,7 @@ fn create(host: &LabHost, object: &Object, rom: &mut u64) -> ObjectHandle {
             }
             Spec::Rom { first, frames, owned: false }
         }
-        None => Spec::Anonymous { frames, policy: if object.blocks { Policy::Blocks } else { Policy::Pages } },
+        (_, None) => Spec::Anonymous { frames, policy: if object.blocks { Policy::Blocks } else { Policy::Pages } },
     };
     host.objects.create(&host.supply(0), spec).expect("frames for the scenario's objects")
 }

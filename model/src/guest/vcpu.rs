@@ -1,14 +1,18 @@
 //! One guest access: the hardware's walk, the fault, the core, and again, as metal does it.
+//!
+//! Protocol: [`access`] is the instruction. The hardware tries ([`hardware`]); what it refuses becomes the registers of an
+//! exit, the decoder makes a fault of them, the core answers, and the answer is judged before it is obeyed. Maintenance
+//! that traps goes to the core's other door and is done or not when that returns.
 
 use entresol_addr::{Gpa, PAGE_SHIFT};
 use entresol_arch_arm64::abort;
-use entresol_fault::{Access, Fault};
-use entresol_machine::Word;
+use entresol_fault::Access;
 use entresol_mmu::Outcome;
 
+use super::memory;
+use super::operation::Operation;
 use super::stage::{Actor, Stage};
-use crate::check::inv11::Place;
-use crate::check::{Check, inv09, inv15};
+use crate::check::{Check, inv09, inv15, maintenance};
 use crate::lab::{self, Lab};
 use crate::litmus::outcome::Value;
 use crate::machine::walk::{Translated, Walker};
@@ -21,52 +25,50 @@ pub struct Attempt {
     /// Where.
     pub gpa: Gpa,
     /// What.
-    pub access: Access,
-    /// The value of a store.
-    pub value: u64,
+    pub what: Operation,
     /// The vCPU's own translation is off.
     pub mmu_off: bool,
 }
 
 /// How the hardware answered.
 enum Answer {
-    Done(u64),
+    Done(Value),
     /// A second-stage fault with this syndrome.
     Fault(u64),
 }
 
-/// ESR_EL2 of an abort from a lower exception level (Arm DDI 0487 D24.2): class, 32-bit instruction, WnR, status code.
-fn syndrome(access: Access, status: u64, level: u8) -> u64 {
-    let class = if access == Access::Fetch { 0b10_0000 } else { 0b10_0100 };
-    class << 26 | 1 << 25 | u64::from(access == Access::Write) << 6 | status << 2 | u64::from(level)
-}
-
+/// Fault status codes, without the level (Arm DDI 0487 D24.2, ISS.DFSC).
 const TRANSLATION: u64 = 0b0001;
 const ACCESS_FLAG: u64 = 0b0010;
 const PERMISSION: u64 = 0b0011;
 
-/// The fault as the exit path reads it from the registers.
-fn fault(attempt: &Attempt, esr: u64) -> Fault {
-    abort::fault(esr, attempt.gpa.get(), attempt.gpa.get() >> PAGE_SHIFT << 4)
-}
-
 /// Makes the access until it is done or leaves to the owner.
 pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) -> Value {
+    let began = lab::with(|lab| lab.schedule.others());
+    if let Some(line) = attempt.what.line().filter(|_| stage.policy.trap_maintenance) {
+        return maintain(stage, actor, vm, &attempt, line);
+    }
     let (mut traps, mut last) = (0, None);
     loop {
         lab::before_guest();
         let (answer, since) = lab::with(|lab| (hardware(lab, &attempt), lab.world.now()));
         lab::settle();
         let esr = match answer {
-            Answer::Done(value) => return Value::Word(value),
+            Answer::Done(value) => return value,
             Answer::Fault(esr) => esr,
         };
         traps += 1;
-        lab::with(|lab| lab.found(Check::Inv15, inv15::trapped(traps, attempt.gpa.get())));
+        lab::with(|lab| {
+            // An exception return leaves no location watched (Arm DDI 0487 B2.17.5).
+            lab.monitors[actor.cpu] = None;
+            let alone = lab.schedule.others() == began;
+            lab.found(Check::Inv15, inv15::trapped(traps, alone, attempt.gpa.get()));
+        });
         lab::settle();
-        let fault = fault(&attempt, esr);
+        let fault = abort::fault(esr, attempt.gpa.get(), attempt.gpa.get() >> PAGE_SHIFT << 4);
         let outcome = stage.vms[vm].handle(&stage.host.epoch.pin(actor.cpu), &actor.hint, &fault);
-        lab::with(|lab| judge(lab, &attempt, since, outcome));
+        let needs_write = fault.is_write();
+        lab::with(|lab| judge(lab, stage, &attempt, since, Door::Abort { needs_write }, outcome));
         lab::settle();
         match outcome {
             // The same fault twice: a TLB still holds what another CPU has not finished changing.
@@ -82,8 +84,48 @@ pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt)
     }
 }
 
-/// What the core made of a fault.
-fn judge(lab: &mut Lab, attempt: &Attempt, since: u64, outcome: Outcome) {
+/// By which door maintenance came to the core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// A data abort; `needs_write`: one for want of write permission.
+    Abort {
+        /// A permission fault.
+        needs_write: bool,
+    },
+    /// The instruction itself.
+    Trap,
+}
+
+/// Maintenance that traps: the core carries it out.
+fn maintain(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, line: super::operation::Line) -> Value {
+    let gpa = attempt.gpa;
+    loop {
+        lab::before_guest();
+        let (since, begun) = lab::with(|lab| {
+            lab.monitors[actor.cpu] = None;
+            lab.log(None, || format!("guest {} {gpa:#x} traps", attempt.what.name()));
+            (lab.world.now(), memory::begin_clean(lab, vm, gpa, line))
+        });
+        let outcome = stage.vms[vm].maintain(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, line.trapped());
+        lab::with(|lab| {
+            judge(lab, stage, attempt, since, Door::Trap, outcome);
+            if outcome == Outcome::Skip {
+                memory::end_clean(lab, begun);
+            }
+        });
+        lab::settle();
+        match outcome {
+            Outcome::Skip => return Value::Skipped,
+            Outcome::Retry | Outcome::Resume => entresol_sync::hint::spin_loop(),
+            Outcome::Mmio => return Value::Mmio,
+            Outcome::Inject(_) => return Value::Abort,
+            Outcome::Exit(_) => return Value::Exit,
+        }
+    }
+}
+
+/// What the core made of an access.
+fn judge(lab: &mut Lab, stage: &Stage<'_>, attempt: &Attempt, since: u64, door: Door, outcome: Outcome) {
     let (vm, gpa) = (attempt.walker.vm, attempt.gpa);
     lab.mark(match outcome {
         Outcome::Resume => "resume",
@@ -96,24 +138,29 @@ fn judge(lab: &mut Lab, attempt: &Attempt, since: u64, outcome: Outcome) {
     lab.log(None, || format!("the core answers {outcome:?} for {gpa:#x}"));
     if outcome == Outcome::Mmio {
         let slot = lab.records.stable_at(vm, gpa.frame(), since);
-        let wrong = inv09::emulated(slot, gpa.get(), attempt.access == Access::Write);
+        let wrong = inv09::emulated(slot, gpa.get(), attempt.what);
         lab.found(Check::Inv9, wrong);
+    }
+    if let Some(line) = attempt.what.line() {
+        let target = lab.records.target(vm, gpa.frame(), since);
+        let asked = maintenance::Asked { line, door, policy: stage.policy.read_only_ivac.into() };
+        lab.found(Check::Maintenance, maintenance::answered(target, asked, gpa.get(), outcome));
     }
 }
 
 /// The access as the hardware makes it, whole.
 fn hardware(lab: &mut Lab, attempt: &Attempt) -> Answer {
-    let Attempt { walker, gpa, access, .. } = *attempt;
+    let Attempt { walker, gpa, what, .. } = *attempt;
     let picks = lab.schedule.picks();
     let mut path = arrayvec::ArrayVec::new();
     let walked = lab.machine(|world, pick| world.walk(walker, gpa.frame(), &mut path, pick));
     let answer = match walked {
-        Err(level) => Answer::Fault(syndrome(access, TRANSLATION, level)),
-        Ok(found) if !found.leaf.accessed => Answer::Fault(syndrome(access, ACCESS_FLAG, found.level)),
-        Ok(found) if !permits(&found, access) => Answer::Fault(syndrome(access, PERMISSION, found.level)),
-        Ok(found) => Answer::Done(reach(lab, attempt, &found)),
+        Err(level) => Answer::Fault(what.syndrome(TRANSLATION, level)),
+        Ok(found) if !found.leaf.accessed => Answer::Fault(what.syndrome(ACCESS_FLAG, found.level)),
+        Ok(found) if !permits(&found, what.needs()) => Answer::Fault(what.syndrome(PERMISSION, found.level)),
+        Ok(found) => Answer::Done(memory::reach(lab, attempt, &found)),
     };
-    let page = walked.ok().map(|found| (found.pfn, access == Access::Write));
+    let page = walked.ok().map(|found| (found.pfn, what.stores() || what.line().is_some()));
     lab::touched(lab, &path, page.filter(|_| matches!(answer, Answer::Done(_))));
     if lab.schedule.picks() != picks {
         lab.mark("hardware choice");
@@ -122,21 +169,15 @@ fn hardware(lab: &mut Lab, attempt: &Attempt) -> Answer {
         lab.mark("stale translation");
     }
     lab.log(None, || {
-        let what = match access {
-            Access::Read => "load",
-            Access::Write => "store",
-            Access::Fetch => "fetch",
-        };
         let past = if attempt.mmu_off { ", MMU off" } else { "" };
+        let head = format!("guest {} {gpa:#x}{past}", what.name());
         match (&answer, walked) {
             (Answer::Done(value), Ok(found)) => {
                 let stale = if found.stale { " by a stale translation" } else { "" };
-                format!("guest {what} {gpa:#x}{past}: {value:#x} at frame {:#x}{stale}", found.pfn)
+                format!("{head}: {value} at frame {:#x}{stale}", found.pfn)
             }
-            (_, Ok(found)) => {
-                format!("guest {what} {gpa:#x}{past}: fault at level {}, the entry is there", found.level)
-            }
-            (_, Err(level)) => format!("guest {what} {gpa:#x}{past}: translation fault at level {level}"),
+            (_, Ok(found)) => format!("{head}: fault at level {}, the entry is there", found.level),
+            (_, Err(level)) => format!("{head}: translation fault at level {level}"),
         }
     });
     answer
@@ -148,56 +189,4 @@ fn permits(found: &Translated, access: Access) -> bool {
         Access::Write => found.leaf.write,
         Access::Fetch => found.leaf.execute,
     }
-}
-
-/// The access reaches memory.
-fn reach(lab: &mut Lab, attempt: &Attempt, found: &Translated) -> u64 {
-    let Attempt { walker, gpa, access, value, mmu_off } = *attempt;
-    let gfn = gpa.frame();
-    let word = Word::new(found.pfn, (gpa.page_offset() / 8) as u16).index();
-    let by = |what: &str| format!("VM {} reached {gpa:#x} {what}, by frame {:#x}", walker.vm, found.pfn);
-    if lab.records.any_at(walker.vm, gfn).is_none() {
-        lab.found(Check::Inv3, Some(by("outside every slot")));
-    }
-    if lab.protected.iter().any(|(vm, range)| *vm == walker.vm && range.contains(gfn)) {
-        lab.found(Check::Inv3, Some(by("while it is being invalidated")));
-    }
-    match lab.world.frame(found.pfn).map(|frame| frame.taken) {
-        None => return 0,
-        Some(false) => lab.found(Check::Inv7, Some(by("through a translation to a free frame"))),
-        Some(true) => {}
-    }
-    let place = lab.records.stable_at(walker.vm, gfn, lab.world.now()).map(|slot| {
-        let frame = slot.offset + gfn.since(slot.range.start());
-        (Place { object: slot.object, frame, word }, slot.refuses_stores())
-    });
-    let fwb = lab.world.config.fwb;
-    let uncached = mmu_off && !fwb;
-    let now = lab.world.now();
-    let result = lab.machine(|world, pick| {
-        let frame = world.frame_mut(found.pfn);
-        match access {
-            Access::Read if uncached => frame.read_uncached(word, pick),
-            Access::Read => frame.read(word, pick),
-            Access::Fetch => frame.fetch(word, pick),
-            Access::Write if uncached => {
-                frame.write_uncached(word, value, pick);
-                value
-            }
-            Access::Write => {
-                frame.write(word, value, false, now, pick);
-                value
-            }
-        }
-    });
-    match (place, access) {
-        (Some((_, true)), Access::Write) => lab.found(Check::Inv13, Some(by("with a store to a read-only slot"))),
-        (Some((place, false)), Access::Write) => lab.oracle.store(place, value, uncached, fwb),
-        (Some((place, _)), _) => {
-            let wrong = lab.oracle.judge(place, result, uncached);
-            lab.found(Check::Inv11, wrong);
-        }
-        (None, _) => {}
-    }
-    result
 }

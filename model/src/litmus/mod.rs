@@ -9,6 +9,7 @@ pub mod step;
 use std::path::Path;
 
 use entresol_addr::{Gfn, GfnRange, PAGE_SHIFT};
+use entresol_mmu::ReadOnlyIvac;
 use serde::Deserialize;
 
 use crate::machine::config::{Config, MAX_CPUS};
@@ -27,6 +28,8 @@ pub struct Scenario {
     pub about: String,
     /// The machine.
     pub machine: Config,
+    /// What the owner decided about guests.
+    pub policy: GuestPolicy,
     /// Number of virtual machines, and their names.
     pub vms: Vec<String>,
     /// Objects, by number.
@@ -58,6 +61,39 @@ pub struct Object {
     pub blocks: bool,
     /// Read-only, each word with this value.
     pub rom: Option<u64>,
+    /// A device's addresses instead of memory; every word reads as 0.
+    #[serde(default)]
+    pub device: bool,
+}
+
+/// What the owner decided about all guests of a scenario.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GuestPolicy {
+    /// Cache maintenance by address traps (HCR_EL2.TPCP and TPU) instead of being done.
+    pub trap_maintenance: bool,
+    /// What DC IVAC does to read-only memory.
+    pub read_only_ivac: Ivac,
+}
+
+/// See [`ReadOnlyIvac`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ivac {
+    /// An external abort.
+    #[default]
+    Abort,
+    /// Clean and invalidate.
+    Clean,
+}
+
+impl From<Ivac> for ReadOnlyIvac {
+    fn from(ivac: Ivac) -> Self {
+        match ivac {
+            Ivac::Abort => Self::Abort,
+            Ivac::Clean => Self::Clean,
+        }
+    }
 }
 
 /// The file as it is written.
@@ -68,6 +104,8 @@ struct Written {
     about: String,
     #[serde(default)]
     machine: Config,
+    #[serde(default)]
+    policy: GuestPolicy,
     #[serde(default = "one_vm")]
     vms: Vec<String>,
     #[serde(default)]
@@ -194,6 +232,7 @@ impl Scenario {
             name: written.name,
             about: written.about,
             machine: written.machine,
+            policy: written.policy,
             vms: written.vms,
             objects: written.object,
             setup,
@@ -264,6 +303,9 @@ fn check(written: &Written) -> Result<(), LitmusError> {
         if object.frames == 0 || object.frames > MOST_FRAMES {
             return Err(field("object.frames", object.frames, format!("must be 1 to {MOST_FRAMES}")));
         }
+        if object.device && (object.blocks || object.rom.is_some()) {
+            return Err(field("object.device", &object.name, "must not stand beside rom or blocks"));
+        }
     }
     Ok(())
 }
@@ -323,6 +365,8 @@ mod tests {
         assert!(with("object = \"ram\"", "object = \"rom\"").contains("slot.object rom: must be the name"));
         assert!(with("name = \"small\"", "name = \"small\"\nforbidden = [\"r9 == 1\"]").contains("no step sets r9"));
         assert!(with("about =", "abot =").contains("abot"));
+        assert!(with("name = \"ram\"", "name = \"ram\"\nrom = 1\ndevice = true").contains("object.device ram: must not stand"));
+        assert!(with("[[object]]", "[policy]\nread_only_ivac = \"keep\"\n[[object]]").contains("keep"));
         assert!(with("name = \"small\"", "name = \"small\"\nbound = \"all\"").contains("bound all"));
     }
 }

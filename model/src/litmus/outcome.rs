@@ -10,6 +10,8 @@ use super::step::number;
 pub enum Value {
     /// A word.
     Word(u64),
+    /// An instruction without a result was carried out.
+    Done,
     /// The access was given to the owner.
     Mmio,
     /// The instruction was skipped.
@@ -26,7 +28,8 @@ pub enum Value {
 pub type Registers = BTreeMap<String, Value>;
 
 impl Value {
-    const WORDS: [(&'static str, Self); 5] = [
+    const WORDS: [(&'static str, Self); 6] = [
+        ("done", Self::Done),
         ("mmio", Self::Mmio),
         ("skipped", Self::Skipped),
         ("abort", Self::Abort),

@@ -4,13 +4,21 @@
 //! step that has a result. Numbers are decimal or `0x` hexadecimal. [`VERBS`] is the whole grammar.
 
 use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
-use entresol_fault::Access;
+
+use crate::guest::operation::{For, Line, Operation};
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 23] = [
+pub const VERBS: [(&str, &str); 30] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
+    ("ldxr GPA", "the vCPU loads a word and watches it"),
+    ("stxr GPA VALUE", "the vCPU stores a word if nobody stored there since its ldxr: 0, or 1 if it did not"),
+    ("walk data|fetch GPA", "the hardware reads the vCPU's stage-1 descriptor at GPA"),
+    ("update data|fetch GPA", "the hardware sets the access flag of the stage-1 descriptor at GPA"),
+    ("dc ivac|cvac|civac|cvau GPA", "the vCPU's maintenance of the line at GPA, with its barrier"),
+    ("ic ivau GPA", "the same for instruction caches"),
+    ("tlbi", "the vCPU's own TLB invalidation, which promises nothing about the second stage"),
     ("mmu on|off", "the vCPU's own translation: off makes its accesses Non-cacheable"),
     ("leave", "the CPU stops running the virtual machine"),
     ("write GPA VALUE", "the owner stores a word to guest memory"),
@@ -40,12 +48,10 @@ pub enum Step {
     Guest {
         /// Whose.
         vm: usize,
-        /// What kind.
-        access: Access,
+        /// What it does.
+        what: Operation,
         /// Where, 8-byte aligned.
         gpa: Gpa,
-        /// What is stored.
-        value: u64,
         /// The register for the result.
         to: Option<String>,
     },
@@ -54,6 +60,8 @@ pub enum Step {
         /// On or off.
         on: bool,
     },
+    /// The vCPU's own TLB invalidation.
+    Tlbi,
     /// The CPU puts its virtual machine.
     Leave,
     /// The owner's store.
@@ -239,6 +247,19 @@ impl<'a> Words<'a> {
         u32::try_from(id).map_err(|_| self.error(format!("ID {id} must be below 2^32")))
     }
 
+    fn stage1(&mut self) -> Result<For, StepError> {
+        Ok(if self.choice(["data", "fetch"])? { For::Data } else { For::Fetch })
+    }
+
+    fn line(&mut self, data: bool) -> Result<Line, StepError> {
+        let name = self.word("an operation")?;
+        let fits = |line: Line| (line != Line::Ivau) == data;
+        let known = Line::ALL.iter().find(|(known, line)| *known == name && fits(*line));
+        let names = Line::ALL.iter().filter(|(_, line)| fits(*line)).map(|(name, _)| *name);
+        let rule = || self.error(format!("{name:?} must be {}", names.collect::<Vec<_>>().join(" or ")));
+        known.map(|(_, line)| *line).ok_or_else(rule)
+    }
+
     fn choice(&mut self, of: [&str; 2]) -> Result<bool, StepError> {
         let word = self.word(&of.join("|"))?;
         let [yes, no] = of;
@@ -293,13 +314,20 @@ impl Step {
         let range = |what, words: &mut Words<'_>| Ok(Self::Range { vm, range: words.range()?, what });
         let page = |what, words: &mut Words<'_>| Ok(Self::Range { vm, range: GfnRange::single(words.frame()?), what });
         let slot = |what, id| Ok(Self::Slot { vm, id, what });
+        let guest = |what, words: &mut Words<'_>, to| Ok(Self::Guest { vm, what, gpa: words.gpa()?, to });
         match verb {
-            "load" => Ok(Self::Guest { vm, access: Access::Read, gpa: words.gpa()?, value: 0, to }),
-            "fetch" => Ok(Self::Guest { vm, access: Access::Fetch, gpa: words.gpa()?, value: 0, to }),
-            "store" => {
+            "load" => guest(Operation::Load, words, to),
+            "fetch" => guest(Operation::Fetch, words, to),
+            "ldxr" => guest(Operation::LoadExclusive, words, to),
+            "store" | "stxr" => {
                 let (gpa, value) = (words.gpa()?, words.number("VALUE")?);
-                Ok(Self::Guest { vm, access: Access::Write, gpa, value, to })
+                let what = if verb == "store" { Operation::Store(value) } else { Operation::StoreExclusive(value) };
+                Ok(Self::Guest { vm, what, gpa, to })
             }
+            "walk" => guest(Operation::Walk(words.stage1()?), words, to),
+            "update" => guest(Operation::Update(words.stage1()?), words, to),
+            "dc" | "ic" => guest(Operation::Maintain(words.line(verb == "dc")?), words, to),
+            "tlbi" => Ok(Self::Tlbi),
             "mmu" => Ok(Self::Mmu { on: words.choice(["on", "off"])? }),
             "leave" => Ok(Self::Leave),
             "write" => Ok(Self::Write { vm, gpa: words.gpa()?, value: words.number("VALUE")? }),
@@ -378,6 +406,8 @@ mod tests {
             ("OFFSET", "0"),
             ("[ro]", "ro"),
             ("on|off", "off"),
+            ("data|fetch", "fetch"),
+            ("ivac|cvac|civac|cvau", "civac"),
             ("log|none", "log"),
         ];
         for (form, _) in VERBS {
@@ -389,8 +419,7 @@ mod tests {
     #[test]
     fn names_and_results() {
         let step = parse("b: load 0x1008 -> r1").unwrap();
-        let expected =
-            Step::Guest { vm: 1, access: Access::Read, gpa: Gpa::new(0x1008), value: 0, to: Some("r1".to_owned()) };
+        let expected = Step::Guest { vm: 1, what: Operation::Load, gpa: Gpa::new(0x1008), to: Some("r1".to_owned()) };
         assert_eq!(step, expected);
         assert_eq!(step.page(), Some((1, Gfn::new(1))));
     }
@@ -409,6 +438,10 @@ mod tests {
             ("reap -> r1", "has no result"),
             ("reap now", "must not stand there"),
             ("mmu maybe", "must be on or off"),
+            ("dc ivau 0x1000", "must be ivac or cvac or civac or cvau"),
+            ("ic ivac 0x1000", "must be ivau"),
+            ("walk store 0x1000", "must be data or fetch"),
+            ("tlbi 0x1000", "must not stand there"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(rule) && error.contains(text), "{error}");

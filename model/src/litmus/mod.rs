@@ -365,7 +365,10 @@ mod tests {
         assert!(with("object = \"ram\"", "object = \"rom\"").contains("slot.object rom: must be the name"));
         assert!(with("name = \"small\"", "name = \"small\"\nforbidden = [\"r9 == 1\"]").contains("no step sets r9"));
         assert!(with("about =", "abot =").contains("abot"));
-        assert!(with("name = \"ram\"", "name = \"ram\"\nrom = 1\ndevice = true").contains("object.device ram: must not stand"));
+        assert!(
+            with("name = \"ram\"", "name = \"ram\"\nrom = 1\ndevice = true")
+                .contains("object.device ram: must not stand")
+        );
         assert!(with("[[object]]", "[policy]\nread_only_ivac = \"keep\"\n[[object]]").contains("keep"));
         assert!(with("name = \"small\"", "name = \"small\"\nbound = \"all\"").contains("bound all"));
     }

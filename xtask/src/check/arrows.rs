@@ -34,6 +34,10 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// What only tests may import besides: a real format for the pipeline's. No arrow leads back, so there is no circle.
 const TEST_ARROWS: &[(&str, &[&str])] = &[("mmu", &["arch-arm64"])];
 
+/// Features that exist for the lab, and may be switched on by nobody else: the hypervisor has no planted bugs, and no
+/// scheduler but its own.
+const LAB_FEATURES: &[(&str, &[&str])] = &[("sync", &["lab", "zoo"]), ("machine", &["model"])];
+
 const HYPERVISOR: [&str; 13] = [
     "addr",
     "sync",
@@ -68,6 +72,8 @@ struct Dependency {
     name: String,
     path: Option<PathBuf>,
     kind: Option<String>,
+    #[serde(default)]
+    features: Vec<String>,
 }
 
 /// Every import that is not an arrow.
@@ -98,6 +104,12 @@ fn judge(metadata: &Metadata) -> Vec<Finding> {
                 findings
                     .push(finding(format!("{name} imports {other} ({kind}); it may import: {}", allowed.join(", "))));
             }
+            let of_the_lab = LAB_FEATURES.iter().find(|(owner, _)| *owner == other).map_or(&[][..], |(_, all)| *all);
+            if let Some(feature) = dependency.features.iter().find(|feature| of_the_lab.contains(&feature.as_str()))
+                && name != "model"
+            {
+                findings.push(finding(format!("{name} switches {other}'s {feature} on, which is the lab's alone")));
+            }
         }
     }
     findings
@@ -120,6 +132,19 @@ mod tests {
         assert!(judge(&metadata("entresol-slot", "entresol-addr")).is_empty());
         assert!(judge(&metadata("entresol-slot", "entresol-backing"))[0].what.contains("slot imports backing"));
         assert!(judge(&metadata("entresol-new", "entresol-addr"))[0].what.contains("no place"));
+    }
+
+    #[test]
+    fn only_the_lab_has_planted_bugs() {
+        let with = |name: &str| {
+            let text = format!(
+                r#"{{"packages":[{{"name":"{name}","dependencies":[
+                    {{"name":"entresol-sync","path":"/x","kind":null,"features":["zoo"]}}]}}]}}"#
+            );
+            judge(&serde_json::from_str(&text).unwrap())
+        };
+        assert!(with("entresol-model").is_empty());
+        assert!(with("entresol-mmu")[0].what.contains("mmu switches sync's zoo on"));
     }
 
     #[test]

@@ -140,6 +140,7 @@ fn start_guests(info: &'static BootInfo) {
         refuse(format_args!("the heap has no room for consoles and the control channel"));
     }
     drop(names);
+    vm::pass_through::init(info);
     if let Err((name, error)) = registry::init(bundle) {
         refuse(format_args!("vm {name}: {error}"));
     }

@@ -191,6 +191,11 @@ pub const TESTS: &[SystemTest] = &[
         run: slots::maintenance_follows_the_table,
     },
     SystemTest {
+        name: "only_what_is_free_is_passed_through",
+        about: "memory, the serial port and the control channel's page are refused as a guest's own device",
+        run: slots::only_what_is_free_is_passed_through,
+    },
+    SystemTest {
         name: "posted_stores_reach_the_owner",
         about: "coalesced writes arrive once and in order, a full ring stops the VM, doorbells are told",
         run: posted::posted_stores_reach_the_owner,

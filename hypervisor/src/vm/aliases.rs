@@ -1,6 +1,6 @@
 //! Slots that show a virtual machine's memory a second time: at another address, read-only, or both.
 //!
-//! Protocol: slot 0 is the memory itself and stays. Everything else about an update is the core's to decide ([`Vm::set_slot`] of
+//! Protocol: slot 0 is the memory itself, the last ones are devices; they stay. Everything else about an update is the core's to decide ([`Vm::set_slot`] of
 //! the memory); it waits for grace periods, so nobody asks with one pinned.
 
 use core::fmt;
@@ -10,6 +10,7 @@ use entresol_metal_arm64::cpu;
 use entresol_slot::{ObjectId, SlotError, SlotRequest};
 
 use super::Vm;
+use super::pass_through::FIRST_SLOT;
 
 /// A slot as it is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +30,11 @@ pub struct Alias {
 /// Why it is refused; nothing changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AliasError {
-    /// Slot 0 is the memory itself.
-    Memory,
+    /// Slot 0 is the memory itself, and the last ones are the machine's devices.
+    NotAnAlias {
+        /// What was asked for.
+        number: u16,
+    },
     /// A zone of coalesced MMIO or a doorbell is there.
     Posted {
         /// What was asked for.
@@ -45,7 +49,7 @@ pub enum AliasError {
 impl fmt::Display for AliasError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Memory => f.write_str("slot 0: must stay, it is the machine's memory"),
+            Self::NotAnAlias { number } => write!(f, "slot {number}: must be from 1 to {}", FIRST_SLOT - 1),
             Self::Posted { base, size } => {
                 write!(f, "base {base:#x}: {size:#x} bytes from there must meet no coalesced zone and no doorbell")
             }
@@ -62,8 +66,8 @@ impl Vm {
     /// [`AliasError`]; nothing changed.
     pub fn set_alias(&self, alias: &Alias) -> Result<(), AliasError> {
         let Alias { number, flags, base, size, offset } = *alias;
-        if number == 0 {
-            return Err(AliasError::Memory);
+        if !(1..FIRST_SLOT).contains(&number.into()) {
+            return Err(AliasError::NotAnAlias { number });
         }
         if self.posted.meets(base, size) {
             return Err(AliasError::Posted { base, size });

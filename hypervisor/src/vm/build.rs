@@ -2,7 +2,7 @@
 //!
 //! Everything that can be wrong with them is found before anything is started; what was made until then is given back.
 
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
@@ -29,6 +29,7 @@ use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry};
 use super::devices::Devices;
 use super::lines::Link;
 use super::memory::BootMemory;
+use super::pass_through::Passed;
 use super::{ID_REGISTERS, OutOfHeap, Overlay, Pause, Posted, Status, Vm};
 use crate::console::Terminal;
 use crate::counters::Counters;
@@ -40,7 +41,7 @@ use crate::vcpu::{Boot, Vcpu};
 /// SPIs of a guest's interrupt controller, as QEMU's `virt` has.
 const SPIS: usize = 256;
 /// Slots of a virtual machine.
-const SLOTS: u32 = 64;
+pub(super) const SLOTS: u32 = 64;
 /// Bits of guest physical address: enough for the most memory that a machine may have, from 1 GiB.
 const IPA_BITS: u8 = 40;
 
@@ -56,7 +57,7 @@ impl fmt::Display for BuildError {
 
 impl From<OutOfHeap> for BuildError {
     fn from(_: OutOfHeap) -> Self {
-        Self("the hypervisor's heap has no room for it".to_string())
+        Self(OutOfHeap::text())
     }
 }
 
@@ -104,12 +105,14 @@ fn assemble(
     all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
     all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
     let posted = Posted::new(config)?;
+    let passed = Passed::new(&config.pass_through).map_err(BuildError)?;
     let ram = create_ram(config)?;
     let (memory, vtcr) = create_memory(config, ram).inspect_err(|_| destroy_ram(ram))?;
-    if let Err(error) = sched::reserve(vcpus) {
+    let shown = passed.show(&memory).map_err(BuildError);
+    if let Err(error) = shown.and_then(|()| sched::reserve(vcpus).map_err(BuildError::from)) {
         memory.destroy(cpu::index());
         destroy_ram(ram);
-        return Err(error.into());
+        return Err(error);
     }
     let id_registers = id_registers(memory.ipa_bits());
     let vm = Arc::new(Vm {
@@ -120,6 +123,7 @@ fn assemble(
         posted,
         unclaimed: Counter::new(),
         devices,
+        passed,
         ram,
         vcpus: all.into_boxed_slice(),
         status: Mutex::new(Status::Paused(Pause::NotStarted)),

@@ -14,9 +14,11 @@ mod devices;
 mod lines;
 mod memory;
 mod overlay;
+pub mod pass_through;
 mod posted;
 
 use alloc::boxed::Box;
+use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use core::mem::ManuallyDrop;
 
@@ -44,11 +46,19 @@ pub use aliases::Alias;
 pub use build::BuildError;
 pub use devices::Claim;
 pub use overlay::Overlay;
+use pass_through::Passed;
 pub use posted::{Posted, Store};
 
 /// The heap has no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfHeap;
+
+impl OutOfHeap {
+    /// In words.
+    pub fn text() -> String {
+        "the hypervisor's heap has no room for it".to_string()
+    }
+}
 
 /// Why a virtual machine is paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +144,8 @@ pub struct Vm {
     /// Its zones of coalesced MMIO, and its doorbells.
     pub posted: Posted,
     pub(crate) devices: Devices,
+    /// Devices of the machine that are its own.
+    passed: Passed,
     ram: ObjectHandle,
     vcpus: Box<[Vcpu]>,
     status: Mutex<Status>,
@@ -317,6 +329,8 @@ fn id_index(reg: SysReg) -> usize {
 impl Drop for Vm {
     fn drop(&mut self) {
         let (host, cpu) = (host::get(), cpu::index());
+        // They know addresses of memory that others get now.
+        self.passed.reset();
         // SAFETY: taken once, here, and not used after.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
         memory.destroy(cpu);

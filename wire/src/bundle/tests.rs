@@ -22,6 +22,7 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
         disks,
         coalesced_mmio: Vec::new(),
         doorbells: Vec::new(),
+        pass_through: Vec::new(),
         policies: Default::default(),
         autostart: true,
     }

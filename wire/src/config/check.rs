@@ -5,9 +5,9 @@ use alloc::string::String;
 use core::fmt;
 
 use super::{
-    CoalescedZone, Config, Console, Disk, MAX_CMDLINE, MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_NAME,
-    MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_OUTER_MEMORY, OWNERS_WINDOW, Outer,
-    SECTOR, Vm, format_size,
+    CoalescedZone, Config, Console, DEVICE_PAGE, Disk, MAX_CMDLINE, MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_NAME,
+    MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_PASS_THROUGH, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_OUTER_MEMORY,
+    OWNERS_WINDOW, Outer, SECTOR, Vm, format_size,
 };
 use crate::Refusal;
 
@@ -36,6 +36,7 @@ impl<F: fmt::Display> Config<F> {
             vcpus(&at, i64::from(vm.vcpus))?;
             cmdline(&at, &vm.cmdline)?;
             owners_window(&at, vm)?;
+            pass_through(self, index, &at)?;
             files(&at, vm, length)?;
         }
         Ok(())
@@ -162,6 +163,55 @@ fn owners_window<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Devices of the outer machine: whole pages, apart from what else is in the window, and nobody else's.
+fn pass_through<F>(config: &Config<F>, vm: usize, at: &str) -> Result<(), Refusal> {
+    let given = &config.vms[vm].pass_through;
+    most(&format!("{at}.pass_through"), given.len(), MAX_PASS_THROUGH)?;
+    for (index, it) in given.iter().enumerate() {
+        let field = |name: &str| format!("{at}.pass_through[{index}].{name}");
+        if it.size == 0 || !it.size.is_multiple_of(DEVICE_PAGE) {
+            return Err(Refusal::new(
+                field("size"),
+                it.size,
+                format!("must be a multiple of {DEVICE_PAGE} above zero"),
+            ));
+        }
+        let machine = |rule: String| Err(Refusal::new(field("machine"), format_args!("{:#x}", it.machine), rule));
+        if !it.machine.is_multiple_of(DEVICE_PAGE) || it.machine.checked_add(it.size).is_none() {
+            return machine(format!("must be a multiple of {DEVICE_PAGE}, and not wrap with its size"));
+        }
+        let before =
+            config.vms[..vm].iter().enumerate().flat_map(|(vm, it)| it.pass_through.iter().map(move |it| (vm, it)));
+        let before = before.chain(given[..index].iter().map(|it| (vm, it)));
+        if let Some((other, _)) =
+            before.clone().find(|(_, other)| overlap(other.machine, other.size, it.machine, it.size))
+        {
+            return machine(format!("must be given once, and vms[{other}] has some of it"));
+        }
+        let base = |rule: String| Err(Refusal::new(field("base"), format_args!("{:#x}", it.base), rule));
+        if !it.base.is_multiple_of(DEVICE_PAGE) || !inside(it.base, it.size) {
+            return base(format!("must be a multiple of {DEVICE_PAGE}, and the device {}", within_window()));
+        }
+        let vm = &config.vms[vm];
+        let posted = vm.coalesced_mmio.iter().map(|zone| (zone.base, zone.size));
+        let posted = posted.chain(vm.doorbells.iter().map(|bell| (bell.address, bell.size)));
+        let pages = posted.map(|(start, size)| {
+            let first = start / DEVICE_PAGE * DEVICE_PAGE;
+            (first, (start + size).next_multiple_of(DEVICE_PAGE) - first)
+        });
+        let mut others = given[..index].iter().map(|other| (other.base, other.size)).chain(pages);
+        if others.any(|(start, size)| overlap(start, size, it.base, it.size)) {
+            return base("must share no page with a coalesced zone, a doorbell or another device".into());
+        }
+    }
+    Ok(())
+}
+
+/// Whether two ranges share a byte; neither wraps.
+fn overlap(one: u64, bytes: u64, other: u64, others: u64) -> bool {
+    one < other + others && other < one + bytes
+}
+
 fn most(field: &str, count: usize, most: usize) -> Result<(), Refusal> {
     if count <= most {
         return Ok(());
@@ -180,7 +230,7 @@ fn within_window() -> String {
 
 /// Whether a zone and a range share a byte; both lie in the window.
 fn meets(zone: &CoalescedZone, start: u64, size: u64) -> bool {
-    zone.base < start + size && start < zone.base + zone.size
+    overlap(zone.base, zone.size, start, size)
 }
 
 fn files<F: fmt::Display>(at: &str, vm: &Vm<F>, length: &mut FileLength<'_, F>) -> Result<(), Refusal> {

@@ -13,7 +13,8 @@
 //! Invariants of a checked configuration: at least one VM and at most [`MAX_VMS`]; names differ, and are 1–32 of
 //! `[a-z0-9-]` not starting with `-`; memory is a multiple of 2 MiB above zero, and no VM has more than the outer
 //! machine; 1–8 vCPUs; at most [`MAX_DISKS`] disks of whole sectors; kernel and initrd fit into memory together; at
-//! most one VM has the console's foreground; zones and doorbells lie apart in [`OWNERS_WINDOW`]. The sum of all memory may exceed the machine's: memory is given on demand.
+//! most one VM has the console's foreground; zones, doorbells and devices of
+//! the outer machine lie apart in [`OWNERS_WINDOW`], and such a device is given to one VM only. The sum of all memory may exceed the machine's: memory is given on demand.
 //!
 //! Known hole: whether a file *is* a kernel is the loader's to say; here it only has to be there and to fit.
 
@@ -56,6 +57,10 @@ pub const MEMORY_GRANULE: u64 = 2 << 20;
 pub const OWNERS_WINDOW: core::ops::Range<u64> = 0x0c00_0000..0x0e00_0000;
 /// Most zones of coalesced MMIO of one virtual machine.
 pub const MAX_COALESCED: usize = 4;
+/// Most devices of the outer machine that one virtual machine is given.
+pub const MAX_PASS_THROUGH: usize = 4;
+/// What a device that is given away has whole ones of, in bytes.
+pub const DEVICE_PAGE: u64 = 4 << 10;
 /// Most doorbells of one virtual machine.
 pub const MAX_DOORBELLS: usize = 8;
 /// Bytes in a disk's sector.
@@ -113,6 +118,9 @@ pub struct Vm<F> {
     /// Where its stores are signals to its owner.
     #[serde(default)]
     pub doorbells: Vec<Doorbell>,
+    /// Devices of the outer machine that are its own.
+    #[serde(default)]
+    pub pass_through: Vec<PassThrough>,
     /// What the owner decided where the architecture leaves a choice.
     pub policies: Policies,
     /// Whether it starts with the hypervisor; else it waits, paused, for a `resume`.
@@ -124,6 +132,19 @@ pub struct Vm<F> {
 #[serde(deny_unknown_fields)]
 pub struct CoalescedZone {
     /// First guest physical address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Registers of the outer machine that a guest reaches without the hypervisor. What the device does with addresses that it is
+/// given is the machine's: whoever gives a device away trusts the guest with all of the machine's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PassThrough {
+    /// First physical address of the outer machine.
+    pub machine: u64,
+    /// Where the guest has it.
     pub base: u64,
     /// Bytes.
     pub size: u64,
@@ -349,6 +370,7 @@ impl<F> Vm<F> {
             disks: disks.collect::<Result<_, E>>()?,
             coalesced_mmio: self.coalesced_mmio,
             doorbells: self.doorbells,
+            pass_through: self.pass_through,
             policies: self.policies,
             autostart: self.autostart,
         })

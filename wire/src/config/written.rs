@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::check::{self, FileLength};
 use super::{
     CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, NoSyndrome, OnReset,
-    Outer, Policies, ReadOnlyIvac, UnclaimedMmio, Vm, size,
+    Outer, PassThrough, Policies, ReadOnlyIvac, UnclaimedMmio, Vm, size,
 };
 use crate::Refusal;
 
@@ -63,6 +63,9 @@ pub struct WrittenVm {
     /// Doorbells.
     #[serde(default)]
     pub doorbells: Vec<Doorbell>,
+    /// Devices of the outer machine.
+    #[serde(default)]
+    pub pass_through: Vec<PassThrough>,
     /// Policies.
     #[serde(default)]
     pub policies: WrittenPolicies,
@@ -158,6 +161,7 @@ impl WrittenVm {
             disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
             coalesced_mmio: self.coalesced_mmio,
             doorbells: self.doorbells,
+            pass_through: self.pass_through,
             name: self.name,
             kernel: self.kernel,
             initrd: self.initrd,

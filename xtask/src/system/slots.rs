@@ -1,7 +1,7 @@
 //! Memory slots that come and go under a guest that uses them, and what maintenance does to each kind.
 
 use anyhow::{Result, ensure};
-use entresol_wire::config::{CacheMaintenance, ReadOnlyIvac, WrittenVm};
+use entresol_wire::config::{CacheMaintenance, PassThrough, ReadOnlyIvac, WrittenVm};
 
 use super::Context;
 use super::machine::Builder;
@@ -10,8 +10,23 @@ use crate::guests;
 
 /// Where a test that was asked to be long says for how long, in seconds.
 const LONG: &str = "ENTRESOL_SOAK_SECONDS";
+/// Where the guest has the device that is its own.
+const DEVICE: u64 = 0x0c10_0000;
 /// How long updates and accesses go on otherwise.
 const SECONDS: u64 = 40;
+
+/// A device of the outer machine that is the guest's own does what it is told by nobody but the guest, and one that is the
+/// hypervisor's is not given away.
+pub fn only_what_is_free_is_passed_through(context: &Context) -> Result<()> {
+    for (name, machine) in [("control", 0x0a00_3000), ("memory", 0x4800_0000), ("uart", 0x0900_0000)] {
+        let mut vm = vm("")?;
+        vm.pass_through = vec![PassThrough { machine, base: DEVICE, size: 0x1000 }];
+        let refused = Builder::new(context, &format!("pass_through_{name}"))?.boot(vec![vm])?;
+        let rule = "must be pages of virtio-mmio transports, without the control channel's";
+        refused.expect_refusal(&format!("vm slots: pass_through[0].machine = {machine:#x}: {rule}"))?;
+    }
+    Ok(())
+}
 
 fn vm(cmdline: &str) -> Result<WrittenVm> {
     let mut vm = program("slots", &guests::flat("slots")?, cmdline);
@@ -22,11 +37,15 @@ fn vm(cmdline: &str) -> Result<WrittenVm> {
 
 /// Every maintenance operation on every kind of target, by both policies, as the specification's table has it.
 pub fn maintenance_follows_the_table(context: &Context) -> Result<()> {
+    // Transports of the outer machine, far from the control channel's, which is in the last one.
+    let device = PassThrough { machine: 0x0a00_0000, base: DEVICE, size: 0x1000 };
     for (policy, ivac) in [(ReadOnlyIvac::Abort, "abort"), (ReadOnlyIvac::Clean, "clean")] {
-        let mut vm = vm(&format!("table ivac={ivac}"))?;
+        let mut vm = vm(&format!("table ivac={ivac} device={DEVICE:#x}"))?;
+        vm.pass_through = vec![device];
         vm.policies.cache_maintenance = CacheMaintenance::Trap;
         vm.policies.read_only_ivac = policy;
-        let mut machine = Builder::new(context, &format!("maintenance_{ivac}"))?.boot(vec![vm])?;
+        let builder = Builder::new(context, &format!("maintenance_{ivac}"))?;
+        let mut machine = builder.qemu(&["-device", "virtio-rng-device,bus=virtio-mmio-bus.0"]).boot(vec![vm])?;
         machine.expect("ALL PASS")?;
         let log = machine.expect_power_off()?;
         let failed: Vec<&str> = log.lines().filter(|line| line.starts_with("FAIL")).collect();

@@ -199,6 +199,28 @@ pub const PAIRS: &[Case] = cases! {
     };
 };
 
+/// Single general registers without writeback: every size, sign and width that the hardware describes.
+pub const DESCRIBED: &[Case] = cases! {
+    "ldrb w0, [x9]" at PRIORITIES => |s| s.x[0] = 0x80;
+    "ldrsb w0, [x9]" at PRIORITIES => |s| s.x[0] = 0xffff_ff80;
+    "ldrsb x0, [x9]" at PRIORITIES => |s| s.x[0] = 0xffff_ffff_ffff_ff80;
+    "ldrsb x0, [x9, #1]" at PRIORITIES => |s| s.x[0] = 0x10;
+    "ldrh w0, [x9]" at MATCH => |s| s.x[0] = 0xc321;
+    "ldrsh w0, [x9]" at MATCH => |s| s.x[0] = 0xffff_c321;
+    "ldrsh x0, [x9]" at MATCH => |s| s.x[0] = 0xffff_ffff_ffff_c321;
+    "ldr w0, [x9, #4]" at ROUTERS => |s| s.x[0] = high(R[0]);
+    "ldrsw x0, [x9]" at ROUTERS => |s| s.x[0] = sign(low(R[0]));
+    "ldr x0, [x9, #16]" at ROUTERS => |s| s.x[0] = R[2];
+    "ldur x0, [x9, #-8]" at ROUTERS + 16 => |s| s.x[0] = R[1];
+    "ldr xzr, [x9]" at ROUTERS => |_| {};
+    "strb w0, [x9, #2]" at PRIORITIES => |s| s.devices.priorities = 0xf830_1080;
+    "strh w0, [x9]" at MATCH => |s| s.devices.matched = 0x2230;
+    "str w0, [x9, #8]" at ROUTERS => |s| s.devices.routers[1] = join(high(R[1]), X[0]);
+    "str x3, [x9]" at ROUTERS => |s| s.devices.routers[0] = X[3];
+    "stur x3, [x9, #-8]" at ROUTERS + 16 => |s| s.devices.routers[1] = X[3];
+    "str xzr, [x9, #24]" at ROUTERS => |s| s.devices.routers[3] = 0;
+};
+
 /// Single general registers.
 pub const SINGLES: &[Case] = cases! {
     "ldrb w0, [x9], #1" at PRIORITIES => |s| (s.x[0], s.moved) = (0x80, 1);

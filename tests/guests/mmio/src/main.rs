@@ -73,7 +73,7 @@ fn main(machine: &Machine) {
 }
 
 fn every(report: &mut Report, alias: u64) {
-    for case in [cases::PAIRS, cases::SINGLES, cases::VECTORS].into_iter().flatten() {
+    for case in [cases::DESCRIBED, cases::PAIRS, cases::SINGLES, cases::VECTORS].into_iter().flatten() {
         report.check(Case::name(case), case.check(alias, false));
     }
 }

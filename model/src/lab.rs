@@ -21,6 +21,7 @@ use entresol_machine::{Features, TlbOp, Word};
 use entresol_sync::lab::{Access, Scheduler, Site};
 use scoped_tls::scoped_thread_local;
 
+use crate::check::coalesced::Posted;
 use crate::check::inv11::Oracle;
 use crate::check::{self, Check, Checks, Violation, inv03, inv05, inv07, inv15};
 use crate::explore::schedule::{Go, Schedule};
@@ -51,6 +52,8 @@ pub struct Lab {
     pub flags_update: [Option<GfnRange>; MAX_CPUS],
     /// For each CPU the frame that its exclusive load watches, and how many stores it had seen.
     pub monitors: [Option<(Pfn, u64)>; MAX_CPUS],
+    /// Coalesced writes that wait.
+    pub posted: Posted,
     /// Events that happened.
     pub marks: BTreeSet<&'static str>,
     /// What happened in order, if somebody wants to read it.
@@ -91,6 +94,7 @@ pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::acc
         protected: Vec::new(),
         flags_update: [None; MAX_CPUS],
         monitors: [None; MAX_CPUS],
+        posted: Posted::default(),
         marks: BTreeSet::new(),
         trace: None,
         requests: 0,

@@ -48,8 +48,10 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 18] = {
-    use Check::{Forbidden, Inv1, Inv2, Inv3, Inv5, Inv6, Inv7, Inv9, Inv11, Inv14, Inv15, Maintenance, Panic, Slots};
+pub const ZOO: [Exhibit; 19] = {
+    use Check::{
+        Coalesced, Forbidden, Inv1, Inv2, Inv3, Inv5, Inv6, Inv7, Inv9, Inv11, Inv14, Inv15, Maintenance, Panic, Slots,
+    };
     /// A translation outlives what it leads to: whoever looks first sees it.
     const STALE: &[Check] = &[Inv3, Inv7, Inv11, Inv2];
     /// A translation is made of what was taken back: no promise of the invalidation is broken, the frame is.
@@ -99,6 +101,7 @@ pub const ZOO: [Exhibit; 18] = {
             &[Inv9],
             "a table walk that must write to read-only memory exits as MMIO"
         ),
+        exhibit!("Z-B6", ZB6, "coalesced.toml", &[Coalesced], "a ring of 170 entries counts modulo 2^32"),
         exhibit!(
             "Z-F1",
             ZF1,

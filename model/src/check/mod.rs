@@ -6,6 +6,7 @@
 //! INV-4, INV-8, INV-10 and INV-12 speak of dirty logging, the MMIO cache, private memory and tags, which the core does
 //! not have yet; their checkers come with them.
 
+pub mod coalesced;
 pub mod inv01;
 pub mod inv02;
 pub mod inv03;
@@ -54,6 +55,8 @@ pub enum Check {
     Slots,
     /// Cache maintenance means what the table says.
     Maintenance,
+    /// Coalesced writes.
+    Coalesced,
     /// Outcomes that the litmus file forbids.
     Forbidden,
     /// A panic of the core.
@@ -62,7 +65,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -76,6 +79,7 @@ impl Check {
         Self::Inv15,
         Self::Slots,
         Self::Maintenance,
+        Self::Coalesced,
         Self::Forbidden,
         Self::Panic,
     ];
@@ -101,6 +105,7 @@ impl Check {
             Self::Inv15 => "INV-15",
             Self::Slots => "slots",
             Self::Maintenance => "cache-ops",
+            Self::Coalesced => "coalesced",
             Self::Forbidden => "forbidden",
             Self::Panic => "panic",
         }

@@ -2,11 +2,12 @@
 //!
 //! [`vcpu`] is a guest's access as hardware makes it, [`operation`] what the manual says about it, [`memory`] its effect;
 //! [`owner`] what the owner of a virtual machine asks of the core;
-//! [`record`] what the lab remembers of that; [`stage`] puts machine, objects and virtual machines up and runs scripts.
+//! [`posted`] is coalesced MMIO; [`record`] what the lab remembers of that; [`stage`] puts machine, objects and virtual machines up and runs scripts.
 
 pub mod memory;
 pub mod operation;
 pub mod owner;
+pub mod posted;
 pub mod record;
 pub mod stage;
 pub mod vcpu;

@@ -23,9 +23,7 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         Step::Write { vm, gpa, value } => write(stage, actor, *vm, *gpa, *value),
         Step::Read { vm, gpa, to } => {
             let value = read(stage, actor, *vm, *gpa);
-            if let Some(register) = to {
-                stage.registers.borrow_mut().insert(register.clone(), value);
-            }
+            stage.result(to, value);
         }
         Step::Range { vm, range, what } => ranged(stage, actor, *vm, *range, *what),
         Step::End => end(stage, actor),
@@ -42,7 +40,9 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
                 stage.host.vmids.put(cpu);
             }
         }
-        Step::Guest { .. } | Step::Mmu { .. } | Step::Tlbi | Step::Leave => unreachable!("a vCPU's step"),
+        Step::Guest { .. } | Step::Mmu { .. } | Step::Tlbi | Step::Post { .. } | Step::Drain { .. } | Step::Leave => {
+            unreachable!("a vCPU's step")
+        }
     }
     lab::settle();
 }

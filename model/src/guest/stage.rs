@@ -7,16 +7,17 @@ use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::{FrameMeta, FramePool, ObjectHandle, Objects, Policy, Spec};
 use entresol_machine::Vmid;
 use entresol_machine::model::Modelled;
-use entresol_mmu::{Host, Invalidation, Options, Vm};
+use entresol_mmu::{CoalescedRing, Host, Invalidation, Options, Vm};
 use entresol_slot::Hint;
+use entresol_sync::Mutex;
 
-use super::owner;
 use super::vcpu::{self, Attempt};
+use super::{owner, posted};
 use crate::check::inv07::{self, Account};
 use crate::check::inv11::Oracle;
 use crate::check::{Check, inv14};
 use crate::lab::{self, Hardware};
-use crate::litmus::outcome::Registers;
+use crate::litmus::outcome::{Registers, Value};
 use crate::litmus::step::Step;
 use crate::litmus::{GuestPolicy, Object, Scenario};
 use crate::machine::FIRST;
@@ -43,6 +44,8 @@ pub struct Stage<'h> {
     pub kinds: Vec<Kind>,
     /// What the owner decided about guests.
     pub policy: GuestPolicy,
+    /// Coalesced writes; who shares a ring locks it.
+    pub ring: Mutex<CoalescedRing>,
     /// Results.
     pub registers: RefCell<Registers>,
 }
@@ -121,7 +124,7 @@ impl<'h> Stage<'h> {
         });
         let kinds = scenario.objects.iter().map(kind).collect();
         let (policy, registers) = (scenario.policy, RefCell::default());
-        let stage = Self { host, vms: vms.collect(), objects, kinds, policy, registers };
+        let stage = Self { host, vms: vms.collect(), objects, kinds, policy, ring: Mutex::default(), registers };
         let mut actor = Actor::new(0);
         scenario.setup.iter().for_each(|step| stage.run(&mut actor, step));
         stage.leave(&mut actor);
@@ -145,15 +148,22 @@ impl<'h> Stage<'h> {
                 let walker = Walker { cpu: actor.cpu, vm: *vm, vmid };
                 let (gpa, what, mmu_off) = (*gpa, *what, actor.mmu_off);
                 let result = vcpu::access(self, actor, *vm, Attempt { walker, gpa, what, mmu_off });
-                if let Some(register) = to {
-                    self.registers.borrow_mut().insert(register.clone(), result);
-                }
+                self.result(to, result);
             }
             Step::Mmu { on } => actor.mmu_off = !on,
             // See `operation`: nothing that the second stage keeps goes by it.
             Step::Tlbi => lab::with(|lab| lab.log(None, || "guest TLBI: stage 1 only".to_owned())),
+            Step::Post { count, to } => self.result(to, posted::post(self, *count)),
+            Step::Drain { to } => self.result(to, posted::drain(self)),
             Step::Leave => self.leave(actor),
             other => owner::run(self, actor, other),
+        }
+    }
+
+    /// A step has a result.
+    pub fn result(&self, to: &Option<String>, value: Value) {
+        if let Some(register) = to {
+            self.registers.borrow_mut().insert(register.clone(), value);
         }
     }
 

@@ -249,12 +249,7 @@ impl Scenario {
     /// A condition on a register that nothing sets would never hold.
     fn check_registers(&self) -> Result<(), LitmusError> {
         let all = self.setup.iter().chain(self.cpus.iter().flatten());
-        let set: Vec<&str> = all
-            .filter_map(|step| match step {
-                Step::Guest { to, .. } | Step::Read { to, .. } => to.as_deref(),
-                _ => None,
-            })
-            .collect();
+        let set: Vec<&str> = all.filter_map(Step::result).collect();
         for condition in self.forbidden.iter().chain(&self.required) {
             if let Some(unset) = condition.registers().find(|register| !set.contains(register)) {
                 return Err(field("condition", condition, format!("no step sets {unset}")));

@@ -8,7 +8,7 @@ use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
 use crate::guest::operation::{For, Line, Operation};
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 30] = [
+pub const VERBS: [(&str, &str); 32] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -20,6 +20,8 @@ pub const VERBS: [(&str, &str); 30] = [
     ("ic ivau GPA", "the same for instruction caches"),
     ("tlbi", "the vCPU's own TLB invalidation, which promises nothing about the second stage"),
     ("mmu on|off", "the vCPU's own translation: off makes its accesses Non-cacheable"),
+    ("post COUNT", "the vCPU stores to a coalesced zone; the result is how many stores the ring took"),
+    ("drain", "the owner takes the coalesced stores that wait; the result is how many"),
     ("leave", "the CPU stops running the virtual machine"),
     ("write GPA VALUE", "the owner stores a word to guest memory"),
     ("read GPA", "the owner reads a word of guest memory"),
@@ -62,6 +64,18 @@ pub enum Step {
     },
     /// The vCPU's own TLB invalidation.
     Tlbi,
+    /// Stores to a coalesced zone.
+    Post {
+        /// How many.
+        count: u64,
+        /// The register for how many were taken.
+        to: Option<String>,
+    },
+    /// The owner takes those that wait.
+    Drain {
+        /// The register for how many there were.
+        to: Option<String>,
+    },
     /// The CPU puts its virtual machine.
     Leave,
     /// The owner's store.
@@ -303,8 +317,7 @@ impl Step {
         if let Some(extra) = words.rest.next() {
             return Err(words.error(format!("{extra:?} must not stand there")));
         }
-        let has_result = matches!(step, Self::Guest { .. } | Self::Read { .. });
-        if to.is_some() && !has_result {
+        if to.is_some() && step.result().is_none() {
             return Err(words.error(format!("{verb} has no result")));
         }
         Ok(step)
@@ -328,6 +341,8 @@ impl Step {
             "update" => guest(Operation::Update(words.stage1()?), words, to),
             "dc" | "ic" => guest(Operation::Maintain(words.line(verb == "dc")?), words, to),
             "tlbi" => Ok(Self::Tlbi),
+            "post" => Ok(Self::Post { count: words.number("COUNT")?, to }),
+            "drain" => Ok(Self::Drain { to }),
             "mmu" => Ok(Self::Mmu { on: words.choice(["on", "off"])? }),
             "leave" => Ok(Self::Leave),
             "write" => Ok(Self::Write { vm, gpa: words.gpa()?, value: words.number("VALUE")? }),
@@ -370,6 +385,16 @@ impl Step {
                 let known: Vec<&str> = VERBS.iter().filter_map(|(form, _)| form.split(' ').next()).collect();
                 Err(words.error(format!("{verb:?} must be one of {}", known.join(", "))))
             }
+        }
+    }
+
+    /// The register that it sets.
+    pub fn result(&self) -> Option<&str> {
+        match self {
+            Self::Guest { to, .. } | Self::Read { to, .. } | Self::Post { to, .. } | Self::Drain { to } => {
+                to.as_deref()
+            }
+            _ => None,
         }
     }
 

@@ -55,6 +55,10 @@ pub enum GrantError {
     OutOfMemory,
     /// A write to ROM.
     ReadOnly,
+    /// A write to what relatives may share, or to the zero page: [`crate::Object::own`] makes a copy.
+    Shared,
+    /// The object is being forked: unpin, then try again.
+    Forking,
     /// Past the end of the object.
     Outside {
         /// The frame asked for.
@@ -69,6 +73,8 @@ impl fmt::Display for GrantError {
         match self {
             Self::Busy => f.write_str("another CPU is filling this part of the object"),
             Self::OutOfMemory => crate::OutOfMemory.fmt(f),
+            Self::Shared => f.write_str("write: the page must be copied first"),
+            Self::Forking => f.write_str("the object is being forked"),
             Self::ReadOnly => f.write_str("write: the object is read-only"),
             Self::Outside { frame, frames } => write!(f, "frame {frame:#x}: the object has {frames:#x} frames"),
         }

@@ -13,17 +13,21 @@
 //! given back only after a grace period ([`FramePool::defer`], [`Objects::destroy`]). That the *translation* is gone
 //! before the frame is, is the caller's: it removes translations first, then punches or destroys.
 //!
+//! An anonymous object can be forked ([`Objects::fork`]): the relatives share one tree until they write, and each write
+//! copies what it needs ([`Object::own`]). What they differ in is found without looking at what they share
+//! ([`Object::differences`]). The tree's own chapter is in `tree`.
+//!
 //! Invariants: INV-7 (a frame is in exactly one of these states: free, cached, taken, deferred; giving one back twice
 //! is caught in release builds too), INV-11 (a fresh page is zeroed before its word is published), INV-13. Everything
 //! that can fail is undone before it is reported: out of memory leaves a vacant word and exact counts (D8). Nothing
 //! is allocated on the heap after creation.
 //!
-//! Lock order: objects → structure of one object → deferred → a CPU's cache → buddy. A fault on memory that is present
-//! takes none; a fresh page takes its own CPU's cache.
+//! Lock order: objects → structure of one object → shared blocks → deferred → a CPU's cache → buddy. A fault on memory
+//! that is present takes none; a fresh page takes its own CPU's cache.
 //!
 //! Known holes: a node stays until its object is destroyed, so a 2 MiB span that was once backed by pages is not backed
-//! by a block again, and punching keeps 1/512 of what it frees. Sharing of nodes (fork) is not here yet: the count of
-//! a shared node has its place in the link words of its [`FrameMeta`], which are idle while a frame is taken.
+//! by a block again, and punching keeps 1/512 of what it frees. What was shared once is copied by whoever writes it, also
+//! when all relatives but one are gone: nobody can tell yet that the last reader of another's is gone too.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -37,6 +41,8 @@ mod pool;
 mod tree;
 
 #[cfg(test)]
+mod fork_tests;
+#[cfg(test)]
 mod tests;
 
 use alloc::boxed::Box;
@@ -46,10 +52,11 @@ use core::fmt;
 use entresol_machine::Machine;
 pub use grant::{Grant, GrantError, Memory};
 pub use object::{
-    AccessError, CreateError, DestroyError, Kind, MAX_OBJECTS, Object, ObjectHandle, Objects, Policy, PopulateError,
-    PunchError, Spec, TableError,
+    AccessError, CreateError, DestroyError, Differences, ForkError, Frozen, Kind, MAX_OBJECTS, Object, ObjectHandle,
+    Objects, Policy, PopulateError, PunchError, Spec, TableError,
 };
 pub use pool::{AddError, FrameMeta, FramePool, Order};
+pub use tree::Ahead;
 
 /// No free frame, or none of the size asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +97,14 @@ impl<'a, M: Machine> Supply<'a, M> {
     #[inline]
     pub const fn new(machine: &'a M, pool: &'a FramePool, cpu: usize) -> Self {
         Self { machine, pool, cpu }
+    }
+}
+
+impl<M: Machine> Supply<'_, M> {
+    /// Takes back what dead nodes of shared trees refer to: at most `limit` nodes. Returns how many it was. What nobody
+    /// refers to any more is deferred.
+    pub fn reclaim(&self, limit: usize) -> usize {
+        tree::reclaim(self, limit)
     }
 }
 

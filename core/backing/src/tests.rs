@@ -12,15 +12,15 @@ use proptest::prelude::*;
 
 use crate::*;
 
-const CPUS: usize = 4;
+pub(crate) const CPUS: usize = 4;
 /// Not aligned to a block, so that alignment is never an accident.
 const FIRST: u64 = 0x4_0003;
 
-struct Host {
-    machine: FlatMachine,
-    pool: FramePool,
-    objects: Objects,
-    epoch: Epoch,
+pub(crate) struct Host {
+    pub(crate) machine: FlatMachine,
+    pub(crate) pool: FramePool,
+    pub(crate) objects: Objects,
+    pub(crate) epoch: Epoch,
 }
 
 impl Host {
@@ -31,27 +31,27 @@ impl Host {
         let pool = FramePool::new(first, meta, CPUS).unwrap();
         pool.add(PfnRange::new(first, frames).unwrap()).unwrap();
         let machine = FlatMachine::coherent(first, frames + beside);
-        Self { machine, pool, objects: Objects::with_capacity(4).unwrap(), epoch: Epoch::new() }
+        Self { machine, pool, objects: Objects::with_capacity(8).unwrap(), epoch: Epoch::new() }
     }
 
-    fn new(frames: u64) -> Self {
+    pub(crate) fn new(frames: u64) -> Self {
         Self::with(frames, 0)
     }
 
-    fn supply(&self, cpu: usize) -> Supply<'_, FlatMachine> {
+    pub(crate) fn supply(&self, cpu: usize) -> Supply<'_, FlatMachine> {
         Supply::new(&self.machine, &self.pool, cpu)
     }
 
-    fn anonymous(&self, frames: u64, policy: Policy) -> ObjectHandle {
+    pub(crate) fn anonymous(&self, frames: u64, policy: Policy) -> ObjectHandle {
         self.objects.create(&self.supply(0), Spec::Anonymous { frames, policy }).unwrap()
     }
 
-    fn on<T>(&self, handle: ObjectHandle, act: impl FnOnce(&Object, &Supply<'_, FlatMachine>) -> T) -> T {
+    pub(crate) fn on<T>(&self, handle: ObjectHandle, act: impl FnOnce(&Object, &Supply<'_, FlatMachine>) -> T) -> T {
         let pin = self.epoch.pin(0);
         act(self.objects.get(&pin, handle).unwrap(), &self.supply(0))
     }
 
-    fn destroy(&self, handle: ObjectHandle) {
+    pub(crate) fn destroy(&self, handle: ObjectHandle) {
         self.objects.destroy(&self.supply(0), &self.epoch, handle).unwrap();
         while self.pool.reap(&self.epoch, 0, usize::MAX) != 0 {}
     }
@@ -374,14 +374,14 @@ fn bad_specs_name_field_value_and_rule() {
 fn places_are_used_again_and_old_handles_name_nothing() {
     let host = Host::new(8);
     let spec = Spec::Anonymous { frames: 1, policy: Policy::Pages };
-    let all: Vec<_> = (0..4).map(|_| host.objects.create(&host.supply(0), spec).unwrap()).collect();
-    assert_eq!(host.objects.create(&host.supply(0), spec), Err(CreateError::TableFull { capacity: 4 }));
+    let all: Vec<_> = (0..8).map(|_| host.objects.create(&host.supply(0), spec).unwrap()).collect();
+    assert_eq!(host.objects.create(&host.supply(0), spec), Err(CreateError::TableFull { capacity: 8 }));
     host.destroy(all[2]);
     let next = host.objects.create(&host.supply(0), spec).unwrap();
     assert_ne!(next, all[2]);
     let pin = host.epoch.pin(0);
     assert!(host.objects.get(&pin, all[2]).is_none() && host.objects.get(&pin, next).is_some());
-    for raw in [0, 3, 0xffff_ffff, 0x1_0004] {
+    for raw in [0, 3, 0xffff_ffff, 0x1_0008] {
         assert!(host.objects.get(&pin, ObjectHandle::from_raw(raw)).is_none(), "{raw:#x}");
     }
     drop(pin);

@@ -4,10 +4,11 @@ use entresol_addr::{PAGE_SHIFT, PfnRange};
 use entresol_backing::Order;
 use entresol_machine::Machine;
 use entresol_slot::Slots;
+use entresol_sync::Mutex;
 use entresol_table::{Format, Geometry, RootError, Table};
 
 use crate::dirty::Logs;
-use crate::{Host, Notifier, Options, OutOfHeap, Stats, Vm, VmVmid};
+use crate::{Host, Notifier, Options, OutOfHeap, Stats, Switches, Vm, VmVmid};
 
 /// Why a virtual machine was not created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
             CreateError::Root(error)
         })?;
         let (notifier, vmid, stats) = (Notifier::new(), VmVmid::new(), Stats::default());
-        Ok(Self { host, slots, table, notifier, vmid, logs, options, stats })
+        let (switches, forking, detached) = (Switches::default(), Mutex::new(()), Mutex::new(None));
+        Ok(Self { host, slots, table, notifier, vmid, logs, options, switches, forking, detached, stats })
     }
 }

@@ -25,6 +25,8 @@ pub enum CopyError {
     },
     /// No frame for a page.
     OutOfMemory,
+    /// A write to memory that is being forked, or copied for this write while it is invalidated: unpin, then try again.
+    Busy,
 }
 
 impl<M: Machine, F: Format> Vm<'_, M, F> {
@@ -71,6 +73,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 .objects
                 .get(pin, ObjectHandle::from_raw(slot.object.get()))
                 .ok_or(CopyError::Outside { gpa })?;
+            if object.is_forked() {
+                self.own_for_write(pin, &slot, object, gpa)?;
+            }
             let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();
             object.write(&self.host.supply(pin.cpu()), offset, part).map_err(|error| stopped(gpa, error))?;
             // After the bytes: see `dirty`.
@@ -92,6 +97,7 @@ fn in_page(gpa: Gpa, len: usize) -> usize {
 fn stopped(gpa: Gpa, error: AccessError) -> CopyError {
     match error {
         AccessError::OutOfMemory => CopyError::OutOfMemory,
+        AccessError::Forking => CopyError::Busy,
         AccessError::ReadOnly => CopyError::ReadOnly { gpa },
         _ => CopyError::Outside { gpa },
     }

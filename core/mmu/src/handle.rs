@@ -55,6 +55,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         self.count_grant(&grant);
         match fault.cause {
             Cause::Permission { .. } => self.relax(fault, &mapping, features),
+            _ if !grant.writable => self.map_read_only(pin, fault),
             _ => self.map(pin.cpu(), &mapping, features),
         }
     }
@@ -67,16 +68,23 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if let Some(outcome) = access::before_lookup(fault, self.machine_limit(), self.limit()) {
             return self.refused(outcome);
         }
-        let (slot, _, mapping) = match self.decide(pin, hint, fault) {
+        let (slot, grant, mapping) = match self.decide(pin, hint, fault) {
             Ok(decided) => decided,
             Err(outcome) => return outcome,
         };
+        if !grant.writable {
+            return self.map_read_only(pin, fault);
+        }
         if slot.logs_dirty() {
             return self.publish_logged(pin, &slot, fault, &mapping);
         }
-        let features = self.host.features();
-        match self.map_with_tables(pin.cpu(), &mapping, features, 0) {
-            Outcome::Retry => self.map_with_tables(pin.cpu(), &mapping, features, Reserve::MOST),
+        self.map_surely(pin.cpu(), &mapping, self.host.features(), true)
+    }
+
+    /// A new entry, with tables in hand for whatever the way needs.
+    pub(crate) fn map_surely(&self, cpu: usize, mapping: &Mapping, features: &Features, replace: bool) -> Outcome {
+        match self.map_with_tables(cpu, mapping, features, 0, replace) {
+            Outcome::Retry => self.map_with_tables(cpu, mapping, features, Reserve::MOST, replace),
             outcome => outcome,
         }
     }
@@ -100,9 +108,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())) else {
             return Err(self.refused(Outcome::Exit(Reason::BadObject)));
         };
-        let grant = object
-            .grant_waiting(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write)
-            .map_err(|error| self.no_grant(pin, fault, error))?;
+        let grant = loop {
+            match object.grant(&self.host.supply(pin.cpu()), slot.object_frame(fault.gfn()), write) {
+                // Filling is bounded work of a CPU that nothing interrupts.
+                Err(GrantError::Busy) => entresol_sync::hint::spin_loop(),
+                answer => break answer.map_err(|error| self.no_grant(pin, fault, error))?,
+            }
+        };
         if fault.is_fetch() && grant.memory == Memory::Device {
             return Err(self.refused(Outcome::Inject(Abort::External)));
         }
@@ -124,16 +136,23 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         self.stats.translation.bump();
         let mut reserve = Reserve::new();
         // Nearly always the tables are there: ask for them only when they are not.
-        match self.try_map(mapping, features, &mut reserve) {
+        match self.try_map(mapping, features, &mut reserve, true) {
             Ok(mapped) => self.installed(mapped),
-            Err(MapError::NoTable { needed }) => self.map_with_tables(cpu, mapping, features, needed),
+            Err(MapError::NoTable { needed }) => self.map_with_tables(cpu, mapping, features, needed, true),
             Err(error) => self.not_mapped(error),
         }
     }
 
+    /// One try. `replace`: what is there gives way.
     #[inline]
-    fn try_map(&self, mapping: &Mapping, features: &Features, reserve: &mut Reserve) -> Result<Mapped, MapError> {
-        let mut prepare = self.prepare(mapping, features);
+    pub(crate) fn try_map(
+        &self,
+        mapping: &Mapping,
+        features: &Features,
+        reserve: &mut Reserve,
+        replace: bool,
+    ) -> Result<Mapped, MapError> {
+        let mut prepare = Prepare { replace, ..self.prepare(mapping, features) };
         let flushes = self.flushes(&self.stats.tlb_ipa);
         self.table.map(&self.host.machine, flushes, mapping.gfn, &mapping.leaf, reserve, &mut prepare)
     }
@@ -147,16 +166,24 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             frames: PfnRange::block(mapping.leaf.pfn, mapping.leaf.size),
             clean: cacheable & !features.forced_write_back & !planted!(ZA1),
             icache: mapping.leaf.permissions.execute & !features.coherent_icache,
+            replace: true,
         }
     }
 
     /// The same with table pages in hand. A table that another vCPU splits meanwhile can raise the need: then the
     /// guest tries again.
     #[cold]
-    fn map_with_tables(&self, cpu: usize, mapping: &Mapping, features: &Features, needed: usize) -> Outcome {
+    fn map_with_tables(
+        &self,
+        cpu: usize,
+        mapping: &Mapping,
+        features: &Features,
+        needed: usize,
+        replace: bool,
+    ) -> Outcome {
         let mut reserve = Reserve::new();
         let result = match self.fill(cpu, &mut reserve, needed) {
-            Ok(()) => Some(self.try_map(mapping, features, &mut reserve)),
+            Ok(()) => Some(self.try_map(mapping, features, &mut reserve, replace)),
             Err(entresol_backing::OutOfMemory) => None,
         };
         while let Some(frame) = reserve.pop() {
@@ -201,6 +228,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             frames: PfnRange::block(mapping.leaf.pfn, mapping.leaf.size),
             clean: false,
             icache: fault.is_fetch() & !features.coherent_icache & !planted!(ZA9),
+            replace: false,
         };
         let flushes = self.flushes(&self.stats.tlb_ipa);
         match self.table.relax(&self.host.machine, flushes, fault.gfn(), frame, add, &mut prepare) {
@@ -239,7 +267,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 self.stats.spurious.bump();
                 Outcome::Resume
             }
-            MapError::Busy | MapError::NoTable { .. } => self.retry(),
+            MapError::Busy | MapError::Occupied | MapError::NoTable { .. } => self.retry(),
             // A slot or an object that no table of this shape can show: refused when the slot is made.
             MapError::Outside { .. }
             | MapError::Misaligned { .. }
@@ -261,9 +289,10 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     #[cold]
-    fn no_grant(&self, pin: &Pin<'_>, fault: &Fault, error: GrantError) -> Outcome {
+    pub(crate) fn no_grant(&self, pin: &Pin<'_>, fault: &Fault, error: GrantError) -> Outcome {
         match error {
-            GrantError::Busy => self.retry(),
+            GrantError::Busy | GrantError::Forking => self.retry(),
+            GrantError::Shared => self.copy_on_write(pin, fault),
             GrantError::OutOfMemory => self.out_of_memory(pin.cpu()),
             GrantError::ReadOnly => self.read_only(pin, fault),
             GrantError::Outside { .. } => self.refused(Outcome::Exit(Reason::BadObject)),
@@ -290,7 +319,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         match outcome {
             Outcome::Inject(_) => self.stats.injected.bump(),
             Outcome::Mmio | Outcome::Skip => self.stats.outside.bump(),
-            Outcome::Resume | Outcome::Retry | Outcome::Exit(_) => {}
+            Outcome::Resume | Outcome::Retry | Outcome::Unshare | Outcome::Exit(_) => {}
         }
         outcome
     }

@@ -102,8 +102,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// Pinned, because another invalidation may retire the table pages that this one walks.
     fn unmap(&self, cpu: usize, range: GfnRange) {
-        let machine = &self.host.machine;
         let _pin = self.host.epoch.pin(cpu);
+        self.unmap_pinned(range);
+    }
+
+    /// Takes every entry of `range` away. The caller is pinned.
+    pub(crate) fn unmap_pinned(&self, range: GfnRange) {
+        let machine = &self.host.machine;
         let mut work = Withdraw { machine, clean: !machine.features().forced_write_back };
         let flushes = &self.stats.tlb_range;
         let debt = self.table.unmap(machine, self.flushes(flushes), range, &mut work);
@@ -184,6 +189,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// Ends the virtual machine: flushes its translations and gives its tables back. No vCPU of it runs any more. Its
     /// objects are their owner's.
     pub fn destroy(self, cpu: usize) {
+        self.reclaim_all(cpu);
         let Self { host, table, stats, vmid, slots, logs, .. } = self;
         {
             let pin = host.epoch.pin(cpu);

@@ -12,8 +12,10 @@
 //! grace period makes step 5 and 6 one: a fault that asked before `start` has published before the unmap begins, and one
 //! that asks later sees it in progress (INV-3).
 //!
+//! Memory that relatives share has its own chapter, `share`; the fork of a machine is in `fork`.
+//!
 //! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
-//! Lock order: dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
+//! Lock order: fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
 //!
 //! Known holes: the MMIO cache and page-frame caches are not here yet. An access that was found to lie
 //! outside every slot is emulated after the pin ends; a slot made in between is met by the next access only (INV-9).
@@ -28,6 +30,7 @@ mod access;
 mod coalesced;
 mod create;
 mod dirty;
+mod fork;
 mod guest;
 mod handle;
 mod host;
@@ -36,17 +39,22 @@ mod maintain;
 mod mapping;
 mod notifier;
 mod outcome;
+mod share;
 mod stats;
+mod switches;
 mod vm;
 mod vmid;
 mod young;
 
+#[cfg(test)]
+mod fork_tests;
 #[cfg(test)]
 mod tests;
 
 pub use coalesced::{CoalescedRing, CoalescedWrite, Full};
 pub use create::CreateError;
 pub use dirty::{LogError, RESERVE, Ring, RingEntry, RingFull, RingState, RingsError};
+pub use fork::ForkError;
 pub use guest::CopyError;
 pub use host::Host;
 pub use invalidate::InvalidateError;
@@ -54,6 +62,7 @@ pub use maintain::{Maintenance, ReadOnlyIvac};
 pub use notifier::{Invalidation, Notifier, Sample, TooMany};
 pub use outcome::{Abort, Outcome, Reason};
 pub use stats::{Counter, Stats};
+pub use switches::Switches;
 pub use vm::{Options, Vm};
 pub use vmid::{VmVmid, Vmids};
 

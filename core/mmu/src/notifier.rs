@@ -155,6 +155,12 @@ impl Notifier {
         self.active.fetch_sub(1, Ordering::SeqCst);
     }
 
+    /// Whether no invalidation but `mine` is in progress in `range`. One that starts later waits for the caller's pin.
+    pub fn is_alone(&self, mine: &Invalidation, range: GfnRange) -> bool {
+        let others = self.progress.iter().enumerate().filter(|(place, _)| *place != mine.place);
+        !others.into_iter().any(|(_, place)| place.overlaps(range))
+    }
+
     /// Whether any invalidation is in progress.
     pub fn is_active(&self) -> bool {
         self.active.load(Ordering::Acquire) != 0

@@ -14,6 +14,9 @@ pub enum Outcome {
     Inject(Abort),
     /// Nothing that the core owns lies there, or it is read-only: the owner emulates the access.
     Mmio,
+    /// What is shared must be copied through the notifier, as [`crate::Switches::force_notifier`] asks: unpin, call
+    /// [`crate::Vm::unshare`], and let the guest try again.
+    Unshare,
     /// The core cannot go on; the owner decides.
     Exit(Reason),
 }

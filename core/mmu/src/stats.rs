@@ -44,6 +44,12 @@ pub struct Stats {
     pub fresh: Counter,
     /// Faults whose page the object already had.
     pub populated: Counter,
+    /// Faults that copied a page or block which relatives share, or took the zero page away.
+    pub copied: Counter,
+    /// Entries made around a fault on what is shared.
+    pub around: Counter,
+    /// Entries that a change from elsewhere installed.
+    pub changed: Counter,
     /// Faults that lost to an invalidation, a slot update or another vCPU, and went round again.
     pub retry: Counter,
     /// Faults that found their work done.

@@ -3,11 +3,12 @@
 use entresol_addr::{GfnRange, Gpa, PAGE_SHIFT, PageSize, PfnRange};
 use entresol_machine::{Machine, Vmid};
 use entresol_slot::Slots;
-use entresol_sync::planted;
+use entresol_sync::{Mutex, planted};
 use entresol_table::{Census, Format, PageWork, Table, VmidSource};
 
 use crate::dirty::Logs;
-use crate::{Counter, Host, Notifier, ReadOnlyIvac, Stats, VmVmid};
+use crate::fork::Retiring;
+use crate::{Counter, Host, Notifier, ReadOnlyIvac, Stats, Switches, VmVmid};
 
 /// What an owner decides about a virtual machine's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,12 @@ pub struct Vm<'h, M, F> {
     pub(crate) vmid: VmVmid,
     pub(crate) logs: Logs,
     pub(crate) options: Options,
+    /// How memory is copied on write.
+    pub switches: Switches,
+    /// Held by whoever forks this machine.
+    pub(crate) forking: Mutex<()>,
+    /// What a fork detached and nobody has taken apart yet.
+    pub(crate) detached: Mutex<Option<Retiring>>,
     /// What happened so far.
     pub stats: Stats,
 }
@@ -118,12 +125,19 @@ pub(crate) struct Prepare<'m, M> {
     pub clean: bool,
     /// Invalidate the instruction caches: the entry becomes executable and they are not coherent.
     pub icache: bool,
+    /// What is mapped there gives way.
+    pub replace: bool,
 }
 
 impl<M: Machine> PageWork for Prepare<'_, M> {
     #[inline]
     fn must_prepare(&self) -> bool {
         self.clean | self.icache
+    }
+
+    #[inline]
+    fn may_replace(&self) -> bool {
+        self.replace
     }
 
     fn prepare(&mut self) {

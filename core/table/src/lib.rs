@@ -34,6 +34,9 @@
 //! * The VMID is read after the word has changed, behind a full barrier, through [`VmidSource`]: a VM that gets a new
 //!   VMID meanwhile either is flushed under it or walks the changed table.
 //!
+//! * All of a table can be taken away at once ([`Table::detach`]): the root's words move into other frames, so what hangs
+//!   from them is out of reach after one flush, and is taken apart later, piece by piece.
+//!
 //! Claims are held for one call's bounded work, and a claimant waits only for claims strictly below its own word;
 //! range operations hold none while they wait. So waiting ends.
 //!
@@ -59,6 +62,7 @@ mod claim;
 mod counters;
 mod cursor;
 mod debt;
+mod detach;
 mod entry;
 mod freeze;
 mod geometry;
@@ -75,6 +79,7 @@ mod work;
 
 pub use counters::Census;
 pub use debt::{FlushDebt, Retired, Settled};
+pub use detach::Detached;
 pub use entresol_machine::Vmid;
 pub use entry::{Entry, Format, Leaf, Memory, Permissions, VACANT};
 pub use geometry::{Geometry, LEAF_LEVEL, index, level_of, shift, size_at};

@@ -18,7 +18,7 @@ pub struct Mapped {
     pub retired: Retired,
 }
 
-/// Why a leaf was not installed. No translation was changed; for `Busy` and `Present`, tables may have been linked and
+/// Why a leaf was not installed. No translation was changed; for `Busy`, `Occupied` and `Present`, tables may have been linked and
 /// blocks split on the way down. For all others, nothing was touched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapError {
@@ -53,6 +53,8 @@ pub enum MapError {
     },
     /// Another CPU is changing the entry: let the guest try again.
     Busy,
+    /// Something else is mapped there, and [`PageWork::may_replace`] says no.
+    Occupied,
     /// This leaf maps the same memory already; at most its permissions or access flag differ. The guest may go on, or
     /// [`Table::relax`] and [`Table::make_young`] help.
     Present(Leaf),
@@ -112,6 +114,7 @@ impl<F: Format> Table<F> {
         match at.entry {
             Entry::Vacant => self.fill(machine, at.word, leaf, work),
             Entry::Leaf(old) if old.same_output(leaf) => Err(MapError::Present(old)),
+            Entry::Leaf(_) | Entry::Table(_) if !work.may_replace() => Err(MapError::Occupied),
             Entry::Leaf(old) => self.replace(machine, vmid, gfn, leaf, &at, old, work),
             Entry::Table(frame) => self.replace_table(machine, vmid, gfn, leaf, &at, frame, work),
             Entry::Broken => Err(MapError::Busy),

@@ -21,6 +21,13 @@ pub trait PageWork {
     #[inline]
     fn prepare(&mut self) {}
 
+    /// Whether a leaf with other memory, or a table where a block is to be, gives way. If not, that is
+    /// [`crate::MapError::Occupied`]: for entries that may be out of date by the time they are published.
+    #[inline]
+    fn may_replace(&self) -> bool {
+        true
+    }
+
     /// Whether [`Self::removed`] must find the TLBs flushed, because it cleans caches behind the guest's last access.
     /// It costs one flush a leaf; otherwise `removed` comes before the flush, which covers all leaves at once.
     #[inline]

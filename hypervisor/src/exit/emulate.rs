@@ -164,6 +164,7 @@ fn fetch_unmapped(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
     match vcpu.vm.memory.read(&pin, &state.hint, Gpa::new(page | pc & (PAGE_SIZE - 1)), &mut word) {
         Ok(()) => Ok(u32::from_le_bytes(word)),
         Err(CopyError::OutOfMemory) => Err(Stop::OutOfMemory),
+        Err(CopyError::Busy) => Err(Stop::Again),
         Err(CopyError::Outside { .. } | CopyError::ReadOnly { .. }) => Err(Stop::NoSyndrome(None)),
     }
 }
@@ -423,8 +424,8 @@ impl Span {
                 Ok(()) => {}
                 Err(CopyError::OutOfMemory) => return Err(Stop::OutOfMemory),
                 Err(CopyError::ReadOnly { .. }) => return Err(abort(&piece)),
-                // The slot has gone since it was looked at.
-                Err(CopyError::Outside { .. }) => return Err(Stop::Again),
+                // The slot has gone since it was looked at, or memory is being forked.
+                Err(CopyError::Outside { .. } | CopyError::Busy) => return Err(Stop::Again),
             }
             if let (Some(bytes), false) = (bytes.as_deref_mut(), self.part.write) {
                 data::put(bytes, piece.offset, piece.size, u64::from_le_bytes(part));

@@ -51,6 +51,11 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
     match outcome {
         Outcome::Resume | Outcome::Mmio => Next::Again,
         Outcome::Retry => Next::Look,
+        Outcome::Unshare => match vcpu.vm.memory.unshare(entresol_metal_arm64::cpu::index(), fault.gpa) {
+            // Off by now: the guest tries again, and is served.
+            Outcome::Unshare => Next::Look,
+            other => conclude(vcpu, state, fault, esr, far, other),
+        },
         Outcome::Skip => {
             state.skip(esr);
             Next::Again

@@ -7,6 +7,7 @@ use entresol_loader::Memory as LoaderMemory;
 use entresol_metal_arm64::{Metal, cpu};
 use entresol_mmu::CopyError;
 use entresol_slot::Hint;
+use entresol_sync::hint;
 
 use super::lines::Link;
 use crate::host;
@@ -26,25 +27,42 @@ impl DeviceMemory {
     }
 }
 
-fn device_error(error: CopyError) -> MemoryError {
+/// What a device is told, or `None` if it has to try again, unpinned in between.
+fn device_error(error: CopyError) -> Option<MemoryError> {
     match error {
-        CopyError::Outside { gpa } => MemoryError::Outside { gpa },
-        CopyError::ReadOnly { gpa } => MemoryError::ReadOnly { gpa },
-        CopyError::OutOfMemory => MemoryError::OutOfMemory,
+        CopyError::Outside { gpa } => Some(MemoryError::Outside { gpa }),
+        CopyError::ReadOnly { gpa } => Some(MemoryError::ReadOnly { gpa }),
+        CopyError::OutOfMemory => Some(MemoryError::OutOfMemory),
+        CopyError::Busy => None,
+    }
+}
+
+/// Makes an access until no fork or invalidation is in its way: another CPU ends that, and waits only for pins.
+fn when_settled(mut access: impl FnMut() -> Result<(), CopyError>) -> Result<(), MemoryError> {
+    loop {
+        match access().map_err(device_error) {
+            Ok(()) => return Ok(()),
+            Err(Some(error)) => return Err(error),
+            Err(None) => hint::spin_loop(),
+        }
     }
 }
 
 impl GuestMemory for DeviceMemory {
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError> {
         let vm = self.link.vm().ok_or(MemoryError::Outside { gpa })?;
-        let pin = host::get().epoch.pin(cpu::index());
-        vm.memory.read(&pin, &self.hint, gpa, to).map_err(device_error)
+        when_settled(|| {
+            let pin = host::get().epoch.pin(cpu::index());
+            vm.memory.read(&pin, &self.hint, gpa, to)
+        })
     }
 
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
         let vm = self.link.vm().ok_or(MemoryError::Outside { gpa })?;
-        let pin = host::get().epoch.pin(cpu::index());
-        vm.memory.write(&pin, &self.hint, gpa, from).map_err(device_error)
+        when_settled(|| {
+            let pin = host::get().epoch.pin(cpu::index());
+            vm.memory.write(&pin, &self.hint, gpa, from)
+        })
     }
 }
 

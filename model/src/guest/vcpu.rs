@@ -75,6 +75,9 @@ pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt)
             Outcome::Resume if last == Some(esr) => entresol_sync::hint::spin_loop(),
             Outcome::Resume => {}
             Outcome::Retry => entresol_sync::hint::spin_loop(),
+            Outcome::Unshare => {
+                let _ = stage.vms[vm].unshare(actor.cpu, attempt.gpa);
+            }
             Outcome::Mmio => return Value::Mmio,
             Outcome::Skip => return Value::Skipped,
             Outcome::Inject(_) => return Value::Abort,
@@ -117,6 +120,9 @@ fn maintain(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, 
         match outcome {
             Outcome::Skip => return Value::Skipped,
             Outcome::Retry | Outcome::Resume => entresol_sync::hint::spin_loop(),
+            Outcome::Unshare => {
+                let _ = stage.vms[vm].unshare(actor.cpu, gpa);
+            }
             Outcome::Mmio => return Value::Mmio,
             Outcome::Inject(_) => return Value::Abort,
             Outcome::Exit(_) => return Value::Exit,
@@ -130,6 +136,7 @@ fn judge(lab: &mut Lab, stage: &Stage<'_>, attempt: &Attempt, since: u64, door: 
     lab.mark(match outcome {
         Outcome::Resume => "resume",
         Outcome::Retry => "retry",
+        Outcome::Unshare => "unshare",
         Outcome::Skip => "skip",
         Outcome::Inject(_) => "inject",
         Outcome::Mmio => "mmio",

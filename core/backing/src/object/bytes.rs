@@ -28,8 +28,10 @@ pub enum AccessError {
     Device,
     /// A write to ROM.
     ReadOnly,
-    /// No frame for a page that must be written. Pages made for this write stay; they are zero, as before.
+    /// No frame for a page that must be written. Pages made for this write stay; they read as before.
     OutOfMemory,
+    /// A write while the object is being forked: unpin, then try again.
+    Forking,
 }
 
 impl fmt::Display for AccessError {
@@ -41,6 +43,7 @@ impl fmt::Display for AccessError {
             Self::Device => f.write_str("object: a device cannot be read or written as bytes"),
             Self::ReadOnly => f.write_str("write: the object is read-only"),
             Self::OutOfMemory => OutOfMemory.fmt(f),
+            Self::Forking => GrantError::Forking.fmt(f),
         }
     }
 }
@@ -93,7 +96,8 @@ impl Object {
         Ok(())
     }
 
-    /// Writes the bytes of `from` at byte `offset`. The caller is pinned.
+    /// Writes the bytes of `from` at byte `offset`. The caller is pinned, and where the object is shown to a guest it has
+    /// made what it writes the object's own before, with the translations to what was there gone ([`Object::own`]).
     ///
     /// # Errors
     ///
@@ -128,7 +132,8 @@ impl From<GrantError> for AccessError {
             GrantError::OutOfMemory => Self::OutOfMemory,
             GrantError::ReadOnly => Self::ReadOnly,
             GrantError::Outside { .. } => unreachable!("the extent was checked"),
-            GrantError::Busy => unreachable!("waited for"),
+            GrantError::Forking => Self::Forking,
+            GrantError::Busy | GrantError::Shared => unreachable!("waited for, and copied"),
         }
     }
 }

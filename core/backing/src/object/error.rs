@@ -95,8 +95,10 @@ pub enum PunchError {
         /// Frames of the object.
         frames: u64,
     },
-    /// No frame for the node that a block must be split into.
+    /// No frame for the node that a block must be split into, or for the copy of a shared one.
     OutOfMemory,
+    /// The object is being forked: unpin, then try again.
+    Forking,
 }
 
 impl From<OutOfMemory> for CreateError {
@@ -158,6 +160,7 @@ impl fmt::Display for PunchError {
                 write!(f, "start {start:#x}: with {count:#x} frames it must end within the object's {frames:#x}")
             }
             Self::OutOfMemory => OutOfMemory.fmt(f),
+            Self::Forking => GrantError::Forking.fmt(f),
         }
     }
 }

@@ -8,6 +8,7 @@
 
 mod bytes;
 mod error;
+mod fork;
 mod table;
 
 pub use bytes::AccessError;
@@ -16,9 +17,10 @@ use entresol_machine::Machine;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
+pub use fork::{Differences, ForkError, Frozen};
 pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
 
-use crate::tree::Tree;
+use crate::tree::{Ahead, Tree};
 use crate::{Grant, GrantError, Memory, OutOfMemory, Supply};
 
 /// What anonymous memory is made of.
@@ -26,8 +28,11 @@ use crate::{Grant, GrantError, Memory, OutOfMemory, Supply};
 pub enum Policy {
     /// 4 KiB pages only.
     Pages,
-    /// 2 MiB blocks where one is free and lies inside the object, pages elsewhere.
+    /// 2 MiB blocks where one is free and lies inside the object, pages elsewhere. A block that is shared is copied page
+    /// by page.
     Blocks,
+    /// The same, but a shared block is copied whole where a block is free.
+    WholeBlocks,
 }
 
 /// An object to be made.
@@ -80,6 +85,7 @@ impl Kind {
             Self::Device => 2,
             Self::Rom { owned: false } => 3,
             Self::Rom { owned: true } => 4,
+            Self::Anonymous(Policy::WholeBlocks) => 5,
         }
     }
 
@@ -91,6 +97,7 @@ impl Kind {
             2 => Self::Device,
             3 => Self::Rom { owned: false },
             4 => Self::Rom { owned: true },
+            5 => Self::Anonymous(Policy::WholeBlocks),
             _ => unreachable!("only encode writes kinds"),
         }
     }
@@ -173,19 +180,73 @@ impl Object {
         self.tree.nodes()
     }
 
-    /// What backs frame `frame`; made, zeroed, if nothing does yet. `write` says whether the access needs to write.
+    /// What backs frame `frame`; made, zeroed, if nothing does yet. `write` says whether the access needs to write. Nothing
+    /// is copied: what relatives may share is granted for reading only, and so is the zero page, which a forked object
+    /// reads as where it was never touched.
     ///
     /// # Errors
     ///
-    /// [`GrantError`]; nothing changed.
+    /// [`GrantError`]; nothing changed. [`GrantError::Shared`] asks for [`Self::own`].
     #[inline]
     pub fn grant<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, write: bool) -> Result<Grant, GrantError> {
         self.check_inside(frame)?;
         match self.kind() {
-            Kind::Anonymous(_) => self.tree.grant(supply, frame),
+            Kind::Anonymous(_) => self.tree.grant(supply, frame, write),
             Kind::Device => Ok(self.fixed_grant(frame, Memory::Device)),
             Kind::Rom { .. } if write => Err(GrantError::ReadOnly),
             Kind::Rom { .. } => Ok(self.fixed_grant(frame, Memory::Normal)),
+        }
+    }
+
+    /// What backs frame `frame`, for writing, copied from what relatives share if need be. The caller stays pinned until
+    /// no translation shows what was there before: neither one that it finds, nor one that is being made meanwhile. The
+    /// first half is to unmap; the second, that who maps for reading asks [`Self::is_still`] after it has published.
+    ///
+    /// # Errors
+    ///
+    /// [`GrantError`], but never [`GrantError::Shared`]. What the object reads as did not change.
+    pub fn own<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Grant, GrantError> {
+        self.own_with(supply, frame, Ahead::NONE)
+    }
+
+    /// As [`Self::own`], with a copy in hand: used if the page is still the one that was copied, else given back.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::own`].
+    pub fn own_with<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        frame: u64,
+        mut ahead: Ahead,
+    ) -> Result<Grant, GrantError> {
+        let answer = match self.kind() {
+            Kind::Anonymous(_) => self.check_inside(frame).and_then(|()| self.tree.own(supply, frame, &mut ahead)),
+            Kind::Device | Kind::Rom { .. } => self.grant(supply, frame, true),
+        };
+        ahead.give_back(supply);
+        answer
+    }
+
+    /// Copies the page at `frame` that relatives share, if there is one, for a later [`Self::own_with`]. The caller is
+    /// pinned, and may unpin in between.
+    ///
+    /// # Errors
+    ///
+    /// [`GrantError::Outside`], [`GrantError::OutOfMemory`].
+    pub fn copy_ahead<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Ahead, GrantError> {
+        self.check_inside(frame)?;
+        match self.kind() {
+            Kind::Anonymous(_) => Ok(self.tree.copy_ahead(supply, frame)?),
+            Kind::Device | Kind::Rom { .. } => Ok(Ahead::NONE),
+        }
+    }
+
+    /// Whether `grant`, got for frame `frame` and for reading, is what would be granted now.
+    pub fn is_still<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, grant: &Grant) -> bool {
+        match self.present(supply.machine, frame) {
+            Some(now) => (now.pfn, now.size, now.extent_start) == (grant.pfn, grant.size, grant.extent_start),
+            None => supply.pool.is_zero_page(grant.pfn),
         }
     }
 
@@ -216,7 +277,11 @@ impl Object {
         let end = end.ok_or(PopulateError { done: 0, error: outside })?;
         let mut frame = start;
         while frame < end {
-            let grant = self.grant_waiting(supply, frame, false);
+            // The zero page is nothing that stays.
+            let grant = match self.grant_waiting(supply, frame, false) {
+                Ok(grant) if supply.pool.is_zero_page(grant.pfn) => self.grant_waiting(supply, frame, true),
+                answer => answer,
+            };
             let grant = grant.map_err(|error| PopulateError { done: frame - start, error })?;
             frame = grant.extent_start + grant.size.frames();
         }
@@ -237,14 +302,20 @@ impl Object {
         let end = start.checked_add(count).filter(|end| *end <= frames);
         let end = end.ok_or(PunchError::Outside { start, count, frames })?;
         let _structure = self.structure.lock();
-        self.tree.punch(supply, start, end).map_err(|OutOfMemory| PunchError::OutOfMemory)
+        self.tree.punch(supply, start, end).map_err(|error| match error {
+            GrantError::Forking => PunchError::Forking,
+            GrantError::OutOfMemory => PunchError::OutOfMemory,
+            GrantError::Busy | GrantError::Shared | GrantError::ReadOnly | GrantError::Outside { .. } => {
+                unreachable!("a tree waits for who is busy, and its extent was checked")
+            }
+        })
     }
 
-    /// As `grant`, but waits for whoever fills the same part.
+    /// As `grant`, and for writing as [`Self::own`], but waits for whoever fills or copies the same part.
     ///
     /// # Errors
     ///
-    /// As `grant`, but never [`GrantError::Busy`].
+    /// As `grant`, but never [`GrantError::Busy`] or [`GrantError::Shared`].
     pub fn grant_waiting<M: Machine>(
         &self,
         supply: &Supply<'_, M>,
@@ -252,7 +323,11 @@ impl Object {
         write: bool,
     ) -> Result<Grant, GrantError> {
         loop {
-            match self.grant(supply, frame, write) {
+            let answer = match self.grant(supply, frame, write) {
+                Err(GrantError::Shared) => self.own(supply, frame),
+                answer => answer,
+            };
+            match answer {
                 // Filling is bounded work of a CPU that nothing interrupts.
                 Err(GrantError::Busy) => entresol_sync::hint::spin_loop(),
                 answer => return answer,

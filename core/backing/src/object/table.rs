@@ -160,6 +160,17 @@ impl Objects {
         Ok(())
     }
 
+    /// How often a live object is held; `None` if the handle names none.
+    pub fn holds(&self, handle: ObjectHandle) -> Option<u32> {
+        let mut records = self.records.lock();
+        live(&mut records, handle).ok().map(|record| record.holds)
+    }
+
+    /// The place of a handle that names, or named, an object.
+    pub(super) fn place(&self, handle: ObjectHandle) -> &Object {
+        &self.places[handle.place()]
+    }
+
     /// Objects that exist.
     pub fn len(&self) -> usize {
         self.records.lock().iter().filter(|record| record.phase == Phase::Live).count()

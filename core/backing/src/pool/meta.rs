@@ -1,7 +1,8 @@
-//! What is known of each frame: its state, and links for the list that it may be on.
+//! What is known of each frame: its state, how many hold it, and links for the list that it may be on.
 //!
 //! Shape: an array by frame number, from the first frame of the machine. Lists are linked by index, so that no free
-//! frame is ever touched. Twelve bytes a frame.
+//! frame is ever touched. Twelve bytes a frame. The state's word also counts the references to a taken frame beyond
+//! the first, so a frame that is given back while others hold it fails the same check as one given back twice.
 //!
 //! Invariants: a state changes only by the owner of the frame, or under the lock of the list that it is on. States
 //! outlive locks: they are atomics so that giving back can check them with one exchange.
@@ -73,21 +74,26 @@ pub(crate) enum State {
     Deferred(Order),
 }
 
+/// Bits 3:0 of the word: the order. Bits 7:4: the kind. Bits 31:8: references to a taken frame beyond the first.
+const KIND_SHIFT: u32 = 4;
+const COUNT_SHIFT: u32 = 8;
+
 impl State {
+    /// The word of this state, of a frame that nobody shares.
     const fn encode(self) -> u32 {
         match self {
             Self::Absent => 0,
-            Self::Interior => 1 << 8,
-            Self::Free(order) => 2 << 8 | order.0 as u32,
-            Self::Cached => 3 << 8,
-            Self::Taken(order) => 4 << 8 | order.0 as u32,
-            Self::Deferred(order) => 5 << 8 | order.0 as u32,
+            Self::Interior => 1 << KIND_SHIFT,
+            Self::Free(order) => 2 << KIND_SHIFT | order.0 as u32,
+            Self::Cached => 3 << KIND_SHIFT,
+            Self::Taken(order) => 4 << KIND_SHIFT | order.0 as u32,
+            Self::Deferred(order) => 5 << KIND_SHIFT | order.0 as u32,
         }
     }
 
     fn decode(raw: u32) -> Self {
-        let order = Order((raw & 0xff) as u8);
-        match raw >> 8 {
+        let order = Order((raw & ((1 << KIND_SHIFT) - 1)) as u8);
+        match raw >> KIND_SHIFT & ((1 << (COUNT_SHIFT - KIND_SHIFT)) - 1) {
             0 => Self::Absent,
             1 => Self::Interior,
             2 => Self::Free(order),
@@ -178,6 +184,56 @@ impl Frames {
         if found != from.encode() {
             self.misuse(index, from, found);
         }
+    }
+
+    /// One reference more to a taken frame.
+    ///
+    /// # Panics
+    ///
+    /// If the frame is not taken, or has as many references as can be counted: a tree refers to a frame once for each of
+    /// its own frames at most, and there are fewer trees than that.
+    pub(crate) fn share(&self, index: u32) {
+        let old = self.meta[index as usize].state.fetch_add(1 << COUNT_SHIFT, Ordering::Relaxed);
+        let full = old >> COUNT_SHIFT == u32::MAX >> COUNT_SHIFT;
+        assert!(matches!(State::decode(old), State::Taken(_)) && !full, "only a taken frame is shared");
+    }
+
+    /// One reference more to a single frame, if it is taken still and not waiting for a grace period.
+    pub(crate) fn share_if_held(&self, index: u32) -> bool {
+        let one_more = |raw: u32| {
+            let held = State::decode(raw) == State::Taken(Order::PAGE) && raw >> COUNT_SHIFT != u32::MAX >> COUNT_SHIFT;
+            held.then(|| raw + (1 << COUNT_SHIFT))
+        };
+        let word = &self.meta[index as usize].state;
+        word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    /// Gives one reference back. `true`: it was the only one, and the caller has the frame alone; then nothing changed.
+    ///
+    /// # Panics
+    ///
+    /// If the frame is not taken.
+    pub(crate) fn release(&self, index: u32) -> bool {
+        let word = &self.meta[index as usize].state;
+        let one_less = |raw: u32| (raw >> COUNT_SHIFT != 0).then(|| raw - (1 << COUNT_SHIFT));
+        // Whoever finds itself alone must see what the others did to the frame before they let go of it.
+        let found = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_less);
+        let raw = found.unwrap_or_else(|raw| raw);
+        assert!(matches!(State::decode(raw), State::Taken(_)), "only a taken frame is released");
+        found.is_err()
+    }
+
+    /// The first frame of a block that was taken whole, and its 511 others, become frames that were taken one by one,
+    /// each with the block's references.
+    pub(crate) fn split_shared(&self, index: u32, order: Order) {
+        let block = self.meta[index as usize].state.load(Ordering::Acquire);
+        assert_eq!(State::decode(block), State::Taken(order), "only a taken block is split");
+        let page = State::Taken(Order::PAGE).encode() | block >> COUNT_SHIFT << COUNT_SHIFT;
+        for inside in index + 1..index + order.frames() as u32 {
+            assert_eq!(self.state(inside), State::Interior, "inside a block");
+            self.meta[inside as usize].state.store(page, Ordering::Relaxed);
+        }
+        self.meta[index as usize].state.store(page, Ordering::Release);
     }
 
     #[cold]

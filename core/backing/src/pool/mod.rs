@@ -7,9 +7,11 @@
 //! common fault takes a lock that nobody else wants. Caches are filled and emptied in batches. Before the pool says
 //! [`OutOfMemory`], it empties the caches of all CPUs.
 //!
+//! Frames that several trees refer to are counted ([`share`]).
+//!
 //! Invariants: INV-7. Each frame is in exactly one [`meta::State`]; taking and giving check it with one exchange, in
 //! release builds too, so a frame given back twice, or by somebody who never had it, stops the machine at once.
-//! Lock order: deferred → a CPU's cache → buddy. No CPU holds two caches.
+//! Lock order: shared blocks → deferred → a CPU's cache → buddy; the list of dead nodes is a leaf. No CPU holds two caches.
 //!
 //! Known holes: caches are emptied one after the other. Beside a CPU that fills its own meanwhile, [`OutOfMemory`] may be
 //! said although a frame was free all the time.
@@ -17,6 +19,7 @@
 mod buddy;
 mod deferred;
 mod meta;
+mod share;
 
 use alloc::boxed::Box;
 use core::fmt;
@@ -100,6 +103,7 @@ pub struct FramePool {
     /// Frames in `deferred`, so that the common reap takes no lock.
     waiting: AtomicU64,
     total: AtomicU64,
+    shared: share::Shared,
 }
 
 impl FramePool {
@@ -120,6 +124,7 @@ impl FramePool {
             deferred: Mutex::new(Deferred::new()),
             waiting: AtomicU64::new(0),
             total: AtomicU64::new(0),
+            shared: share::Shared::new(),
         })
     }
 

@@ -1,6 +1,7 @@
 //! One word of a tree's node.
 //!
-//! Shape: bits 7:0 say what it is, bits 63:8 which frame. Zero is vacant, so a zeroed frame is an empty node.
+//! Shape: bits 2:0 say what it is, bits 7:3 are flags, bits 63:8 say which frame. Zero is vacant, so a zeroed frame is an
+//! empty node. A word with a flag always names a frame.
 
 use entresol_addr::Pfn;
 
@@ -20,6 +21,13 @@ pub(crate) enum Entry {
 }
 
 const TAG_BITS: u32 = 8;
+const KIND: u64 = 0b111;
+/// Others may refer to what the word names, and to everything below it: it is never written again.
+pub(crate) const SHARED: u64 = 1 << 3;
+/// With `SHARED`: some CPU is making the tree's own copy; only that CPU may store to the word.
+pub(crate) const COPYING: u64 = 1 << 4;
+/// With `SHARED`, of a root: nothing is made and nothing taken away until the fork is done.
+pub(crate) const FROZEN: u64 = 1 << 5;
 
 impl Entry {
     #[inline]
@@ -36,8 +44,8 @@ impl Entry {
 
     #[inline]
     pub(crate) fn decode(raw: u64) -> Self {
-        let pfn = Pfn::new(raw >> TAG_BITS);
-        match raw & ((1 << TAG_BITS) - 1) {
+        let pfn = frame(raw);
+        match raw & KIND {
             0 => Self::Vacant,
             1 => Self::Filling,
             2 => Self::Page(pfn),
@@ -46,6 +54,36 @@ impl Entry {
             _ => unreachable!("nodes are written through encode only, and no guest reaches them"),
         }
     }
+}
+
+/// Whether a word names a node that is the tree's own.
+#[inline]
+pub(crate) const fn is_own_node(raw: u64) -> bool {
+    tag(raw) == tag(Entry::Node(Pfn::new(0)).encode())
+}
+
+/// Whether a word names a page that is the tree's own.
+#[inline]
+pub(crate) const fn is_own_page(raw: u64) -> bool {
+    tag(raw) == tag(Entry::Page(Pfn::new(0)).encode())
+}
+
+/// Whether a word names a block that is the tree's own.
+#[inline]
+pub(crate) const fn is_own_block(raw: u64) -> bool {
+    tag(raw) == tag(Entry::Block(Pfn::new(0)).encode())
+}
+
+/// Kind and flags.
+#[inline]
+const fn tag(raw: u64) -> u8 {
+    raw as u8
+}
+
+/// The frame that a word names.
+#[inline]
+pub(crate) const fn frame(raw: u64) -> Pfn {
+    Pfn::new(raw >> TAG_BITS)
 }
 
 const _: () = assert!(Entry::Vacant.encode() == 0);
@@ -62,6 +100,7 @@ mod tests {
             let pfn = Pfn::new(raw);
             for entry in [Entry::Vacant, Entry::Filling, Entry::Page(pfn), Entry::Block(pfn), Entry::Node(pfn)] {
                 prop_assert_eq!(Entry::decode(entry.encode()), entry);
+                prop_assert_eq!(Entry::decode(entry.encode() | SHARED | COPYING | FROZEN), entry);
             }
         }
     }

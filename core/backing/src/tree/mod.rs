@@ -12,20 +12,46 @@
 //! ```text
 //! Vacant ─claim→ Filling ─┬→ Page | Block | Node          Block ─split→ Node       (structure lock)
 //!    ↑                    └→ Vacant (out of memory)       Page | Block ─punch→ Vacant (structure lock)
-//!    └─────exchange→ Node
+//!    └─────exchange→ Node                                 shared ─claim→ copying ─→ own ([`own`])
 //! ```
 //!
-//! Invariants: INV-7, INV-11 (zeroed before stored; the store is a release). Nodes never go away before the object
-//! does, so a pinned walker needs no lock. A walk is at most four words.
+//! # Sharing
+//!
+//! A fork gives another tree the same root, whatever hangs from it. A word that is marked *shared* says that others may
+//! refer to what it names, and to all that is reached through it, whatever the words below say. What is reached through
+//! a shared word never changes: it is read, copied, and in the end freed. So a tree's own part is a cap of words without
+//! the mark above what it shares, all changes happen in that cap, and readers need to know no more than whether they met
+//! the mark ([`GrantError::Shared`]).
+//!
+//! Who writes makes the cap reach to the page: it copies the first shared node on the way, which marks all its words and
+//! counts one reference more to what each names, then the next, then the page ([`own`]). Each step is complete in
+//! itself and changes nothing of what is read; out of memory between two of them leaves a longer cap and exact counts.
+//!
+//! A fork must not see half of a change, and a page that was granted for writing must not be shared while it is written:
+//! the root is *frozen* first, then a grace period goes by, translations are taken away, and only then the root is
+//! shared and thawed ([`fork`]). A frozen tree is read; who would write it gets [`GrantError::Forking`].
+//!
+//! Untouched memory of a tree that was ever forked reads as the zero page, so reading makes nothing, and the difference
+//! of two relatives ([`difference`]) is what was written.
+//!
+//! Invariants: INV-7, INV-11 (zeroed before stored; the store is a release; what is shared is never written again). Nodes
+//! of the tree's own part never go away before the object does, and shared ones only after a grace period, so a pinned
+//! walker needs no lock. A walk is at most four words.
 
+mod difference;
 mod entry;
+mod fork;
+mod own;
 mod structure;
 
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_machine::{Machine, Word};
-use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use entresol_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use entresol_sync::tally;
 pub(crate) use entry::Entry;
+use entry::SHARED;
+pub use own::Ahead;
+pub(crate) use own::reclaim;
 
 use crate::{Grant, GrantError, Memory, Order, OutOfMemory, Policy, Supply};
 
@@ -46,13 +72,18 @@ const _: () = assert!(1 << NODE_SHIFT == Word::PER_FRAME as u64 && Order::BLOCK.
 /// The tree of one object. Its shape changes only while nobody can reach the object.
 #[derive(Debug)]
 pub(crate) struct Tree {
+    /// The word that names the root's node.
     root: AtomicU64,
     levels: AtomicU32,
     /// Frames below this may be backed by blocks; a multiple of the block.
     blocks_below: AtomicU64,
-    /// Frames of content.
+    /// Whether a shared block is copied whole.
+    copies_blocks: AtomicBool,
+    /// Whether it shares, or ever did.
+    forked: AtomicBool,
+    /// Frames of content that the tree reads.
     resident: tally::AtomicU64,
-    /// Frames of nodes.
+    /// Frames of nodes that the tree reaches.
     nodes: tally::AtomicU64,
 }
 
@@ -61,7 +92,7 @@ fn levels(frames: u64, policy: Policy) -> u32 {
     let least = match policy {
         Policy::Pages => 1,
         // A block needs a word of level 1 to be in.
-        Policy::Blocks => BLOCK_LEVEL + 1,
+        Policy::Blocks | Policy::WholeBlocks => BLOCK_LEVEL + 1,
     };
     (least..LEVELS).find(|levels| frames <= 1 << (NODE_SHIFT * levels)).unwrap_or(LEVELS)
 }
@@ -74,14 +105,14 @@ fn place(node: Pfn, level: u32, frame: u64) -> Word {
 }
 
 #[inline]
-fn page(pfn: Pfn, frame: u64, fresh: bool) -> Grant {
-    Grant { pfn, extent_start: frame, size: PageSize::Size4K, writable: true, memory: Memory::Normal, fresh }
+fn page(pfn: Pfn, frame: u64, writable: bool, fresh: bool) -> Grant {
+    Grant { pfn, extent_start: frame, size: PageSize::Size4K, writable, memory: Memory::Normal, fresh }
 }
 
 #[inline]
-fn block(pfn: Pfn, frame: u64, fresh: bool) -> Grant {
+fn block(pfn: Pfn, frame: u64, writable: bool, fresh: bool) -> Grant {
     let extent_start = frame & !(BLOCK_FRAMES - 1);
-    Grant { pfn, extent_start, size: PageSize::Size2M, writable: true, memory: Memory::Normal, fresh }
+    Grant { pfn, extent_start, size: PageSize::Size2M, writable, memory: Memory::Normal, fresh }
 }
 
 /// Where a walk ended: the first word that does not lead to a node.
@@ -89,6 +120,16 @@ struct Located {
     entry: Entry,
     word: Word,
     level: u32,
+    /// Every word on the way, joined: for the marks that one of them had.
+    marks: u64,
+}
+
+impl Located {
+    /// Whether the way led through a shared word.
+    #[inline]
+    const fn is_shared(&self) -> bool {
+        self.marks & SHARED != 0
+    }
 }
 
 /// What became of a word that may hold a block.
@@ -104,6 +145,8 @@ impl Tree {
             root: AtomicU64::new(0),
             levels: AtomicU32::new(0),
             blocks_below: AtomicU64::new(0),
+            copies_blocks: AtomicBool::new(false),
+            forked: AtomicBool::new(false),
             resident: tally::AtomicU64::new(0),
             nodes: tally::AtomicU64::new(0),
         }
@@ -119,9 +162,11 @@ impl Tree {
         let root = self.new_node(supply)?;
         let blocks_below = match policy {
             Policy::Pages => 0,
-            Policy::Blocks => frames & !(BLOCK_FRAMES - 1),
+            Policy::Blocks | Policy::WholeBlocks => frames & !(BLOCK_FRAMES - 1),
         };
-        self.root.store(root.get(), Ordering::Relaxed);
+        self.root.store(Entry::Node(root).encode(), Ordering::Relaxed);
+        self.copies_blocks.store(policy == Policy::WholeBlocks, Ordering::Relaxed);
+        self.forked.store(false, Ordering::Relaxed);
         self.levels.store(levels(frames, policy), Ordering::Relaxed);
         self.blocks_below.store(blocks_below, Ordering::Relaxed);
         Ok(())
@@ -137,43 +182,96 @@ impl Tree {
         self.nodes.load(Ordering::Relaxed)
     }
 
-    /// What backs `frame`, which lies inside; made if there is nothing yet.
+    /// What backs `frame`, which lies inside; made if there is nothing yet. Never copies: what is shared is granted for
+    /// reading only.
     #[inline]
-    pub(crate) fn grant<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Grant, GrantError> {
+    pub(crate) fn grant<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        frame: u64,
+        write: bool,
+    ) -> Result<Grant, GrantError> {
+        // The common cases, in few instructions: the tree's own all the way, and there, or not there yet.
+        let mut word = self.root.load(Ordering::Acquire);
+        let mut level = self.levels.load(Ordering::Relaxed);
+        while entry::is_own_node(word) && level > 0 {
+            level -= 1;
+            let at = place(entry::frame(word), level, frame);
+            word = supply.machine.load(at);
+            if entry::is_own_page(word) {
+                return Ok(page(entry::frame(word), frame, true, false));
+            }
+            if word == Entry::Vacant.encode() {
+                return self.touch(supply, at, level, frame, write);
+            }
+        }
+        if entry::is_own_block(word) {
+            return Ok(block(entry::frame(word), frame, true, false));
+        }
+        self.grant_slow(supply, frame, write)
+    }
+
+    /// The same, whatever is on the way.
+    #[inline(never)]
+    fn grant_slow<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, write: bool) -> Result<Grant, GrantError> {
         let found = self.locate(supply.machine, frame);
+        let shared = found.is_shared();
         match found.entry {
-            Entry::Page(pfn) => Ok(page(pfn, frame, false)),
-            Entry::Block(pfn) => Ok(block(pfn, frame, false)),
-            Entry::Vacant => self.fill(supply, found.word, found.level, frame),
+            Entry::Page(_) | Entry::Block(_) if write & shared => Err(GrantError::Shared),
+            Entry::Page(pfn) => Ok(page(pfn, frame, !shared, false)),
+            Entry::Block(pfn) => Ok(block(pfn, frame, !shared, false)),
+            Entry::Vacant => self.touch(supply, found.word, found.level, frame, write),
             Entry::Filling | Entry::Node(_) => Err(GrantError::Busy),
         }
     }
 
+    /// The first touch of `frame`, the word of which at `level` is vacant.
+    #[inline(never)]
+    fn touch<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        word: Word,
+        level: u32,
+        frame: u64,
+        write: bool,
+    ) -> Result<Grant, GrantError> {
+        if !self.forked.load(Ordering::Relaxed) {
+            return self.fill(supply, word, level, frame);
+        }
+        if write {
+            // The zero page may be mapped: whoever writes has to take it away.
+            return Err(GrantError::Shared);
+        }
+        Ok(page(supply.pool.zero_page(supply.machine, supply.cpu)?, frame, false, false))
+    }
+
     /// What backs `frame`, which lies inside, if something does.
     pub(crate) fn present<M: Machine>(&self, machine: &M, frame: u64) -> Option<Grant> {
-        match self.locate(machine, frame).entry {
-            Entry::Page(pfn) => Some(page(pfn, frame, false)),
-            Entry::Block(pfn) => Some(block(pfn, frame, false)),
+        let found = self.locate(machine, frame);
+        match found.entry {
+            Entry::Page(pfn) => Some(page(pfn, frame, !found.is_shared(), false)),
+            Entry::Block(pfn) => Some(block(pfn, frame, !found.is_shared(), false)),
             Entry::Vacant | Entry::Filling | Entry::Node(_) => None,
         }
     }
 
     /// The word that decides about `frame`.
-    #[inline]
     fn locate<M: Machine>(&self, machine: &M, frame: u64) -> Located {
-        let mut node = Pfn::new(self.root.load(Ordering::Relaxed));
+        let mut marks = self.root.load(Ordering::Acquire);
+        let mut node = entry::frame(marks);
         for level in (0..self.levels.load(Ordering::Relaxed)).rev() {
             let word = place(node, level, frame);
-            match Entry::decode(machine.load(word)) {
+            let raw = machine.load(word);
+            marks |= raw;
+            match Entry::decode(raw) {
                 Entry::Node(next) => node = next,
-                entry => return Located { entry, word, level },
+                entry => return Located { entry, word, level, marks },
             }
         }
         unreachable!("a word of level 0 never holds a node")
     }
 
-    /// Makes what is missing below a vacant word, one level a turn.
-    #[inline(never)]
+    /// Makes what is missing below a vacant word of the tree's own part, one level a turn.
     fn fill<M: Machine>(
         &self,
         supply: &Supply<'_, M>,
@@ -232,7 +330,7 @@ impl Tree {
         supply.machine.zero(PfnRange::single(pfn));
         self.resident.fetch_add(1, Ordering::Relaxed);
         supply.machine.store(word, Entry::Page(pfn).encode());
-        Ok(page(pfn, frame, true))
+        Ok(page(pfn, frame, true, true))
     }
 
     /// Makes a block, or where no block is free a node for pages.
@@ -242,7 +340,7 @@ impl Tree {
             supply.machine.zero(PfnRange::block(pfn, PageSize::Size2M));
             self.resident.fetch_add(BLOCK_FRAMES, Ordering::Relaxed);
             supply.machine.store(word, Entry::Block(pfn).encode());
-            return Ok(Filled::Content(block(pfn, frame, true)));
+            return Ok(Filled::Content(block(pfn, frame, true, true)));
         }
         let node = self.new_node(supply).inspect_err(|_| {
             supply.machine.store(word, Entry::Vacant.encode());

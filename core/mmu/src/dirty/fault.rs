@@ -48,6 +48,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         match self.decide(pin, hint, fault) {
             Ok((slot, grant, mapping)) if slot.logs_dirty() => {
                 self.count_grant(&grant);
+                if !grant.writable && !matches!(fault.cause, Cause::Permission { .. }) {
+                    return self.map_read_only(pin, fault);
+                }
                 self.publish_logged(pin, &slot, fault, &mapping)
             }
             // Logging ended in between.
@@ -84,7 +87,8 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             return self.retry();
         };
         match at.entry {
-            Entry::Leaf(leaf) if leaf.size == PageSize::Size4K => self.relax_written(page, &at, &mut work),
+            Entry::Leaf(leaf) if leaf.same_output(&page.leaf) => self.relax_written(page, &at, &mut work),
+            // A block, or a page that was copied since.
             Entry::Leaf(_) | Entry::Vacant => self.map_written(page, &mut work),
             Entry::Broken | Entry::Table(_) => self.retry(),
         }

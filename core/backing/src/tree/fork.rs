@@ -1,0 +1,83 @@
+//! One root for two trees.
+//!
+//! Protocol: `freeze`, under the structure lock, so that nothing is being taken away; a grace period, so that nothing is
+//! being made and no earlier grant is being written; the caller takes writable translations away; `adopt`; `thaw`. The
+//! content is that of the moment in which the last translation was gone.
+
+use entresol_machine::Machine;
+use entresol_sync::atomic::Ordering;
+
+use super::entry::{self, COPYING, FROZEN, SHARED};
+use super::{Entry, Tree};
+use crate::{Order, Supply};
+
+/// The tree is frozen already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Frozen;
+
+impl Tree {
+    /// From now on, and until `thaw`, nothing is made, copied or taken away. Waits for a CPU that copies the root.
+    pub(crate) fn freeze(&self) -> Result<(), Frozen> {
+        self.forked.store(true, Ordering::Relaxed);
+        loop {
+            let raw = self.root.load(Ordering::Acquire);
+            if raw & FROZEN != 0 {
+                return Err(Frozen);
+            }
+            let frozen = raw | SHARED | FROZEN;
+            let change =
+                self.root.compare_exchange(raw & !COPYING, frozen & !COPYING, Ordering::AcqRel, Ordering::Acquire);
+            if change.is_ok() {
+                return Ok(());
+            }
+            entresol_sync::hint::spin_loop();
+        }
+    }
+
+    /// Ends what `freeze` began. The root stays shared: if it was not given to anybody, the next write copies it in vain.
+    pub(crate) fn thaw(&self) {
+        let was = self.root.fetch_and(!FROZEN, Ordering::AcqRel);
+        assert!(was & FROZEN != 0, "a tree is thawed once");
+    }
+
+    /// Whether it shares, or did once.
+    pub(crate) fn is_forked(&self) -> bool {
+        self.forked.load(Ordering::Relaxed)
+    }
+
+    /// Becomes a relative of `other`, which is frozen since a grace period, with the same content. This one is of the same
+    /// shape, empty, and nobody uses it.
+    pub(crate) fn adopt<M: Machine>(&self, supply: &Supply<'_, M>, other: &Self) {
+        let root = entry::frame(other.root.load(Ordering::Acquire));
+        supply.pool.share(root);
+        self.forked.store(true, Ordering::Relaxed);
+        self.resident.store(other.resident.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.nodes.store(other.nodes.load(Ordering::Relaxed), Ordering::Relaxed);
+        let empty = self.root.swap(Entry::Node(root).encode() | SHARED, Ordering::AcqRel);
+        supply.pool.give(supply.cpu, entry::frame(empty), Order::PAGE);
+    }
+
+    /// Every frame that the tree reaches, nodes included, once for each way to it.
+    #[cfg(test)]
+    pub(crate) fn reached<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {
+        fn word<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(entresol_addr::Pfn)) {
+            match Entry::decode(raw) {
+                Entry::Vacant | Entry::Filling => {}
+                Entry::Page(pfn) => visit(pfn),
+                Entry::Block(pfn) => (0..super::BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index))),
+                Entry::Node(node) => {
+                    visit(node);
+                    for index in 0..entresol_machine::Word::PER_FRAME {
+                        word(machine, machine.load(entresol_machine::Word::new(node, index)), visit);
+                    }
+                }
+            }
+        }
+        word(machine, self.root.load(Ordering::Acquire), visit);
+    }
+
+    /// Whether nothing was ever put into it.
+    pub(crate) fn is_untouched(&self) -> bool {
+        !self.forked.load(Ordering::Relaxed) && self.resident() == 0 && self.nodes() == 1
+    }
+}

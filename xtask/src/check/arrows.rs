@@ -27,6 +27,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64"]),
     ("hypervisor", &HYPERVISOR),
     ("model", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64"]),
+    ("fuzz", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64"]),
     ("cli", &["wire", "addr", "mmu", "loader", "model"]),
     ("xtask", &["wire", "cli"]),
 ];

@@ -190,5 +190,6 @@ fn number(outcome: Outcome) -> u32 {
         Outcome::Exit(Reason::OutOfMemory) => 7,
         Outcome::Exit(Reason::Unsupported { .. }) => 8,
         Outcome::Exit(Reason::BadObject) => 9,
+        Outcome::Unshare => 10,
     }
 }

@@ -22,8 +22,9 @@ use entresol_sync::lab::{Access, Scheduler, Site};
 use scoped_tls::scoped_thread_local;
 
 use crate::check::coalesced::Posted;
+use crate::check::inv04::Log;
 use crate::check::inv11::Oracle;
-use crate::check::{self, Check, Checks, Violation, inv03, inv05, inv07, inv15};
+use crate::check::{self, Check, Checks, Violation, inv03, inv04, inv05, inv07, inv15};
 use crate::explore::schedule::{Go, Schedule};
 use crate::guest::record::Records;
 use crate::machine::config::{Config, MAX_CPUS};
@@ -54,6 +55,10 @@ pub struct Lab {
     pub monitors: [Option<(Pfn, u64)>; MAX_CPUS],
     /// Coalesced writes that wait.
     pub posted: Posted,
+    /// Slots that log.
+    pub logs: Vec<Log>,
+    /// For each CPU whether it is resetting dirty rings.
+    pub resetting: [bool; MAX_CPUS],
     /// Events that happened.
     pub marks: BTreeSet<&'static str>,
     /// What happened in order, if somebody wants to read it.
@@ -93,6 +98,8 @@ pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::acc
         oracle: Oracle::default(),
         protected: Vec::new(),
         flags_update: [None; MAX_CPUS],
+        logs: Vec::new(),
+        resetting: [false; MAX_CPUS],
         monitors: [None; MAX_CPUS],
         posted: Posted::default(),
         marks: BTreeSet::new(),
@@ -250,8 +257,12 @@ impl Lab {
             self.found(Check::Inv3, inv03::entry(&self.protected, write));
             let outside = inv05::entry(self.records.of(write.vm).map(|slot| slot.range), write);
             self.found(Check::Inv5, outside);
+            self.found(Check::Inv4, inv04::entry(&self.world, &self.logs, write));
+            if self.resetting[cpu] {
+                self.found(Check::Slots, check::slots::reset(&self.logs, write));
+            }
             if let Some(range) = self.flags_update[cpu] {
-                self.found(Check::Slots, check::slots::entry(range, write));
+                self.found(Check::Slots, check::slots::entry(&self.world, range, write));
             }
             if let crate::machine::descriptor::Descriptor::Leaf(leaf) = write.new
                 && leaf.execute
@@ -496,6 +507,10 @@ fn word_at(address: u64) -> Word {
 
 /// A word becomes `value`.
 fn change(lab: &mut Lab, word: Word, value: u64, site: Site) {
+    if lab.checks.has(Check::Inv4) {
+        let wrong = inv04::cleared(&lab.world, &lab.logs, word, value);
+        lab.found(Check::Inv4, wrong);
+    }
     let writes = lab.machine(|world, pick| world.store(word, value, pick));
     for write in &writes {
         lab.log(Some(site), || {

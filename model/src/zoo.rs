@@ -5,7 +5,7 @@
 //! the checkers that find it off, it must not be found, so no other accident finds it.
 //!
 //! What is not here yet, because the core has no such code: Z-A1's own path (`change` of a notifier; here it is planted
-//! where entries are installed, which has the same shape) and Z-A10 (dirty logging); Z-F3 and Z-F4 (dirty log and ring);
+//! where entries are installed, which has the same shape);
 //! Z-C (x86), Z-D (private memory), Z-E (tags and swap). Z-B5 is about the registers of an exit that is completed, which
 //! happens in the hypervisor, on metal only: its system tests count the effects of each access.
 
@@ -48,9 +48,10 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 19] = {
+pub const ZOO: [Exhibit; 23] = {
     use Check::{
-        Coalesced, Forbidden, Inv1, Inv2, Inv3, Inv5, Inv6, Inv7, Inv9, Inv11, Inv14, Inv15, Maintenance, Panic, Slots,
+        Coalesced, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv9, Inv11, Inv14, Inv15, Maintenance, Panic,
+        Slots,
     };
     /// A translation outlives what it leads to: whoever looks first sees it.
     const STALE: &[Check] = &[Inv3, Inv7, Inv11, Inv2];
@@ -78,6 +79,13 @@ pub const ZOO: [Exhibit; 19] = {
         exhibit!("Z-A7", ZA7, "invalidate.toml", STALE, "a frame is freed before the invalidation completed"),
         exhibit!("Z-A8", ZA8, "two-vcpus.toml", &[Inv7], "frames in hand are lost where a fault gives up"),
         exhibit!("Z-A9", ZA9, "code.toml", &[Inv6, Inv11], "a page becomes executable, and old code stays cached"),
+        exhibit!(
+            "Z-A10",
+            ZA10,
+            "dirty-log.toml",
+            &[Inv4, Forbidden],
+            "a write fault makes a page writable without its dirty bit"
+        ),
         exhibit!("Z-A11", ZA11, "block-mmu-off.toml", &[Inv1, Inv11], "only the first page of a block is cleaned"),
         exhibit!("Z-B1", ZB1, "maintenance.toml", &[Maintenance], "a fault by cache maintenance counts as a write"),
         exhibit!(
@@ -110,6 +118,9 @@ pub const ZOO: [Exhibit; 19] = {
             "an update goes on before the grace period is over"
         ),
         exhibit!("Z-F2", ZF2, "revert-slot.toml", &[Inv9, Inv7], "an update that is given up leaves its slot invalid"),
+        exhibit!("Z-F3", ZF3, "dirty-log.toml", &[Inv4], "the log is cleared before the pages are write-protected"),
+        exhibit!("Z-F4", ZF4, "dirty-ring.toml", &[Slots], "the end of what a ring entry names wraps"),
+        exhibit!("Z-F7", ZF7, "dirty-log.toml", &[Inv4, Forbidden], "the log is taken while faults go on"),
         exhibit!(
             "Z-F5",
             ZF5,

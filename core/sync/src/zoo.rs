@@ -56,6 +56,8 @@ pub enum Bug {
     ZF3,
     /// Z-F4: the end of what a ring entry names wraps, and is taken for a part of the slot.
     ZF4,
+    /// Z-F7: bits of the dirty log are taken while faults go on, and one of them publishes after.
+    ZF7,
     /// Z-F5: VMIDs are given out again without a flush.
     ZF5,
     /// Z-F6: an update of flags alone unmaps the slot.

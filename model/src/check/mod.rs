@@ -3,13 +3,14 @@
 //! A checker is a pure function of the model's state and of what just happened; the lab calls it at the moment its
 //! module says. Any of them can be switched off, so that a test can show that a bug is found *by it*.
 //!
-//! INV-4, INV-8, INV-10 and INV-12 speak of dirty logging, the MMIO cache, private memory and tags, which the core does
+//! INV-8, INV-10 and INV-12 speak of the MMIO cache, private memory and tags, which the core does
 //! not have yet; their checkers come with them.
 
 pub mod coalesced;
 pub mod inv01;
 pub mod inv02;
 pub mod inv03;
+pub mod inv04;
 pub mod inv05;
 pub mod inv06;
 pub mod inv07;
@@ -35,6 +36,8 @@ pub enum Check {
     Inv2,
     /// Nothing reaches a range that is being invalidated.
     Inv3,
+    /// A writable entry under logging has its dirty bit.
+    Inv4,
     /// Blocks stay in their slot.
     Inv5,
     /// Instruction cache before execution.
@@ -65,10 +68,11 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
+        Self::Inv4,
         Self::Inv5,
         Self::Inv6,
         Self::Inv7,
@@ -95,6 +99,7 @@ impl Check {
             Self::Inv1 => "INV-1",
             Self::Inv2 => "INV-2",
             Self::Inv3 => "INV-3",
+            Self::Inv4 => "INV-4",
             Self::Inv5 => "INV-5",
             Self::Inv6 => "INV-6",
             Self::Inv7 => "INV-7",

@@ -4,6 +4,7 @@
 //! [`owner`] what the owner of a virtual machine asks of the core;
 //! [`posted`] is coalesced MMIO; [`record`] what the lab remembers of that; [`stage`] puts machine, objects and virtual machines up and runs scripts.
 
+pub mod dirty;
 pub mod memory;
 pub mod operation;
 pub mod owner;

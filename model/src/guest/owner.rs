@@ -6,6 +6,7 @@ use entresol_mmu::VmVmid;
 use entresol_slot::{ObjectId, SlotFlags, SlotRequest, Update};
 use entresol_table::{Permissions, Reserve, Retired, Straddle};
 
+use super::dirty;
 use super::memory;
 use super::record::SlotRecord;
 use super::stage::{Actor, Kind, Stage};
@@ -29,6 +30,8 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         Step::End => end(stage, actor),
         Step::Object { object, frame, count, punch } => content(stage, cpu, *object, *frame, *count, *punch),
         Step::Slot { vm, id, what } => slot(stage, cpu, *vm, *id, *what),
+        Step::Log { vm, id, what, to } => stage.result(to, dirty::log(stage, cpu, *vm, *id, *what)),
+        Step::Ring { vm, what, to } => stage.result(to, dirty::ring(stage, cpu, *vm, *what)),
         Step::CleanAll { vm } => stage.vms[*vm].clean_all(cpu),
         Step::Reap => {
             stage.host.pool.reap(&stage.host.epoch, cpu, usize::MAX);
@@ -47,7 +50,7 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
     lab::settle();
 }
 
-fn refused(refused: bool) {
+pub(super) fn refused(refused: bool) {
     if refused {
         lab::with(|lab| lab.mark("refused"));
     }
@@ -243,7 +246,9 @@ fn slot(stage: &Stage<'_>, cpu: usize, vm: usize, id: u32, what: SlotVerb) {
         (SlotVerb::Move { base }, Some(old)) => relocate(stage, cpu, &old, base),
         (SlotVerb::Flags { log }, Some(old)) => {
             lab::with(|lab| lab.flags_update[cpu] = Some(old.range));
-            set(stage, cpu, &old, old.range.start(), log, true);
+            dirty::before_flags(vm, old.range);
+            let logs = set(stage, cpu, &old, old.range.start(), log, true) && log;
+            dirty::after_flags(stage, cpu, vm, id, old.range, logs);
             lab::with(|lab| lab.flags_update[cpu] = None);
         }
         (SlotVerb::Revert, Some(old)) => {

@@ -173,6 +173,7 @@ impl<'h> Stage<'h> {
             return vmid;
         }
         self.leave(actor);
+        self.vms[vm].enter(actor.cpu, actor.cpu as u32).expect("scripts are too short to fill a ring");
         let vmid = self.vms[vm].load(actor.cpu);
         lab::with(|lab| {
             let wrong = inv14::load(&lab.world, vm, vmid);
@@ -190,6 +191,7 @@ impl<'h> Stage<'h> {
         if let Some((vm, _)) = actor.runs.take() {
             lab::with(|lab| lab.world.put_vm(actor.cpu));
             self.vms[vm].put(actor.cpu);
+            self.vms[vm].leave(actor.cpu);
         }
     }
 

@@ -8,7 +8,7 @@ use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
 use crate::guest::operation::{For, Line, Operation};
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 32] = [
+pub const VERBS: [(&str, &str); 39] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -39,6 +39,13 @@ pub const VERBS: [(&str, &str); 32] = [
     ("merge GPA", "the leaves around GPA become a 2 MiB block"),
     ("age GPA PAGES", "the owner clears access flags"),
     ("protect GPA PAGES", "the owner takes write permission away"),
+    ("log get ID", "the owner fetches and clears a slot's dirty log: how many pages it names"),
+    ("log read ID", "the owner reads a slot's dirty log"),
+    ("log clear ID MASK", "the owner clears pages of the first 64 from a slot's dirty log"),
+    ("rings", "every CPU's vCPU gets a dirty ring"),
+    ("harvest CPU", "the owner harvests the ring of the CPU's vCPU: how many entries"),
+    ("forge CPU SLOT OFFSET", "the first entry of a ring says something else"),
+    ("reset", "the owner resets the dirty rings: how many entries were freed"),
     ("clean-all", "the guest's set/way maintenance, trapped"),
     ("reap", "frames whose grace period is over become free"),
 ];
@@ -127,6 +134,26 @@ pub enum Step {
         /// What.
         what: SlotVerb,
     },
+    /// Something about the dirty log of a slot.
+    Log {
+        /// Whose.
+        vm: usize,
+        /// Which slot.
+        id: u16,
+        /// What.
+        what: LogVerb,
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// Something about the dirty rings of a virtual machine.
+    Ring {
+        /// Whose.
+        vm: usize,
+        /// What.
+        what: RingVerb,
+        /// The register for the result.
+        to: Option<String>,
+    },
     /// Set/way maintenance.
     CleanAll {
         /// Whose.
@@ -156,6 +183,43 @@ pub enum RangeVerb {
     Age,
     /// Write permission is taken away.
     Protect,
+}
+
+/// What happens to a dirty log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogVerb {
+    /// It is fetched and cleared.
+    Get,
+    /// It is read.
+    Read,
+    /// These of its first 64 pages are cleared.
+    Clear {
+        /// Bit by bit.
+        mask: u64,
+    },
+}
+
+/// What happens to dirty rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingVerb {
+    /// They are made.
+    Make,
+    /// One is harvested.
+    Harvest {
+        /// The CPU whose vCPU's it is.
+        vcpu: u32,
+    },
+    /// The first entry of one is overwritten.
+    Forge {
+        /// The CPU whose vCPU's it is.
+        vcpu: u32,
+        /// What it names.
+        slot: u32,
+        /// What it names.
+        offset: u64,
+    },
+    /// They are reset.
+    Reset,
 }
 
 /// What happens to a slot.
@@ -274,6 +338,12 @@ impl<'a> Words<'a> {
         known.map(|(_, line)| *line).ok_or_else(rule)
     }
 
+    /// A number that fits.
+    fn small<T: TryFrom<u64>>(&mut self, what: &str) -> Result<T, StepError> {
+        let value = self.number(what)?;
+        T::try_from(value).map_err(|_| self.error(format!("{what} {value} is too large")))
+    }
+
     fn choice(&mut self, of: [&str; 2]) -> Result<bool, StepError> {
         let word = self.word(&of.join("|"))?;
         let [yes, no] = of;
@@ -378,6 +448,14 @@ impl Step {
                 let id = words.id()?;
                 slot(SlotVerb::Flags { log: words.choice(["log", "none"])? }, id)
             }
+            "log" => Self::log(vm, to, words),
+            "rings" => Ok(Self::Ring { vm, what: RingVerb::Make, to }),
+            "harvest" => Ok(Self::Ring { vm, what: RingVerb::Harvest { vcpu: words.small("CPU")? }, to }),
+            "forge" => {
+                let (vcpu, slot) = (words.small("CPU")?, words.small("SLOT")?);
+                Ok(Self::Ring { vm, what: RingVerb::Forge { vcpu, slot, offset: words.number("OFFSET")? }, to })
+            }
+            "reset" => Ok(Self::Ring { vm, what: RingVerb::Reset, to }),
             "clean-all" => Ok(Self::CleanAll { vm }),
             "reap" => Ok(Self::Reap),
             "vmids" => Ok(Self::Vmids { count: words.number("COUNT")? }),
@@ -391,11 +469,26 @@ impl Step {
     /// The register that it sets.
     pub fn result(&self) -> Option<&str> {
         match self {
-            Self::Guest { to, .. } | Self::Read { to, .. } | Self::Post { to, .. } | Self::Drain { to } => {
-                to.as_deref()
-            }
+            Self::Guest { to, .. }
+            | Self::Read { to, .. }
+            | Self::Log { to, .. }
+            | Self::Ring { to, .. }
+            | Self::Post { to, .. }
+            | Self::Drain { to } => to.as_deref(),
             _ => None,
         }
+    }
+
+    fn log(vm: usize, to: Option<String>, words: &mut Words<'_>) -> Result<Self, StepError> {
+        let verb = words.word("get, read or clear")?;
+        let id = words.small("ID")?;
+        let what = match verb {
+            "get" => LogVerb::Get,
+            "read" => LogVerb::Read,
+            "clear" => LogVerb::Clear { mask: words.number("MASK")? },
+            _ => return Err(words.error(format!("{verb:?} must be get, read or clear"))),
+        };
+        Ok(Self::Log { vm, id, what, to })
     }
 
     /// The guest page that the step is about, for reports.
@@ -434,6 +527,9 @@ mod tests {
             ("data|fetch", "fetch"),
             ("ivac|cvac|civac|cvau", "civac"),
             ("log|none", "log"),
+            ("MASK", "1"),
+            ("CPU", "0"),
+            ("SLOT", "0"),
         ];
         for (form, _) in VERBS {
             let text = arguments.iter().fold(form.to_owned(), |text, (from, to)| text.replace(from, to));
@@ -463,6 +559,8 @@ mod tests {
             ("reap -> r1", "has no result"),
             ("reap now", "must not stand there"),
             ("mmu maybe", "must be on or off"),
+            ("log take 0", "must be get, read or clear"),
+            ("log get 65536", "ID 65536 is too large"),
             ("dc ivau 0x1000", "must be ivac or cvac or civac or cvau"),
             ("ic ivac 0x1000", "must be ivau"),
             ("walk store 0x1000", "must be data or fetch"),

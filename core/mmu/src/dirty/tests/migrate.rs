@@ -22,7 +22,7 @@ use crate::tests::{CPU, OPTIONS, coherent};
 
 const PAGES_OF_SLOT: u64 = 1024;
 const WORDS_OF_LOG: usize = PAGES_OF_SLOT as usize / 64;
-const STORES: u64 = 12_000;
+const STORES: u64 = 5_000;
 
 struct Waiting {
     flat: FlatMachine,

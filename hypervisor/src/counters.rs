@@ -39,6 +39,8 @@ reasons! {
     SystemRegister = "system-register",
     /// Of those: cache maintenance by address.
     CacheMaintenance = "cache-maintenance",
+    /// Of those: all memory was cleaned for maintenance by set/way, or for caches that went on or off after it.
+    CacheToggle = "cache-toggle",
     /// WFI, WFE.
     Wait = "wait",
     /// A physical interrupt.
@@ -58,6 +60,11 @@ impl Counters {
     #[inline]
     pub fn bump(&self, reason: Reason) {
         self.0[reason as usize].bump();
+    }
+
+    /// How often.
+    pub fn get(&self, reason: Reason) -> u64 {
+        self.0[reason as usize].get()
     }
 
     /// Names and counts.

@@ -2,6 +2,7 @@
 
 use entresol_addr::PageSize;
 
+use crate::counters::Reason;
 use crate::vm::{Status, Stop, Vm};
 
 /// One line for people and tests: how it ended, what it had mapped, and how often it reached for what is not there.
@@ -28,4 +29,8 @@ pub fn ended(vm: &Vm, status: Status) {
         vm.resident_frames(),
         vm.unclaimed.get(),
     );
+    let cleaned = vm.counters.get(Reason::CacheToggle);
+    if cleaned != 0 {
+        log::info!("vm {}: all of its memory was cleaned {cleaned} times: its caches went on or off", vm.config.name);
+    }
 }

@@ -135,6 +135,7 @@ fn load(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
     if let Some(boot) = vm.vcpu(vcpu.index).boot.lock().take() {
         state.start(boot);
     }
+    exit::toggles::resume(vcpu, state);
     // SAFETY: no guest runs on this CPU, and this state's vCPU is entered next.
     unsafe { state.el1.load() };
     traps::trap_fp(false);

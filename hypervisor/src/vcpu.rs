@@ -53,6 +53,8 @@ pub struct State {
     pub timer: TimerState,
     /// The emulated physical timer.
     pub physical_timer: PhysicalTimer,
+    /// Writes of its translation registers trap ([`crate::exit::toggles`]).
+    pub watched: bool,
     /// Where its last fault found its slot.
     pub hint: Hint,
 }
@@ -83,6 +85,7 @@ impl Vcpu {
             interface: GicState::RESET,
             timer: TimerState::default(),
             physical_timer: PhysicalTimer::default(),
+            watched: false,
             hint: Hint::new(),
         };
         Self { run: AtomicU64::new(OFF), boot: Mutex::new(None), state: Mutex::new(state) }
@@ -119,6 +122,7 @@ impl State {
         self.fp = FpState::ZERO;
         self.timer = TimerState { offset: self.timer.offset, ..TimerState::default() };
         self.physical_timer = PhysicalTimer::default();
+        self.watched = false;
         self.regs = Registers::ZERO;
         self.regs.x[0] = boot.argument;
         self.regs.pc = boot.entry;

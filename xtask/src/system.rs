@@ -76,6 +76,11 @@ pub const TESTS: &[SystemTest] = &[
         run: programs::memory_is_right_through_every_mapping,
     },
     SystemTest {
+        name: "caches_without_forced_write_back_are_cleaned",
+        about: "on a CPU without FEAT_S2FWB: set/way cleans once for each time that caches go on or off",
+        run: programs::caches_without_forced_write_back_are_cleaned,
+    },
+    SystemTest {
         name: "cpus_interrupts_and_timers_are_right",
         about: "PSCI, the interrupt controller and the timers, from inside, 4 vCPUs on 2 CPUs",
         run: programs::cpus_interrupts_and_timers_are_right,

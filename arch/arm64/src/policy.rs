@@ -58,6 +58,23 @@ pub enum CacheOp {
     InstructionAll,
 }
 
+/// A register of EL1's translation whose writes may be watched (HCR_EL2.TVM; Arm DDI 0487 D24.2.49).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each variant is the manual's own name")]
+pub enum TranslationRegister {
+    SctlrEl1,
+    Ttbr0El1,
+    Ttbr1El1,
+    TcrEl1,
+    Afsr0El1,
+    Afsr1El1,
+    EsrEl1,
+    FarEl1,
+    MairEl1,
+    AmairEl1,
+    ContextidrEl1,
+}
+
 /// The answer to a trapped access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
@@ -73,6 +90,8 @@ pub enum Policy {
     Sgi(SgiRegister),
     /// DC ISW, CSW, CISW: clean and invalidate what the VM has mapped, once per cache toggle.
     SetWay,
+    /// A write of EL1's own register, watched for its caches going on or off.
+    Translation(TranslationRegister),
     /// Cache maintenance that a machine traps instead of doing.
     Cache(CacheOp),
     /// Inject an UNDEFINED exception.
@@ -114,6 +133,17 @@ const fn register(reg: SysReg, read: bool) -> Policy {
         SysReg::CNTP_TVAL_EL0 => Policy::Timer(TimerRegister::TimerValue),
         SysReg::CNTPCT_EL0 | SysReg::CNTPCTSS_EL0 => when(read, Policy::Timer(TimerRegister::Count)),
         SysReg::ACTLR_EL1 => RAZ_WI,
+        SysReg::SCTLR_EL1 => when(!read, Policy::Translation(TranslationRegister::SctlrEl1)),
+        SysReg::TTBR0_EL1 => when(!read, Policy::Translation(TranslationRegister::Ttbr0El1)),
+        SysReg::TTBR1_EL1 => when(!read, Policy::Translation(TranslationRegister::Ttbr1El1)),
+        SysReg::TCR_EL1 => when(!read, Policy::Translation(TranslationRegister::TcrEl1)),
+        SysReg::AFSR0_EL1 => when(!read, Policy::Translation(TranslationRegister::Afsr0El1)),
+        SysReg::AFSR1_EL1 => when(!read, Policy::Translation(TranslationRegister::Afsr1El1)),
+        SysReg::ESR_EL1 => when(!read, Policy::Translation(TranslationRegister::EsrEl1)),
+        SysReg::FAR_EL1 => when(!read, Policy::Translation(TranslationRegister::FarEl1)),
+        SysReg::MAIR_EL1 => when(!read, Policy::Translation(TranslationRegister::MairEl1)),
+        SysReg::AMAIR_EL1 => when(!read, Policy::Translation(TranslationRegister::AmairEl1)),
+        SysReg::CONTEXTIDR_EL1 => when(!read, Policy::Translation(TranslationRegister::ContextidrEl1)),
         // SRE, DFB, DIB: system registers are the only interface, and cannot be turned off (IHI 0069 12.2.22).
         SysReg::ICC_SRE_EL1 => Policy::ReadAs(0b111),
         SysReg::REVIDR_EL1 | SysReg::AIDR_EL1 => when(read, RAZ_WI),
@@ -242,6 +272,28 @@ mod tests {
             }
         }
         assert_eq!(answer(SysReg::new(2, 1, 0, 0, 0), true), Policy::Undefined);
+    }
+
+    #[test]
+    fn every_register_that_is_watched_is_written_only() {
+        // HCR_EL2.TVM's list of AArch64 registers.
+        for (crn, crm, op2) in [
+            (1, 0, 0),
+            (2, 0, 0),
+            (2, 0, 1),
+            (2, 0, 2),
+            (5, 1, 0),
+            (5, 1, 1),
+            (5, 2, 0),
+            (6, 0, 0),
+            (10, 2, 0),
+            (10, 3, 0),
+            (13, 0, 1),
+        ] {
+            let reg = SysReg::new(3, 0, crn, crm, op2);
+            assert!(matches!(answer(reg, false), Policy::Translation(_)), "{reg}");
+            assert_eq!(answer(reg, true), Policy::Undefined, "{reg}");
+        }
     }
 
     #[test]

@@ -94,6 +94,18 @@ macro_rules! registers {
 }
 
 registers! {
+    // EL1 translation (HCR_EL2.TVM).
+    SCTLR_EL1 = 3, 0, 1, 0, 0;
+    TTBR0_EL1 = 3, 0, 2, 0, 0;
+    TTBR1_EL1 = 3, 0, 2, 0, 1;
+    TCR_EL1 = 3, 0, 2, 0, 2;
+    AFSR0_EL1 = 3, 0, 5, 1, 0;
+    AFSR1_EL1 = 3, 0, 5, 1, 1;
+    ESR_EL1 = 3, 0, 5, 2, 0;
+    FAR_EL1 = 3, 0, 6, 0, 0;
+    MAIR_EL1 = 3, 0, 10, 2, 0;
+    AMAIR_EL1 = 3, 0, 10, 3, 0;
+    CONTEXTIDR_EL1 = 3, 0, 13, 0, 1;
     // Identification, group 3 (HCR_EL2.TID3).
     ID_PFR0_EL1 = 3, 0, 0, 1, 0;
     ID_PFR1_EL1 = 3, 0, 0, 1, 1;

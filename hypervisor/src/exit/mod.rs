@@ -16,6 +16,7 @@ mod mmio;
 mod posted;
 mod registers;
 pub mod timers;
+pub mod toggles;
 mod undefined;
 mod wait;
 mod walk;

@@ -7,7 +7,7 @@ use entresol_devices::gic;
 use entresol_metal_arm64::switch::el1;
 use entresol_metal_arm64::timer;
 
-use super::{Next, interrupts, maintenance, timers, undefined};
+use super::{Next, interrupts, maintenance, timers, toggles, undefined};
 use crate::sched::VcpuRef;
 use crate::vcpu::State;
 
@@ -44,7 +44,8 @@ pub fn system(vcpu: &VcpuRef, state: &mut State, esr: u64, access: Access) -> Ne
             };
             interrupts::kick(vcpu, vcpu.vm.gic.sgi(vcpu.index, register, value));
         }
-        Policy::SetWay => vcpu.vm.set_way(),
+        Policy::SetWay => toggles::set_way(vcpu, state),
+        Policy::Translation(register) => toggles::write(vcpu, state, register, value),
         Policy::Cache(operation) => return maintenance::maintain(vcpu, state, esr, operation, value),
         Policy::Undefined => {
             undefined::inject(state);

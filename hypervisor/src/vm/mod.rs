@@ -26,7 +26,6 @@ use entresol_arch_arm64::stage2::{self, Stage2};
 use entresol_arch_arm64::sysreg::SysReg;
 use entresol_backing::ObjectHandle;
 use entresol_devices::gic::Vgic;
-use entresol_metal_arm64::features::{self, Feature};
 use entresol_metal_arm64::traps::{self, Hcr};
 use entresol_metal_arm64::{Metal, cpu, live};
 use entresol_mmu::Counter;
@@ -301,7 +300,6 @@ impl Vm {
         let vttbr = stage2::vttbr(self.memory.table().root().start(), vmid);
         // SAFETY: the table maps this virtual machine's slots only, and lives until no CPU has it loaded.
         unsafe { traps::set_stage2(self.vtcr, vttbr) };
-        traps::set_hcr(self.hcr);
         if self.last[cpu].swap(index + 1, Ordering::Relaxed) != index + 1 {
             live::flush_stage1();
         }
@@ -312,12 +310,14 @@ impl Vm {
         self.memory.put(cpu);
     }
 
-    /// Cache maintenance by set/way: the guest means all of its memory. With forced write-back there is nothing that its
-    /// caches could hide; otherwise everything that is mapped is cleaned and invalidated.
-    pub fn set_way(&self) {
-        if !features::has(Feature::FORCED_WRITE_BACK) {
-            self.memory.clean_all(cpu::index());
-        }
+    /// Cleans and invalidates everything that is mapped.
+    pub fn clean_everything(&self) {
+        self.memory.clean_all(cpu::index());
+    }
+
+    /// Whether the loaded vCPU's writes of its translation registers trap.
+    pub fn watch_translation(&self, watched: bool) {
+        traps::set_hcr(if watched { self.hcr | Hcr::TVM } else { self.hcr });
     }
 }
 

@@ -18,6 +18,30 @@ pub fn tcr_el1() -> u64 {
     mrs!("tcr_el1")
 }
 
+macro_rules! setters {
+    ($($name:ident = $register:literal, $manual:literal;)*) => {$(
+        #[doc = concat!("Sets ", $manual, ", as the guest would have.")]
+        pub fn $name(value: u64) {
+            // SAFETY: a register of EL1, which runs no code of ours; EL2 translates by its own.
+            unsafe { msr!($register, value) };
+        }
+    )*};
+}
+
+setters! {
+    set_sctlr_el1 = "sctlr_el1", "SCTLR_EL1";
+    set_ttbr0_el1 = "ttbr0_el1", "TTBR0_EL1";
+    set_ttbr1_el1 = "ttbr1_el1", "TTBR1_EL1";
+    set_tcr_el1 = "tcr_el1", "TCR_EL1";
+    set_afsr0_el1 = "afsr0_el1", "AFSR0_EL1";
+    set_afsr1_el1 = "afsr1_el1", "AFSR1_EL1";
+    set_esr_el1 = "esr_el1", "ESR_EL1";
+    set_far_el1 = "far_el1", "FAR_EL1";
+    set_mair_el1 = "mair_el1", "MAIR_EL1";
+    set_amair_el1 = "amair_el1", "AMAIR_EL1";
+    set_contextidr_el1 = "contextidr_el1", "CONTEXTIDR_EL1";
+}
+
 /// TTBR0_EL1 and TTBR1_EL1.
 pub fn ttbrs_el1() -> [u64; 2] {
     [mrs!("ttbr0_el1"), mrs!("ttbr1_el1")]

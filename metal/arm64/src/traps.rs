@@ -9,8 +9,7 @@
 //!
 //! Sources: Arm DDI 0487 D24.2 and D24.3, bit numbers beside each flag; E2H = 0 layouts throughout.
 //!
-//! Known holes: instruction fetch of a guest that uses set/way maintenance to turn its caches off is noticed through
-//! TSW only, not through a trap on SCTLR_EL1 (TVM); a hypervisor that needs it sets [`Hcr::TVM`] for that vCPU.
+//! Maintenance by set/way traps always; what follows from it, and when [`Hcr::TVM`] is on, is the hypervisor's to say.
 
 use bitflags::bitflags;
 

@@ -35,7 +35,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// What only tests may import besides: a real format for the pipeline's. No arrow leads back, so there is no circle.
 const TEST_ARROWS: &[(&str, &[&str])] = &[("mmu", &["arch-arm64"])];
 
-/// Features that exist for the lab, and may be switched on by nothing else but tests: the hypervisor has no planted bugs, and no
+/// Features that exist for the lab, and may be switched on by nothing else but tests and the fuzz target, whose canary is a
+/// planted bug: the hypervisor has no planted bugs, and no
 /// scheduler but its own.
 const LAB_FEATURES: &[(&str, &[&str])] = &[("sync", &["lab", "zoo"]), ("machine", &["model"])];
 
@@ -107,7 +108,7 @@ fn judge(metadata: &Metadata) -> Vec<Finding> {
             }
             let of_the_lab = LAB_FEATURES.iter().find(|(owner, _)| *owner == other).map_or(&[][..], |(_, all)| *all);
             if let Some(feature) = dependency.features.iter().find(|feature| of_the_lab.contains(&feature.as_str()))
-                && name != "model"
+                && !["model", "fuzz"].contains(&name)
                 && !is_test
             {
                 findings.push(finding(format!("{name} switches {other}'s {feature} on, which is the lab's alone")));

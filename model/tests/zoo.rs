@@ -56,6 +56,27 @@ fn a_failure_repeats_from_its_text_and_becomes_shorter() {
     }
 }
 
+/// A checker that finds nothing proves nothing: each is shown to find a bug with all others off. No planted bug panics; see
+/// below.
+#[test]
+fn every_checker_finds_some_bug_alone() {
+    for check in Check::ALL.into_iter().filter(|check| *check != Check::Panic) {
+        let mut meant = ZOO.iter().filter(|exhibit| exhibit.found_by.contains(&check));
+        let found = meant.find(|exhibit| exhibit.hunt(Checks::only(&[check]), &quick()).failure.is_some());
+        assert!(found.is_some(), "{} has found nothing alone", check.name());
+    }
+}
+
+/// A machine without memory for the root of the tables makes the stage panic, as the core would.
+#[test]
+fn a_panic_is_a_finding() {
+    let mut scenario = Exhibit::named("Z-A8").unwrap().scenario();
+    scenario.machine.frames = 0;
+    let found = explore(&scenario, Setting::default(), &quick(), &|_| {}).failure.unwrap();
+    assert_eq!(found.violation.check, Check::Panic);
+    assert!(found.violation.what.contains("model/src/guest/stage.rs"), "{}", found.violation);
+}
+
 /// The automaton of an entry and the data oracle see different things.
 #[test]
 fn automaton_and_oracle_each_find_what_the_other_cannot() {

@@ -62,6 +62,10 @@ pub enum Bug {
     ZF5,
     /// Z-F6: an update of flags alone unmaps the slot.
     ZF6,
+    /// Z-X1, in no specification: a block is as large as its object allows, whatever its slot says.
+    ZX1,
+    /// Z-X2, in no specification: an entry is as writable as its object allows, whatever its slot says.
+    ZX2,
 }
 
 std::thread_local! {

@@ -402,6 +402,41 @@ fn protecting_flushes_what_another_cpu_narrowed() {
     }
 }
 
+/// The word of an unmap in progress is invalid, but a TLB may still hold the entry as writable.
+#[test]
+fn protecting_flushes_what_an_unmap_removed() {
+    let mut bench = Bench::new(40, 8);
+    bench.map(0, &leaf(0x1000, SMALL, RW), &mut ()).unwrap();
+    let (table, machine) = (&bench.table, &bench.machine);
+    let debt = table.unmap(machine, VMID, gfns(0, 1), &mut ());
+    let flush = [Event::Tlb(TlbOp::Range { vmid: VMID, range: gfns(0, 1) }), Event::Complete];
+    machine.events();
+    assert_eq!(table.protect(machine, VMID, gfns(0, 4), Permissions::WRITE, Straddle::Whole), 0);
+    assert_eq!(machine.events(), flush);
+    assert_eq!(table.protect_frames(machine, VMID, (0..4).map(Gfn::new), Permissions::WRITE), 0);
+    assert_eq!(machine.events(), flush);
+    assert!(debt.settle(machine, VMID).retired.is_empty());
+}
+
+#[test]
+fn frames_are_protected_one_by_one() {
+    let mut bench = Bench::new(40, 8);
+    for gfn in [0, 1, 2, 700] {
+        bench.map(gfn, &leaf(0x1000 + gfn, SMALL, RW), &mut ()).unwrap();
+    }
+    bench.map(1024, &leaf(0x4000, BLOCK, RW), &mut ()).unwrap();
+    let (table, machine) = (&bench.table, &bench.machine);
+    machine.events();
+    let frames = [0, 2, 3, 700, 1100, 1101, 1 << 28].map(Gfn::new);
+    assert_eq!(table.protect_frames(machine, VMID, frames.into_iter(), Permissions::WRITE), 4);
+    let range = gfns(0, 1024 + 512);
+    assert!(machine.events().ends_with(&[Event::Tlb(TlbOp::Range { vmid: VMID, range }), Event::Complete]));
+    let writable: Vec<_> = bench.leaves().iter().map(|(gfn, leaf)| (gfn.get(), leaf.permissions.write)).collect();
+    assert_eq!(writable, [(0, false), (1, true), (2, false), (700, false), (1024, false)]);
+    assert_eq!(bench.table.protect_frames(&bench.machine, VMID, [Gfn::new(9)].into_iter(), Permissions::WRITE), 0);
+    assert!(bench.machine.events().is_empty(), "nothing was there");
+}
+
 /// The VMID is asked for after the entry is gone, each time anew.
 #[test]
 fn the_vmid_is_read_late() {

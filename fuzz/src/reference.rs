@@ -92,6 +92,19 @@ impl Reference {
         self.slots.iter().map(|(id, slot)| (*id, *slot)).find(|(_, slot)| slot.holds(gfn))
     }
 
+    /// The same with objects of other numbers. Memory that has none is not this machine's.
+    pub fn renamed(&self, numbers: &BTreeMap<u32, u32>) -> Self {
+        let name = |object: u32| numbers.get(&object).copied();
+        let objects = self.objects.iter().filter_map(|object| match name(object.number) {
+            Some(number) => Some(Object { number, ..*object }),
+            None => (object.behind != Behind::Memory).then_some(*object),
+        });
+        let slots =
+            self.slots.iter().filter_map(|(id, slot)| Some((*id, Slot { object: name(slot.object)?, ..*slot })));
+        let words = self.words.iter().filter_map(|((object, frame), word)| Some(((name(*object)?, *frame), *word)));
+        Self { objects: objects.collect(), slots: slots.collect(), words: words.collect(), dirty: BTreeSet::new() }
+    }
+
     /// The first word of an object's frame.
     pub fn word(&self, object: u32, frame: u64) -> u64 {
         let untouched = match self.object(object).map(|object| object.behind) {

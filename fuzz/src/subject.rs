@@ -1,9 +1,12 @@
 //! One run: operations on the core and on the reference, judged after each.
 
 mod audit;
+mod fork;
 mod guest;
 mod mistakes;
 mod owner;
+
+use std::collections::BTreeSet;
 
 use entresol_addr::{Gfn, GfnRange, PageSize, Pfn, PfnRange};
 use entresol_arch_arm64::stage2::Stage2;
@@ -37,8 +40,16 @@ struct Subject<'h> {
     vm: Vm<'h, FlatMachine, Stage2>,
     hint: Hint,
     reference: Reference,
+    relative: Option<Relative<'h>>,
     invalidations: Vec<Invalidation>,
     feedback: &'static Feedback,
+}
+
+/// The other machine, after a fork.
+struct Relative<'h> {
+    vm: Vm<'h, FlatMachine, Stage2>,
+    hint: Hint,
+    reference: Reference,
 }
 
 /// Runs an input.
@@ -73,7 +84,8 @@ pub fn run(bytes: &[u8]) -> Result<(), String> {
     let vm = vm.map_err(|error| format!("a machine cannot be made: {error:?}"))?;
     vm.load(CPU);
     let feedback = Feedback::here();
-    let mut subject = Subject { host: &host, vm, hint: Hint::new(), reference, invalidations: Vec::new(), feedback };
+    let mut subject =
+        Subject { host: &host, vm, hint: Hint::new(), reference, relative: None, invalidations: Vec::new(), feedback };
     for number in 0..MOST {
         if input.is_empty() {
             break;
@@ -103,7 +115,7 @@ fn specs() -> [(Behind, Spec); 4] {
 
 impl Subject<'_> {
     fn step(&mut self, input: &mut Input<'_>) -> Result<(), String> {
-        let kind = input.below(24);
+        let kind = input.below(27);
         self.feedback.note(kind as u32);
         self.feedback.refuse_after(0);
         match kind {
@@ -126,6 +138,8 @@ impl Subject<'_> {
             20 => self.split_ahead(input),
             21 => self.rings(input),
             22 => self.mistake(input),
+            23 => self.fork(input),
+            24 | 25 => self.switch(input),
             _ => self.starved(input),
         }
     }
@@ -133,7 +147,7 @@ impl Subject<'_> {
     /// The next operation, with one of its requests for a frame refused.
     fn starved(&mut self, input: &mut Input<'_>) -> Result<(), String> {
         let requests = input.below(8) as u32 + 1;
-        let kind = input.below(8);
+        let kind = input.below(9);
         self.feedback.note(100 + kind as u32);
         self.feedback.refuse_after(requests);
         match kind {
@@ -143,6 +157,7 @@ impl Subject<'_> {
             4 => self.copy(input),
             5 => self.punch(input),
             6 => self.populate(input),
+            7 => self.fork(input),
             _ => self.split_ahead(input),
         }
     }
@@ -181,20 +196,28 @@ impl Subject<'_> {
     /// Gives everything back, and misses nothing (INV-7).
     fn end(mut self) -> Result<(), String> {
         self.feedback.refuse_after(0);
-        for invalidation in self.invalidations.drain(..) {
-            self.vm.invalidate_range_end(invalidation);
-        }
+        self.finish_all();
+        self.compare()?;
+        self.switch(&mut Input::new(&[]))?;
+        self.compare()?;
         self.vm.leave(CPU);
         self.vm.put(CPU);
-        let Self { host, vm, reference, .. } = self;
+        let Self { host, vm, reference, relative, .. } = self;
+        let mut objects: BTreeSet<u32> = reference.objects.iter().map(|object| object.number).collect();
         vm.destroy(CPU);
-        for object in &reference.objects {
-            let handle = entresol_backing::ObjectHandle::from_raw(object.number);
+        if let Some(relative) = relative {
+            objects.extend(relative.reference.objects.iter().map(|object| object.number));
+            relative.vm.destroy(CPU);
+        }
+        for number in objects {
+            let handle = entresol_backing::ObjectHandle::from_raw(number);
             let destroyed = host.objects.destroy(&host.supply(CPU), &host.epoch, handle);
             destroyed.map_err(|error| format!("destroy: {error}"))?;
         }
         while host.pool.reap(&host.epoch, CPU, 64) != 0 {}
-        let (free, deferred) = (host.pool.free_frames(), host.pool.deferred_frames());
+        // The page of zeros, once it is made, stays the pool's own.
+        let zero = (0..FRAMES).filter(|frame| host.pool.is_zero_page(FIRST.offset(*frame))).count() as u64;
+        let (free, deferred) = (host.pool.free_frames() + zero, host.pool.deferred_frames());
         if (free, deferred) != (FRAMES, 0) {
             return Err(format!("INV-7: of {FRAMES} frames {free} are free at the end, and {deferred} wait"));
         }

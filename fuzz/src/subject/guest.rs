@@ -10,8 +10,8 @@ use super::{CPU, Subject};
 use crate::input::Input;
 use crate::reference::Behind;
 
-/// Traps that one access may take: tables, the page, logging, execution, age, and the splitting of a block.
-const TRAPS: usize = 8;
+/// Traps that one access may take: tables, the page, logging, execution, age, the splitting of a block, a copy.
+const TRAPS: usize = 12;
 
 /// How an access ended.
 enum Ended {
@@ -88,6 +88,13 @@ impl Subject<'_> {
             let waiting = self.host.pool.deferred_frames();
             let outcome = self.vm.handle(&self.host.epoch.pin(CPU), &self.hint, &fault(gfn, access, cause));
             self.feedback.note(200 + number(outcome));
+            let outcome = match outcome {
+                Outcome::Unshare => match self.vm.unshare(CPU, Gpa::new(gfn * PAGE_SIZE)) {
+                    Outcome::Retry => continue,
+                    other => other,
+                },
+                other => other,
+            };
             // Memory was out, and frames came back: the next trap will do.
             let reaped = outcome == Outcome::Retry && self.host.pool.deferred_frames() < waiting;
             if outcome != Outcome::Resume && !reaped {
@@ -168,7 +175,7 @@ impl Subject<'_> {
             self.vm.clean_all(CPU);
         }
         let right = match outcome {
-            Outcome::Skip | Outcome::Inject(Abort::External) => true,
+            Outcome::Skip | Outcome::Inject(Abort::External) | Outcome::Unshare => true,
             Outcome::Retry => !self.invalidations.is_empty() || self.host.pool.deferred_frames() < waiting,
             Outcome::Exit(Reason::OutOfMemory) => self.may_be_out(),
             _ => false,

@@ -149,7 +149,8 @@ impl Subject<'_> {
 
     /// Takes content away: translations first.
     pub(super) fn punch(&mut self, input: &mut Input<'_>) -> Result<(), String> {
-        let object = self.reference.objects[input.below(4) as usize];
+        let place = input.below(self.reference.objects.len() as u64) as usize;
+        let object = self.reference.objects[place];
         let (start, count) = (input.one_of(&[0, 1, 8, 511]), input.one_of(&[1, 4, 40, 512, 520]));
         self.finish_all();
         let everything = GfnRange::new(Gfn::new(RAM), WINDOW).expect("a range");
@@ -173,7 +174,8 @@ impl Subject<'_> {
     }
 
     pub(super) fn populate(&mut self, input: &mut Input<'_>) -> Result<(), String> {
-        let object = self.reference.objects[input.below(4) as usize];
+        let place = input.below(self.reference.objects.len() as u64) as usize;
+        let object = self.reference.objects[place];
         let (start, count) = (input.one_of(&[0, 1, 8, 511]), input.one_of(&[1, 4, 40, 512]));
         let pin = self.host.epoch.pin(CPU);
         let found = self.host.objects.get(&pin, ObjectHandle::from_raw(object.number)).ok_or("an object is gone")?;

@@ -1,6 +1,6 @@
 //! Which entry a grant becomes: pure decisions about size and permissions.
 
-use entresol_addr::{Gfn, GfnRange, PageSize};
+use entresol_addr::{Gfn, GfnRange, PageSize, Pfn};
 use entresol_backing::{Grant, Memory as Behind};
 use entresol_fault::Fault;
 use entresol_machine::Features;
@@ -40,9 +40,9 @@ impl Mapping {
 #[inline]
 pub fn choose(slot: &Slot, grant: &Grant, fault: &Fault, largest: PageSize, features: &Features) -> Mapping {
     let gfn = fault.gfn();
-    let frame = slot.object_frame(gfn);
-    let size = size(slot, grant, gfn, frame, largest);
-    let pfn = grant.frame(frame).align_down(size);
+    let exact = grant.frame(slot.object_frame(gfn));
+    let size = size(slot, grant, gfn, exact, largest);
+    let pfn = exact.align_down(size);
     let device = matches!(grant.memory, Behind::Device);
     let permissions = Permissions {
         read: true,
@@ -53,13 +53,13 @@ pub fn choose(slot: &Slot, grant: &Grant, fault: &Fault, largest: PageSize, feat
     Mapping { gfn: gfn.align_down(size), leaf: Leaf { pfn, size, permissions, memory, young: true } }
 }
 
-/// The largest size such that guest and object agree modulo it, and the whole block lies in the slot and in the grant
-/// (INV-5). A grant is aligned to its own size in the object and in the machine.
+/// The largest size such that guest and machine agree modulo it, and the whole block lies in the slot and in the grant
+/// (INV-5). A grant is aligned to its own size in the machine; in its object one of a device or a ROM need not be.
 #[inline]
-fn size(slot: &Slot, grant: &Grant, gfn: Gfn, frame: u64, largest: PageSize) -> PageSize {
+fn size(slot: &Slot, grant: &Grant, gfn: Gfn, exact: Pfn, largest: PageSize) -> PageSize {
     let mut size = if grant.size < largest { grant.size } else { largest };
     while let Some(smaller) = size.smaller() {
-        let agrees = (gfn.get() ^ frame) & (size.frames() - 1) == 0;
+        let agrees = (gfn.get() ^ exact.get()) & (size.frames() - 1) == 0;
         if agrees && (slot.range().covers(GfnRange::block(gfn, size)) || planted!(ZX1)) {
             return size;
         }
@@ -71,7 +71,7 @@ fn size(slot: &Slot, grant: &Grant, gfn: Gfn, frame: u64, largest: PageSize) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use entresol_addr::{Gpa, Pfn};
+    use entresol_addr::Gpa;
     use entresol_fault::{Access, Cause};
     use entresol_slot::{ObjectId, SlotFlags};
     use proptest::prelude::*;
@@ -124,24 +124,38 @@ mod tests {
         assert!(!choose(&slot, &device, &fetch, PageSize::Size4K, &COHERENT).leaf.permissions.execute);
     }
 
+    #[test]
+    fn a_block_of_rom_agrees_with_the_machine_and_not_with_its_object() {
+        // The object's frame 509 begins a block of the machine.
+        let grant = block(0x40_0000, 509, PageSize::Size2M);
+        let leaf = |slot: &Slot, gfn| choose(slot, &grant, &read(gfn), PageSize::Size1G, &COHERENT).leaf;
+        let page = leaf(&slot(0, 2048, 0), 600);
+        assert_eq!((page.size, page.pfn), (PageSize::Size4K, Pfn::new(0x40_0000 + 91)));
+        let whole = leaf(&slot(3, 2048, 0), 603);
+        assert_eq!((whole.size, whole.pfn), (PageSize::Size2M, Pfn::new(0x40_0000)));
+    }
+
     proptest! {
         /// INV-5, and every frame of the block is the one that the object has there.
         #[test]
         fn a_mapping_never_leaves_slot_or_grant(
-            base in 0u64..2000, count in 1u64..3000, offset in 0u64..2000, at in 0u64..3000,
+            base in 0u64..2000, count in 1u64..3000, offset in 0u64..2000, at in 0u64..3000, shift in 0u64..512,
         ) {
             let slot = slot(base, count, offset);
             let gfn = base + at % count;
             let frame = slot.object_frame(Gfn::new(gfn));
-            let start = frame & !511;
-            let grant = block(0x40_0000 + start, start, PageSize::Size2M);
-            let mapping = choose(&slot, &grant, &read(gfn), PageSize::Size1G, &COHERENT);
-            prop_assert!(slot.range().covers(mapping.range()));
-            prop_assert!(mapping.range().contains(Gfn::new(gfn)));
-            prop_assert!(mapping.leaf.pfn.is_aligned(mapping.leaf.size));
-            for gfn in mapping.range().start().get()..mapping.range().end().get() {
-                let frame = slot.object_frame(Gfn::new(gfn));
-                prop_assert_eq!(mapping.leaf.frame_of(Gfn::new(gfn)), grant.frame(frame));
+            // A ROM begins anywhere in the machine; memory is aligned in its object too.
+            for shift in [0, shift] {
+                let start = frame.wrapping_sub((frame + shift) % 512);
+                let grant = block(0x40_0000, start, PageSize::Size2M);
+                let mapping = choose(&slot, &grant, &read(gfn), PageSize::Size1G, &COHERENT);
+                prop_assert!(slot.range().covers(mapping.range()));
+                prop_assert!(mapping.range().contains(Gfn::new(gfn)));
+                prop_assert!(mapping.leaf.pfn.is_aligned(mapping.leaf.size));
+                for gfn in mapping.range().start().get()..mapping.range().end().get() {
+                    let frame = slot.object_frame(Gfn::new(gfn));
+                    prop_assert_eq!(mapping.leaf.frame_of(Gfn::new(gfn)), grant.frame(frame));
+                }
             }
         }
     }

@@ -141,6 +141,8 @@ fn bootable(loaded: &Loaded, index: usize, vm: &Vm<String>) -> Result<(), Config
     let hint = match vm.kernel_format {
         KernelFormat::Auto => Hint::Auto,
         KernelFormat::Flat => Hint::Flat,
+        // It takes no memory, and any bytes may be code.
+        KernelFormat::Firmware => return Ok(()),
     };
     let kernel = kernel::recognise(bytes(&vm.kernel), hint).map_err(|error| refused(error.to_string()))?;
     let ram = Ram { base: Gpa::new(virt::RAM_BASE), size: vm.memory };

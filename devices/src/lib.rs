@@ -1,4 +1,4 @@
-//! Devices that a guest sees: serial port, clock, virtio over MMIO, interrupt controller.
+//! Devices that a guest sees: serial port, clock, flash, virtio over MMIO, interrupt controller.
 //!
 //! Purpose: register files and queue engines as plain state machines. Nothing here knows how an exit is decoded, where
 //! a device lies in the guest's map, or how memory is backed: those come in through the traits of [`bus`], so all of
@@ -19,6 +19,7 @@
 extern crate alloc;
 
 pub mod bus;
+pub mod flash;
 pub mod gic;
 pub mod pl011;
 pub mod pl031;

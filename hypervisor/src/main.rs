@@ -128,6 +128,7 @@ fn start_guests(info: &'static BootInfo) {
     // SAFETY: the loader put the bundle there, `split` keeps it out of heap and frames, and nothing writes to it.
     let bytes = unsafe { core::slice::from_raw_parts(region.start as *const u8, region.size() as usize) };
     let bundle = Bundle::parse(bytes).unwrap_or_else(|error| refuse(format_args!("boot bundle: {error}")));
+    vm::rom::init(&bytes[..bundle.total() as usize]);
     // The bundle was checked against the machine that its owner had in mind.
     let ram: u64 = info.ram.iter().map(|region| region.size()).sum();
     if let Some(vm) = bundle.config().vms.iter().find(|vm| vm.memory > ram) {

@@ -15,13 +15,13 @@ use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config;
 
 use crate::vm::build::{self, Built};
-use crate::vm::{BuildError, OutOfHeap, Overlay, Status, Stop, Vm};
+use crate::vm::{BuildError, FlashMemory, Media, OutOfHeap, Overlay, Status, Stop, Vm};
 use crate::{console, control, report, sched};
 
 /// A place for a virtual machine.
 struct Place {
     config: config::Vm<FileIndex>,
-    disks: Vec<Arc<Overlay>>,
+    media: Media,
     vm: Option<Arc<Vm>>,
     /// How the one that was here ended.
     ended: Option<Status>,
@@ -60,10 +60,10 @@ pub fn init(bundle: Bundle<'static>) -> Result<(), (String, BuildError)> {
     let mut built: Vec<(Place, Built)> = Vec::new();
     for (number, config) in bundle.config().vms.iter().enumerate() {
         let named = |error: BuildError| (config.name.clone(), error);
-        let disks = disks(config, bundle).map_err(|error| named(error.into()))?;
+        let media = media(config, bundle).map_err(named)?;
         let terminal = console::terminal(number).ok_or_else(|| named(OutOfHeap.into()))?;
-        let new = build::build(config, bundle, &terminal, &disks).map_err(named)?;
-        let place = Place { config: config.clone(), disks, vm: Some(new.vm.clone()), ended: None };
+        let new = build::build(config, bundle, &terminal, &media).map_err(named)?;
+        let place = Place { config: config.clone(), media, vm: Some(new.vm.clone()), ended: None };
         built.push((place, new));
     }
     let mut places = PLACES.lock();
@@ -79,14 +79,16 @@ pub fn init(bundle: Bundle<'static>) -> Result<(), (String, BuildError)> {
     Ok(())
 }
 
-fn disks(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Result<Vec<Arc<Overlay>>, OutOfHeap> {
+/// The disks and the flash of a virtual machine, as its files have them.
+fn media(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Result<Media, BuildError> {
+    let image = |file| bundle.file(file).map_or(&[][..], |file| file.data);
     let mut disks = Vec::new();
     disks.try_reserve_exact(config.disks.len()).map_err(|_| OutOfHeap)?;
     for disk in &config.disks {
-        let image = bundle.file(disk.file).map_or(&[][..], |file| file.data);
-        disks.push(Overlay::new(image, disk.read_only));
+        disks.push(Overlay::new(image(disk.file), disk.read_only));
     }
-    Ok(disks)
+    let flash = config.flash.map(|file| FlashMemory::new(image(file))).transpose()?;
+    Ok(Media { disks, flash })
 }
 
 /// Virtual machine `number`, if it exists.
@@ -150,15 +152,15 @@ fn remove(number: usize, vm: Arc<Vm>, status: Status) {
 }
 
 fn restart(number: usize) {
-    let (config, disks) = {
+    let (config, media) = {
         let places = PLACES.lock();
-        (places[number].config.clone(), places[number].disks.clone())
+        (places[number].config.clone(), places[number].media.clone())
     };
     if config.policies.on_guest_reset == config::OnReset::Stop {
         return;
     }
     let (Some(bundle), Some(terminal)) = (BUNDLE.get(), console::terminal(number)) else { return };
-    match build::build(&config, bundle, &terminal, &disks) {
+    match build::build(&config, bundle, &terminal, &media) {
         Ok(Built { vm, boot }) => {
             PLACES.lock()[number].vm = Some(vm.clone());
             vm.start(boot);

@@ -10,6 +10,8 @@
 //! …                    device tree, at the next 2 MiB boundary, so always above the image
 //! ```
 //!
+//! Firmware is not copied ([`firmware`]): only the tree is, to the start of memory.
+//!
 //! In small memories, where that does not fit, the RAM disk follows the kernel directly.
 //!
 //! Invariants: everything lies inside memory, and nothing overlaps.
@@ -109,6 +111,18 @@ pub fn layout(ram: Ram, kernel: &Kernel, initrd_size: u64, dtb_size: u64) -> Res
     let low = Region { start: memory.start, size: dtb_size };
     let dtb_at_base = Some(low).filter(|low| !low.overlaps(kernel));
     Ok(Layout { entry: Gpa::new(entry), kernel, initrd, dtb, dtb_at_base, segments })
+}
+
+/// The same for a VM that starts at the first byte of `code`, which lies outside memory and stays there: the tree at the
+/// start of memory is all there is.
+///
+/// # Errors
+///
+/// As [`layout`].
+pub fn firmware(ram: Ram, code: Region, dtb_size: u64) -> Result<Layout, LayoutError> {
+    let memory = check(ram, dtb_size)?;
+    let dtb = Region { start: memory.start, size: dtb_size };
+    Ok(Layout { entry: code.start, kernel: code, initrd: None, dtb, dtb_at_base: None, segments: ArrayVec::new() })
 }
 
 /// The rules that values obey by themselves.

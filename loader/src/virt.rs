@@ -7,6 +7,13 @@
 /// Start of memory.
 pub const RAM_BASE: u64 = 0x4000_0000;
 
+/// Where firmware lies, and where a CPU without a kernel starts: the first flash bank.
+pub const FIRMWARE_BASE: u64 = 0;
+/// The flash that a guest may write: the second bank.
+pub const FLASH_BASE: u64 = 0x0400_0000;
+/// Bytes across both chips of the flash that one access reaches.
+pub const FLASH_WIDTH: u32 = 4;
+
 /// GICv3 distributor.
 pub const GICD_BASE: u64 = 0x0800_0000;
 /// Bytes of the distributor.

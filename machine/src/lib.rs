@@ -85,8 +85,9 @@ pub struct Features {
 /// # Safety
 ///
 /// The core is safe code and hands out guest memory on the strength of this trait. An implementor promises:
-/// 1. No method touches memory that a Rust reference of the program may point to. Frames outside the memory that was
-///    set aside for guests and their tables are refused with a panic, never accessed.
+/// 1. No method writes memory that a Rust reference of the program may point to, or reads memory that one may change.
+///    Frames outside the memory that was set aside for guests and their tables, or for guests to read, are refused with a
+///    panic, never accessed.
 /// 2. `load`, `store` and `compare_exchange` are single-copy atomic, with acquire and release ordering towards all
 ///    CPUs and, after `published`, towards the hardware's table walks.
 /// 3. `complete` returns only when every `tlb`, clean and invalidate that this CPU started has finished on every CPU

@@ -41,7 +41,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// Boot a guest on the hypervisor, in QEMU; its console is this terminal (Ctrl-] x stops the machine)
-    Run(run::Options),
+    Run(Box<run::Options>),
     /// Check, run the host's tests, then boot machines and test those
     Test(test::Options),
     /// Count what operations cost, in instructions, deterministically; with `--peer kvm` against KVM

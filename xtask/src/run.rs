@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use entresol_wire::config::{WrittenVm, parse_size};
+use entresol_wire::config::{KernelFormat, WrittenVm, parse_size};
 
 use crate::bundle;
 use crate::fetch;
@@ -29,11 +29,14 @@ use crate::workspace;
 #[derive(Args, Debug)]
 pub struct Options {
     /// Virtual machines as a TOML file; the options for one machine do not go with it
-    #[arg(long, conflicts_with_all = ["kernel", "initrd", "append", "vcpus", "memory", "disk", "cpus", "outer_memory"])]
+    #[arg(long, conflicts_with_all = ["kernel", "firmware", "initrd", "append", "vcpus", "memory", "disk", "flash", "cpus", "outer_memory"])]
     config: Option<PathBuf>,
     /// The guest's kernel: arm64 Image, the same gzip'd, ELF, or a flat binary (*.bin). Default: Debian's
     #[arg(long)]
     kernel: Option<PathBuf>,
+    /// Firmware in place of a kernel: it runs from read-only memory at address 0, as EDK2's QEMU_EFI.fd does
+    #[arg(long, conflicts_with_all = ["kernel", "initrd"])]
+    firmware: Option<PathBuf>,
     /// The guest's initial file system. Default: a shell; none when a kernel is given
     #[arg(long)]
     initrd: Option<PathBuf>,
@@ -49,6 +52,9 @@ pub struct Options {
     /// A disk image; may be given more than once. Writes are kept until the machine stops
     #[arg(long)]
     disk: Vec<PathBuf>,
+    /// What the guest's flash holds, a power of two of bytes. Writes are kept until the machine stops
+    #[arg(long)]
+    flash: Option<PathBuf>,
     /// CPUs of the machine that the hypervisor runs on
     #[arg(long, default_value_t = 2)]
     cpus: u32,
@@ -59,7 +65,7 @@ pub struct Options {
     #[arg(long, value_parser = ["aarch64"], default_value = "aarch64")]
     arch: String,
     /// Without the hypervisor: the guest's kernel alone on the outer machine, to tell its faults from ours
-    #[arg(long, conflicts_with_all = ["config", "vcpus", "memory", "disk"])]
+    #[arg(long, conflicts_with_all = ["config", "firmware", "vcpus", "memory", "disk", "flash"])]
     bare: bool,
     /// When standard input is not a terminal: feed it once the console has printed this
     #[arg(long)]
@@ -123,9 +129,11 @@ fn request(options: &Options, files: &Files) -> Result<WrittenVm> {
         memory: options.memory.clone(),
         vcpus: Some(options.vcpus.into()),
         kernel: text(&files.kernel),
+        kernel_format: options.firmware.as_ref().map(|_| KernelFormat::Firmware),
         initrd: files.initrd.as_deref().map(text),
         cmdline: options.append.clone(),
         disks: options.disk.iter().map(|disk| Ok(bundle::disk(&found(disk)?))).collect::<Result<_>>()?,
+        flash: options.flash.as_deref().map(|flash| found(flash).map(|flash| text(&flash))).transpose()?,
         ..WrittenVm::default()
     })
 }
@@ -140,7 +148,7 @@ struct Files {
 
 impl Files {
     fn choose(options: &Options, work: &Path) -> Result<Self> {
-        if let Some(kernel) = &options.kernel {
+        if let Some(kernel) = options.kernel.as_ref().or(options.firmware.as_ref()) {
             return Ok(Self {
                 kernel: found(kernel)?,
                 initrd: options.initrd.as_deref().map(found).transpose()?,

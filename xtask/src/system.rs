@@ -10,6 +10,7 @@
 mod boot;
 mod boot_loaders;
 mod control;
+mod firmware;
 mod kernels;
 mod linux;
 pub mod machine;
@@ -134,6 +135,16 @@ pub const TESTS: &[SystemTest] = &[
         name: "u_boot_starts_the_hypervisor",
         about: "U-Boot's booti starts the image at another address; a Linux guest runs on it",
         run: boot_loaders::u_boot_starts_the_hypervisor,
+    },
+    SystemTest {
+        name: "edk2_as_guest_keeps_variables_and_boots_linux",
+        about: "EDK2 runs from ROM, keeps a variable in its flash over a reset, and boots Linux from a disk",
+        run: firmware::edk2_as_guest_keeps_variables_and_boots_linux,
+    },
+    SystemTest {
+        name: "firmware_shares_rom_and_keeps_its_flash",
+        about: "two U-Boots on one copy of their code and of a file, each with settings of its own in flash",
+        run: firmware::firmware_shares_rom_and_keeps_its_flash,
     },
     SystemTest {
         name: "gzipped_kernel_boots",

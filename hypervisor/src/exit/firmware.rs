@@ -1,5 +1,6 @@
 //! What a guest asks of its firmware: SMCCC and PSCI.
 
+use entresol_addr::Gpa;
 use entresol_arch_arm64::mpidr::Affinity;
 use entresol_arch_arm64::psci::{self, Power, Status};
 use entresol_arch_arm64::smccc;
@@ -78,7 +79,7 @@ fn target_of(vcpu: &VcpuRef, target: u64) -> Option<usize> {
 
 fn cpu_on(vcpu: &VcpuRef, target: u64, boot: Boot) -> Status {
     let Some(index) = target_of(vcpu, target) else { return Status::InvalidParameters };
-    if !boot.entry.is_multiple_of(4) || !vcpu.vm.is_memory(boot.entry) {
+    if !boot.entry.is_multiple_of(4) || !vcpu.vm.is_memory(Gpa::new(boot.entry)) {
         return Status::InvalidAddress;
     }
     let vm = vcpu.vm.clone();

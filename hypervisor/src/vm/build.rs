@@ -15,22 +15,23 @@ use entresol_arch_arm64::sysreg::SysReg;
 use entresol_backing::{ObjectHandle, Policy, Spec};
 use entresol_devices::gic::{Config as GicConfig, Vgic};
 use entresol_loader::kernel::{self, Hint};
-use entresol_loader::{Memory as _, Ram, Region, fdt, layout, virt};
+use entresol_loader::layout::{self, Layout, LayoutError};
+use entresol_loader::{Memory as _, Ram, Region, fdt, virt};
 use entresol_metal_arm64::features::{self, Feature};
 use entresol_metal_arm64::traps::Hcr;
 use entresol_metal_arm64::{Metal, cpu, identity};
 use entresol_mmu::{Counter, Options, ReadOnlyIvac, Vm as Memory};
-use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicUsize};
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry};
 
 use super::devices::Devices;
+use super::flash::FlashMemoryError;
 use super::lines::Link;
 use super::memory::BootMemory;
 use super::pass_through::Passed;
-use super::{ID_REGISTERS, OutOfHeap, Overlay, Pause, Posted, Status, Vm};
+use super::{ID_REGISTERS, Media, OutOfHeap, Pause, Posted, Status, Vm, slots};
 use crate::console::Terminal;
 use crate::counters::Counters;
 use crate::entropy;
@@ -52,6 +53,15 @@ pub struct BuildError(String);
 impl fmt::Display for BuildError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+impl From<FlashMemoryError> for BuildError {
+    fn from(error: FlashMemoryError) -> Self {
+        match error {
+            FlashMemoryError::Create(error) => because("flash")(&error),
+            FlashMemoryError::Write(error) => because("flash")(&error),
+        }
     }
 }
 
@@ -82,10 +92,10 @@ pub fn build(
     config: &config::Vm<FileIndex>,
     bundle: &Bundle<'static>,
     terminal: &Arc<Terminal>,
-    disks: &[Arc<Overlay>],
+    media: &Media,
 ) -> Result<Built, BuildError> {
     let guest = Guest::recognise(config, bundle)?;
-    let vm = assemble(config, terminal, disks)?;
+    let vm = assemble(config, bundle, terminal, media)?;
     let boot = guest.place(&vm.memory)?;
     Ok(Built { vm, boot })
 }
@@ -94,22 +104,25 @@ pub fn build(
 /// gives everything back.
 fn assemble(
     config: &config::Vm<FileIndex>,
+    bundle: &Bundle<'static>,
     terminal: &Arc<Terminal>,
-    disks: &[Arc<Overlay>],
+    media: &Media,
 ) -> Result<Arc<Vm>, BuildError> {
     let vcpus = config.vcpus as usize;
     let gic = Vgic::new(GicConfig { vcpus, spis: SPIS }).map_err(|error| because("interrupts")(&error))?;
     let (gic, link) = (Arc::new(gic), Link::default());
-    let devices = Devices::new(&link, &gic, terminal, disks)?;
+    let devices = Devices::new(&link, &gic, terminal, media)?;
     let mut all = Vec::new();
     all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
     all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
     let posted = Posted::new(config)?;
     let passed = Passed::new(&config.pass_through).map_err(BuildError)?;
     let ram = create_ram(config)?;
-    let (memory, vtcr) = create_memory(config, ram).inspect_err(|_| destroy_ram(ram))?;
-    let shown = passed.show(&memory).map_err(BuildError);
-    if let Err(error) = shown.and_then(|()| sched::reserve(vcpus).map_err(BuildError::from)) {
+    let (memory, vtcr) = create_memory(config).inspect_err(|_| destroy_ram(ram))?;
+    let slots = slots::create(&memory, config, bundle, ram, media).map_err(BuildError);
+    let shown = slots.and_then(|()| passed.show(&memory).map_err(BuildError));
+    let ready = shown.and_then(|()| sched::reserve(vcpus).map_err(BuildError::from));
+    if let Err(error) = ready {
         memory.destroy(cpu::index());
         destroy_ram(ram);
         return Err(error);
@@ -132,7 +145,6 @@ fn assemble(
         vtcr,
         hcr: hcr(config),
         last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
-        memory_end: virt::RAM_BASE + config.memory,
     });
     link.tie(&vm);
     Ok(vm)
@@ -147,11 +159,8 @@ fn hcr(config: &config::Vm<FileIndex>) -> Hcr {
     Hcr::guest() | Hcr::TWE | maintenance
 }
 
-/// The memory with its one slot, and VTCR_EL2 for it.
-fn create_memory(
-    config: &config::Vm<FileIndex>,
-    ram: ObjectHandle,
-) -> Result<(Memory<'static, Metal, Stage2>, u64), BuildError> {
+/// The memory, without a slot, and VTCR_EL2 for it.
+fn create_memory(config: &config::Vm<FileIndex>) -> Result<(Memory<'static, Metal, Stage2>, u64), BuildError> {
     let largest = match config.policies.page_size {
         LargestEntry::Block2M => PageSize::Size2M,
         LargestEntry::Page4K => PageSize::Size4K,
@@ -166,12 +175,11 @@ fn create_memory(
     let failed = |error: &dyn fmt::Debug| BuildError(alloc::format!("memory: {error:?}"));
     let memory = Memory::new(host::get(), cpu::index(), format, options).map_err(|error| failed(&error))?;
     let vtcr = stage2::vtcr(memory.table().geometry(), physical_bits, features::has(Feature::VMID_16));
-    let ready = vtcr.map_err(|error| failed(&error)).and_then(|vtcr| set_ram(&memory, config, ram).map(|()| vtcr));
-    match ready {
+    match vtcr {
         Ok(vtcr) => Ok((memory, vtcr)),
         Err(error) => {
             memory.destroy(cpu::index());
-            Err(error)
+            Err(failed(&error))
         }
     }
 }
@@ -193,22 +201,6 @@ fn destroy_ram(ram: ObjectHandle) {
     }
 }
 
-fn set_ram(
-    memory: &Memory<'static, Metal, Stage2>,
-    config: &config::Vm<FileIndex>,
-    ram: ObjectHandle,
-) -> Result<(), BuildError> {
-    let request = SlotRequest {
-        id: 0,
-        base: Gpa::new(virt::RAM_BASE),
-        size: config.memory,
-        object: ObjectId::new(ram.raw()),
-        offset: 0,
-        flags: SlotFlags::empty().bits(),
-    };
-    memory.set_slot(cpu::index(), &request).map_err(|error| because("memory")(&error))
-}
-
 /// What the guest reads of every identification register.
 fn id_registers(physical_bits: u8) -> [u64; ID_REGISTERS] {
     let vm = VmFeatures {
@@ -226,9 +218,11 @@ fn id_registers(physical_bits: u8) -> [u64; ID_REGISTERS] {
 /// The files of a guest, looked at but not yet in its memory.
 struct Guest<'b> {
     config: &'b config::Vm<FileIndex>,
-    kernel: kernel::Kernel,
+    /// `None`: firmware, which is not put into memory.
+    kernel: Option<kernel::Kernel>,
     file: &'static [u8],
     initrd: &'static [u8],
+    flash: Option<u64>,
 }
 
 impl<'b> Guest<'b> {
@@ -239,12 +233,25 @@ impl<'b> Guest<'b> {
         };
         let file = data(config.kernel, "kernel")?;
         let initrd = config.initrd.map_or(Ok(&[][..]), |index| data(index, "initrd"))?;
+        let flash = config.flash.map(|index| data(index, "flash")).transpose()?.map(|image| image.len() as u64);
         let hint = match config.kernel_format {
-            KernelFormat::Auto => Hint::Auto,
-            KernelFormat::Flat => Hint::Flat,
+            KernelFormat::Auto => Some(Hint::Auto),
+            KernelFormat::Flat => Some(Hint::Flat),
+            KernelFormat::Firmware => None,
         };
-        let kernel = kernel::recognise(file, hint).map_err(|error| because("kernel")(&error))?;
-        Ok(Self { config, kernel, file, initrd })
+        let recognise = |hint| kernel::recognise(file, hint).map_err(|error| because("kernel")(&error));
+        Ok(Self { config, kernel: hint.map(recognise).transpose()?, file, initrd, flash })
+    }
+
+    /// Where everything goes, for a tree of `size` bytes.
+    fn layout(&self, ram: Ram, size: u64) -> Result<Layout, LayoutError> {
+        match &self.kernel {
+            Some(kernel) => layout::layout(ram, kernel, self.initrd.len() as u64, size),
+            None => {
+                let code = Region { start: Gpa::new(virt::FIRMWARE_BASE), size: self.file.len() as u64 };
+                layout::firmware(ram, code, size)
+            }
+        }
     }
 
     /// Puts everything where it belongs, and says where to start.
@@ -257,17 +264,19 @@ impl<'b> Guest<'b> {
             cmdline: &self.config.cmdline,
             initrd: (!self.initrd.is_empty()).then_some(Region { start: ram.base, size: self.initrd.len() as u64 }),
             virtio: u32::MAX,
+            flash: self.flash,
             rng_seed: seeds.map(|(seed, _)| seed),
             kaslr_seed: seeds.map(|(_, seed)| seed),
         };
         let size = fdt::generate(&machine).map_err(|error| because("device tree")(&error))?.len() as u64;
-        let layout = layout::layout(ram, &self.kernel, self.initrd.len() as u64, size);
-        let layout = layout.map_err(|error| because("memory")(&error))?;
+        let layout = self.layout(ram, size).map_err(|error| because("memory")(&error))?;
         machine.initrd = layout.initrd;
         let tree = fdt::generate(&machine).map_err(|error| because("device tree")(&error))?;
         let mut boot = BootMemory::new(memory);
-        kernel::place(&self.kernel, self.file, &layout, &mut boot)
-            .map_err(|error| BuildError(alloc::format!("kernel: {error:?}")))?;
+        if let Some(kernel) = &self.kernel {
+            kernel::place(kernel, self.file, &layout, &mut boot)
+                .map_err(|error| BuildError(alloc::format!("kernel: {error:?}")))?;
+        }
         let put = |boot: &mut BootMemory<'_>, at: Region, bytes: &[u8]| {
             boot.write(at.start, bytes).map_err(|error| BuildError(alloc::format!("memory: {error:?}")))
         };

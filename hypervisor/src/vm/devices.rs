@@ -12,6 +12,7 @@ use alloc::vec::Vec;
 
 use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_devices::bus::{Device, Work};
+use entresol_devices::flash::{Flash, FlashError};
 use entresol_devices::gic::{GicError, REDISTRIBUTOR_SIZE, Vgic};
 use entresol_devices::pl011::Pl011;
 use entresol_devices::pl031::Pl031;
@@ -21,11 +22,12 @@ use entresol_devices::virtio::entropy::EntropySource;
 use entresol_devices::virtio::{self, VirtioMmio, empty::EmptySlot};
 use entresol_loader::virt;
 use entresol_sync::atomic::{AtomicU32, Ordering};
-use entresol_wire::config::UnclaimedMmio;
+use entresol_wire::config::{ReadOnlyStore, UnclaimedMmio};
 
+use super::flash::Window;
 use super::lines::{Line, Link};
 use super::memory::DeviceMemory;
-use super::{OutOfHeap, Overlay, Pause, Vm};
+use super::{FlashMemory, Media, OutOfHeap, Pause, Vm};
 use crate::clock::{self, WallClock};
 use crate::console::Terminal;
 use crate::entropy::MachineEntropy;
@@ -56,6 +58,7 @@ type VirtioPort = VirtioMmio<VirtioConsole, DeviceMemory, Line>;
 pub struct Devices {
     serial: SerialPort,
     clock: Pl031<WallClock, Line>,
+    flash: Option<Flash<Window>>,
     transports: Box<[Arc<dyn Device>]>,
     port: Arc<VirtioPort>,
     unfinished: AtomicU32,
@@ -67,6 +70,12 @@ impl From<GicError> for OutOfHeap {
     }
 }
 
+impl From<FlashError> for OutOfHeap {
+    fn from(_: FlashError) -> Self {
+        Self
+    }
+}
+
 impl From<virtio::OutOfMemory> for OutOfHeap {
     fn from(_: virtio::OutOfMemory) -> Self {
         Self
@@ -74,23 +83,18 @@ impl From<virtio::OutOfMemory> for OutOfHeap {
 }
 
 impl Devices {
-    /// The devices of the virtual machine at the end of `link`, with these disks, on `terminal`.
+    /// The devices of the virtual machine at the end of `link`, with these media, on `terminal`.
     ///
     /// # Errors
     ///
     /// [`OutOfHeap`].
-    pub fn new(
-        link: &Link,
-        gic: &Arc<Vgic>,
-        terminal: &Arc<Terminal>,
-        disks: &[Arc<Overlay>],
-    ) -> Result<Self, OutOfHeap> {
+    pub fn new(link: &Link, gic: &Arc<Vgic>, terminal: &Arc<Terminal>, media: &Media) -> Result<Self, OutOfHeap> {
         let line = |spi: u32| Ok::<_, OutOfHeap>(Line::new(link.clone(), gic.clone(), gic.spi(FIRST_SPI + spi)?));
         let memory = || DeviceMemory::new(link.clone());
         let mut transports: Vec<Arc<dyn Device>> = Vec::new();
         transports.try_reserve_exact(virt::VIRTIO_SLOTS as usize).map_err(|_| OutOfHeap)?;
         let wire = |slot: usize| line(virt::VIRTIO_SPI + slot as u32);
-        for (index, disk) in disks.iter().enumerate() {
+        for (index, disk) in media.disks.iter().enumerate() {
             let name = [b'v', b'd', b'a' + index as u8];
             let block = VirtioMmio::new(Block::new(disk.clone(), &name)?, memory(), wire(transports.len())?)?;
             transports.push(Arc::new(block));
@@ -102,11 +106,14 @@ impl Devices {
             let entropy = VirtioMmio::new(EntropySource::new(source)?, memory(), wire(transports.len())?)?;
             transports.push(Arc::new(entropy));
         }
+        let window = |memory: &Arc<FlashMemory>| Flash::new(Window::new(memory.clone(), link.clone()));
+        let flash = media.flash.as_ref().map(window).transpose()?;
         let empty: Arc<dyn Device> = Arc::new(EmptySlot);
         transports.resize(virt::VIRTIO_SLOTS as usize, empty);
         Ok(Self {
             serial: Pl011::new(terminal.clone(), line(virt::UART_SPI)?),
             clock: Pl031::new(WallClock, line(virt::RTC_SPI)?),
+            flash,
             transports: transports.into_boxed_slice(),
             port,
             unfinished: AtomicU32::new(0),
@@ -149,6 +156,12 @@ impl Devices {
         }
         inside(virt::RTC_BASE, virt::RTC_SIZE).map(|offset| (&self.clock as &dyn Device, offset, None))
     }
+
+    /// The flash, if it is what lies at `gpa`, and the offset in it.
+    fn flash_at(&self, gpa: u64) -> Option<(&Flash<Window>, u64)> {
+        let flash = self.flash.as_ref()?;
+        gpa.checked_sub(virt::FLASH_BASE).filter(|offset| *offset < flash.size()).map(|offset| (flash, offset))
+    }
 }
 
 impl Vm {
@@ -166,6 +179,15 @@ impl Vm {
             };
             interrupts::kick(vcpu, kick);
             return Claim::Value(value);
+        }
+        self.read_elsewhere(address, size)
+    }
+
+    /// A load from the flash while it does not read as memory, or from nothing.
+    #[cold]
+    fn read_elsewhere(&self, address: u64, size: u8) -> Claim {
+        if let Some((flash, offset)) = self.devices.flash_at(address) {
+            return Claim::Value(flash.read(offset, size));
         }
         self.unclaimed.bump();
         match self.config.policies.unclaimed_mmio {
@@ -190,6 +212,21 @@ impl Vm {
             interrupts::kick(vcpu, kick);
             return Claim::Done;
         }
+        self.write_elsewhere(gpa, size, value)
+    }
+
+    /// A store to the flash, to read-only memory, or to nothing.
+    #[cold]
+    fn write_elsewhere(&self, gpa: Gpa, size: u8, value: u64) -> Claim {
+        if let Some((flash, offset)) = self.devices.flash_at(gpa.get()) {
+            return if self.note(None, flash.write(offset, size, value)) { Claim::Look } else { Claim::Done };
+        }
+        if self.is_memory(gpa) {
+            return match self.config.policies.read_only_store {
+                ReadOnlyStore::Ignore => Claim::Done,
+                ReadOnlyStore::Abort => Claim::Abort,
+            };
+        }
         self.unclaimed.bump();
         match self.config.policies.unclaimed_mmio {
             UnclaimedMmio::Abort => Claim::Abort,
@@ -202,11 +239,17 @@ impl Vm {
         self.devices.at(page).is_some() || gic_frame(page).is_some()
     }
 
-    /// Whether an access at `gpa`, where no memory is, will be answered; if not, that is noted.
+    /// Whether an access at `gpa`, which no memory serves, will be answered; if not, that is noted.
     pub fn answers(&self, gpa: Gpa) -> bool {
-        let address = gpa.get();
+        let (address, policies) = (gpa.get(), &self.config.policies);
         let claimed = self.devices.at(address).is_some() || gic_frame(address).is_some();
-        let answers = claimed || self.config.policies.unclaimed_mmio == UnclaimedMmio::ReadAsZero;
+        if claimed || self.devices.flash_at(address).is_some() {
+            return true;
+        }
+        if self.is_memory(gpa) {
+            return policies.read_only_store == ReadOnlyStore::Ignore;
+        }
+        let answers = policies.unclaimed_mmio == UnclaimedMmio::ReadAsZero;
         if !answers {
             self.unclaimed.bump();
         }

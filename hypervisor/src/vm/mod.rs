@@ -11,16 +11,22 @@
 mod aliases;
 pub mod build;
 mod devices;
+mod flash;
 mod lines;
 mod memory;
 mod overlay;
 pub mod pass_through;
 mod posted;
+pub mod rom;
+mod slots;
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
+
+use entresol_addr::Gpa;
 
 use entresol_arch_arm64::stage2::{self, Stage2};
 use entresol_arch_arm64::sysreg::SysReg;
@@ -29,6 +35,7 @@ use entresol_devices::gic::Vgic;
 use entresol_metal_arm64::traps::{self, Hcr};
 use entresol_metal_arm64::{Metal, cpu, live};
 use entresol_mmu::Counter;
+use entresol_slot::Hint;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use entresol_wire::bundle::FileIndex;
@@ -44,9 +51,19 @@ use devices::Devices;
 pub use aliases::Alias;
 pub use build::BuildError;
 pub use devices::Claim;
+pub use flash::FlashMemory;
 pub use overlay::Overlay;
 use pass_through::Passed;
 pub use posted::{Posted, Store};
+
+/// What outlives a virtual machine's resets.
+#[derive(Clone, Default)]
+pub struct Media {
+    /// Its disks, in the order of its configuration.
+    pub disks: Vec<Arc<Overlay>>,
+    /// Its flash.
+    pub flash: Option<Arc<FlashMemory>>,
+}
 
 /// The heap has no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +171,6 @@ pub struct Vm {
     hcr: Hcr,
     /// The vCPU that ran last on each CPU, plus one: the ASIDs of another mean something else.
     last: [AtomicUsize; entresol_sync::epoch::MAX_CPUS],
-    memory_end: u64,
 }
 
 impl Vm {
@@ -181,9 +197,10 @@ impl Vm {
         *self.status.lock()
     }
 
-    /// Whether `address` is the guest's memory.
-    pub fn is_memory(&self, address: u64) -> bool {
-        (entresol_loader::virt::RAM_BASE..self.memory_end).contains(&address)
+    /// Whether the guest has memory at `gpa`, writable or not.
+    pub fn is_memory(&self, gpa: Gpa) -> bool {
+        let pin = host::get().epoch.pin(cpu::index());
+        self.memory.slots().find(&pin, gpa.frame(), &Hint::new()).is_some()
     }
 
     /// Frames that its memory holds.

@@ -1,14 +1,14 @@
 //! The device tree that describes a VM to its guest.
 //!
-//! Purpose: [`generate`] writes what QEMU's `virt` machine (GICv3, PSCI by HVC) would, less what a VM does not have: flash,
-//! PCI, GPIO, fw_cfg, ITS, performance monitors. Addresses and interrupts are [`crate::virt`]'s. Linux, U-Boot's `qemu_arm64` and
+//! Purpose: [`generate`] writes what QEMU's `virt` machine (GICv3, PSCI by HVC) would, less what a VM does not have: the
+//! bank of flash that holds firmware, PCI, GPIO, fw_cfg, ITS, performance monitors. Addresses and interrupts are [`crate::virt`]'s. Linux, U-Boot's `qemu_arm64` and
 //! EDK2's ArmVirtQemu find their devices in it.
 //!
 //! Protocol: pure. The size depends on which properties there are, not on their values: a caller who does not know yet where
 //! the RAM disk will be generates with any address, asks [`crate::layout::layout`], and generates again.
 //!
 //! Sources: Devicetree Specification 0.4; Linux, Documentation/devicetree/bindings (arm,gic-v3, arm,arch_timer, arm,psci,
-//! arm,pl011, arm,pl031, virtio,mmio).
+//! arm,pl011, arm,pl031, virtio,mmio, cfi-flash).
 
 mod blob;
 
@@ -55,6 +55,8 @@ pub struct Machine<'a> {
     pub initrd: Option<Region>,
     /// Bit n: there is a virtio-mmio transport n. Like QEMU's, a transport may have no device.
     pub virtio: u32,
+    /// Bytes of flash, if there is one.
+    pub flash: Option<u64>,
     /// Randomness for the guest's early entropy pool, if the owner wants a guest that differs each time.
     pub rng_seed: Option<[u8; 32]>,
     /// Randomness for the place of the guest's kernel in its virtual memory.
@@ -102,6 +104,7 @@ pub fn generate(machine: &Machine<'_>) -> Result<Vec<u8>, FdtError> {
         gic(root)?;
         clock(root)?;
         primecells(root)?;
+        machine.flash.map_or(Ok(()), |size| flash(root, size))?;
         (0..virt::VIRTIO_SLOTS).filter(|slot| machine.virtio >> slot & 1 != 0).try_for_each(|slot| virtio(root, slot))
     })?;
     blob.finish()
@@ -230,6 +233,14 @@ fn primecells(root: &mut Blob) -> Result<(), FdtError> {
         rtc.cells("interrupts", &[SPI, virt::RTC_SPI, LEVEL_HIGH])?;
         rtc.cells("clocks", &[phandle::CLOCK])?;
         rtc.strings("clock-names", &["apb_pclk"])
+    })
+}
+
+fn flash(root: &mut Blob, size: u64) -> Result<(), FdtError> {
+    root.node("flash@4000000", |flash| {
+        flash.strings("compatible", &["cfi-flash"])?;
+        flash.numbers("reg", &[virt::FLASH_BASE, size])?;
+        flash.cells("bank-width", &[virt::FLASH_WIDTH])
     })
 }
 

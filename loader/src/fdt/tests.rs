@@ -13,6 +13,7 @@ fn machine(cmdline: &str) -> Machine<'_> {
         cmdline,
         initrd: Some(Region { start: Gpa::new(0x4800_0000), size: 0x1234 }),
         virtio: 0b1000_0000_0000_0000_0000_0000_0000_0011,
+        flash: Some(64 << 20),
         rng_seed: Some([7; 32]),
         kaslr_seed: Some(0x0102_0304_0506_0708),
     }
@@ -46,6 +47,8 @@ fn addresses_and_interrupts_are_those_of_virt() {
         ("/virtio_mmio@a000000", "interrupts", &[0, 16, 1]),
         ("/virtio_mmio@a000200", "reg", &[0, 0x0a00_0200, 0, 0x200]),
         ("/virtio_mmio@a003e00", "interrupts", &[0, 47, 1]),
+        ("/flash@4000000", "reg", &[0, 0x0400_0000, 0, 0x0400_0000]),
+        ("/flash@4000000", "bank-width", &[4]),
         ("/timer", "interrupts", &[1, 13, 4, 1, 14, 4, 1, 11, 4, 1, 10, 4]),
         ("/apb-pclk", "clock-frequency", &[24_000_000]),
         ("/cpus/cpu@1", "reg", &[1]),
@@ -77,7 +80,7 @@ fn references_lead_to_their_nodes() {
 
 #[test]
 fn only_what_the_vm_has_is_there() {
-    let none = Machine { initrd: None, virtio: 0, rng_seed: None, kaslr_seed: None, ..machine("") };
+    let none = Machine { initrd: None, virtio: 0, flash: None, rng_seed: None, kaslr_seed: None, ..machine("") };
     let blob = generate(&none).unwrap();
     let fdt = Fdt::new(&blob).unwrap();
     assert!(fdt.find_node("/virtio_mmio@a000000").is_none());
@@ -115,11 +118,11 @@ fn bad_values_are_named() {
 proptest! {
     #[test]
     fn every_machine_reads_back(
-        vcpus in 1u8..=8, virtio: u32, cmdline in "[ -~]{0,300}", start: u32, size: u32, blocks in 1u64..1000,
+        vcpus in 1u8..=8, virtio: u32, cmdline in "[ -~]{0,300}", start: u32, size: u32, blocks in 1u64..1000, flash: Option<u64>,
     ) {
         let initrd = Some(Region { start: Gpa::new(start.into()), size: size.into() });
         let ram = Ram { base: Gpa::new(virt::RAM_BASE), size: blocks << 21 };
-        let machine = Machine { ram, vcpus, cmdline: &cmdline, initrd, virtio, rng_seed: None, kaslr_seed: None };
+        let machine = Machine { ram, vcpus, cmdline: &cmdline, initrd, virtio, flash, rng_seed: None, kaslr_seed: None };
         let blob = generate(&machine).unwrap();
         let fdt = Fdt::new(&blob).unwrap();
         let root = fdt.find_node("/").unwrap();
@@ -128,6 +131,7 @@ proptest! {
         };
         let names = || root.children().map(|node| node.name().to_string()).collect();
         prop_assert_eq!(count("virtio_mmio@", &names), virtio.count_ones() as usize);
+        prop_assert_eq!(count("flash@", &names), usize::from(flash.is_some()));
         let cpus = fdt.find_node("/cpus").unwrap();
         prop_assert_eq!(cpus.children().count(), usize::from(vcpus));
         // Addresses change no sizes.

@@ -34,6 +34,19 @@ fn an_image_goes_where_qemu_puts_it() {
 }
 
 #[test]
+fn firmware_finds_only_the_tree_in_memory() {
+    let code = Region { start: Gpa::new(0), size: 2 * MIB };
+    let layout = firmware(ram(2), code, 9000).unwrap();
+    assert_eq!((layout.entry, layout.kernel, layout.initrd), (Gpa::new(0), code, None));
+    assert_eq!((layout.dtb, layout.dtb_at_base), (Region { start: Gpa::new(BASE), size: 9000 }, None));
+    assert!(layout.segments().is_empty());
+    let refused = |ram, size| firmware(ram, code, size).unwrap_err().to_string();
+    assert_eq!(refused(ram(2), 0), "size of the device tree is 0x0; it must be between 1 byte and 2 MiB");
+    let odd = Ram { base: Gpa::new(BASE), size: 3 * MIB };
+    assert_eq!(refused(odd, 9000), "memory is 0x300000; it must be a multiple of 2 MiB, and not 0");
+}
+
+#[test]
 fn an_old_image_keeps_its_text_offset() {
     let layout = layout(ram(64), &kernel(&image(0, 0, 8192)), 0, 9000).unwrap();
     assert_eq!(start(layout.kernel), 0x8_0000);

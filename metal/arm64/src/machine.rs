@@ -3,7 +3,7 @@
 //! Purpose: words, pages, caches and TLBs. Frames are reached through EL2's identity map, cacheable.
 //!
 //! Protocol: [`Metal::set_pool`] names the frames that the core may ask for, before any other method is called and
-//! before other CPUs use it; every method refuses others with a panic, so that no mistake of the core reaches the
+//! before other CPUs use it, [`Metal::set_rom`] those that it may only look at; every method refuses others with a panic, so that no mistake of the core reaches the
 //! hypervisor's own memory.
 //!
 //! TLB invalidation names a VMID by loading it: VTTBR_EL2 is changed for the moment of the instruction if another one is
@@ -31,6 +31,9 @@ const MOST_ICACHE_FRAMES: u64 = 64;
 const VMID_SHIFT: u32 = 48;
 
 static POOL: Pool = Pool::new();
+
+/// Frames that are read, and cleaned from caches, but never written.
+static ROM: Pool = Pool::new();
 
 /// Bytes of a DC ZVA block; 0: not used.
 static ZVA_BLOCK: AtomicU64 = AtomicU64::new(0);
@@ -64,19 +67,36 @@ impl Metal {
         POOL.set(ranges);
     }
 
-    /// The aligned word of 32 bits at or below `at`; `None` if it is not in a frame of the pool. Whoever asks is pinned, or
-    /// otherwise sure that the frame is still what it takes it for.
+    /// The aligned word of 32 bits at or below `at`; `None` if it is not in a frame of the pool or of
+    /// read-only memory. Whoever asks is pinned, or otherwise sure that the frame is still what it takes it for.
     #[inline]
     pub fn load_word(at: Hpa) -> Option<u32> {
-        if !POOL.covers(PfnRange::single(at.frame())) {
+        let frame = PfnRange::single(at.frame());
+        if !POOL.covers(frame) && !ROM.covers(frame) {
             return None;
         }
         let word: u32;
-        // SAFETY: a word of the pool, aligned, into which no Rust reference points; a guest may write it meanwhile.
+        // SAFETY: an aligned word of the pool, into which no Rust reference points and which a guest may write meanwhile, or of
+        // memory that nobody writes.
         unsafe {
             asm!("ldr {:w}, [{}]", out(reg) word, in(reg) at.get() & !3, options(nostack, readonly, preserves_flags));
         }
         Some(word)
+    }
+
+    /// Names frames outside the pool that the core may ask to be read and to be cleaned: bytes that never change while
+    /// the hypervisor runs, so that Rust references to them may exist. Once, before a method is asked for one of them.
+    pub fn set_rom(frames: PfnRange) {
+        ROM.set(&[frames]);
+    }
+
+    /// The address of `frames`, which lie in the pool or in read-only memory.
+    #[inline]
+    fn seen(frames: PfnRange) -> u64 {
+        if !POOL.covers(frames) {
+            ROM.check(frames);
+        }
+        frames.start().base().get()
     }
 
     /// The address of `frames`, which lie in the pool.
@@ -92,18 +112,18 @@ impl Metal {
         word.address().get() as *mut u64
     }
 
-    /// The address of `bytes` bytes at `address`, all in the pool.
+    /// The frames of `bytes` bytes at `address`.
     #[inline]
-    fn bytes(address: Hpa, bytes: usize) -> u64 {
+    fn around(address: Hpa, bytes: usize) -> PfnRange {
         let frames = (address.page_offset() + bytes as u64).div_ceil(PAGE_SIZE);
-        Self::own(PfnRange::new(address.frame(), frames).expect("bytes of the machine do not wrap"));
-        address.get()
+        PfnRange::new(address.frame(), frames).expect("bytes of the machine do not wrap")
     }
 }
 
-// SAFETY: every method checks its frames against the pool, which no Rust reference points into (1); words are accessed
-// as atomics and `published` is a barrier for walks (2); `complete` is a DSB of the inner-shareable domain, which waits
-// for maintenance of this CPU on all CPUs (3); features are read from registers that are constant (4).
+// SAFETY: every method checks its frames against the pool, which no Rust reference points into, or, if it only reads, against
+// memory that nobody writes (1); words are accessed as atomics and `published` is a barrier for walks (2); `complete` is a DSB
+// of the inner-shareable domain, which waits for maintenance of this CPU on all CPUs (3); features are read from registers
+// that are constant (4).
 unsafe impl Machine for Metal {
     fn features(&self) -> Features {
         Features {
@@ -154,19 +174,21 @@ unsafe impl Machine for Metal {
     #[inline]
     fn read(&self, from: Hpa, to: &mut [u8]) {
         if !to.is_empty() {
-            move_bytes(Self::bytes(from, to.len()), to.as_mut_ptr() as u64, to.len() as u64);
+            Self::seen(Self::around(from, to.len()));
+            move_bytes(from.get(), to.as_mut_ptr() as u64, to.len() as u64);
         }
     }
 
     #[inline]
     fn write(&self, to: Hpa, from: &[u8]) {
         if !from.is_empty() {
-            move_bytes(from.as_ptr() as u64, Self::bytes(to, from.len()), from.len() as u64);
+            Self::own(Self::around(to, from.len()));
+            move_bytes(from.as_ptr() as u64, to.get(), from.len() as u64);
         }
     }
 
     fn clean_invalidate_to_poc(&self, frames: PfnRange) {
-        let start = Self::own(frames);
+        let start = Self::seen(frames);
         for line in lines(start, frames.count() * PAGE_SIZE, &DATA_LINE) {
             // SAFETY: cleaning and invalidating changes no data.
             unsafe { instruction_on!("dc civac", line) };
@@ -174,7 +196,7 @@ unsafe impl Machine for Metal {
     }
 
     fn invalidate_icache(&self, frames: PfnRange) {
-        let (start, bytes) = (Self::own(frames), frames.count() * PAGE_SIZE);
+        let (start, bytes) = (Self::seen(frames), frames.count() * PAGE_SIZE);
         if !features::has(Feature::COHERENT_DATA) {
             for line in lines(start, bytes, &DATA_LINE) {
                 // SAFETY: cleaning changes no data.

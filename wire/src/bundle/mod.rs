@@ -27,7 +27,8 @@
 //! | 28–31 | zero |
 //!
 //! Order: header, configuration, table, names, data in the order of the table. Nothing overlaps; gaps are padding.
-//! Bytes after the bundle's end are ignored: firmware may round the length up.
+//! The bundle ends with a page: nobody else's bytes share one with a file that is mapped. Bytes after the end are ignored:
+//! firmware may round the length up.
 //!
 //! Invariants of a [`Bundle`]: every offset lies inside; the configuration passed [`Config::check`] and names only files
 //! that exist. A file that a guest may write to is named by exactly one disk and its bytes belong to no other file, so
@@ -53,12 +54,12 @@ pub use read::{Bundle, File};
 pub use write::{Builder, Packed};
 
 use crate::Refusal;
-use crate::config::{Config, MAX_DISKS, MAX_VMS};
+use crate::config::{Config, MAX_DISKS, MAX_ROMS, MAX_VMS};
 
 /// Longest configuration, in bytes of JSON: above what [`MAX_VMS`] machines with the longest texts need.
 pub const MAX_CONFIG: u64 = 1 << 20;
-/// Most files: every VM with a kernel, an initrd and all disks of its own.
-pub const MAX_FILES: u32 = (MAX_VMS * (2 + MAX_DISKS)) as u32;
+/// Most files: every VM with a kernel, an initrd, a flash and all disks and read-only files of its own.
+pub const MAX_FILES: u32 = (MAX_VMS * (3 + MAX_DISKS + MAX_ROMS)) as u32;
 /// Longest name of a file, in bytes.
 pub const MAX_FILE_NAME: usize = 4096;
 

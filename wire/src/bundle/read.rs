@@ -111,6 +111,9 @@ fn whole(bytes: &[u8]) -> Result<(Header, &[u8]), BundleError> {
         let rule = format!("must be at least the header's {HEADER_LEN} bytes");
         return Err(BundleError::field("length", header.total, rule));
     }
+    if !header.total.is_multiple_of(FILE_ALIGN) {
+        return Err(BundleError::field("length", header.total, format!("must be a multiple of {FILE_ALIGN}")));
+    }
     if header.total > have {
         return Err(BundleError::CutOff { says: header.total, have });
     }

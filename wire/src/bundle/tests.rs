@@ -20,6 +20,8 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
         initrd: None,
         cmdline: "console=ttyAMA0 \"quoted\"\n".into(),
         disks,
+        roms: vec![],
+        flash: None,
         coalesced_mmio: Vec::new(),
         doorbells: Vec::new(),
         pass_through: Vec::new(),
@@ -78,6 +80,11 @@ fn what_was_packed_reads_back() {
     assert_eq!(files.iter().map(|file| file.writable).collect::<Vec<_>>(), [false, true, true]);
     assert_eq!(files[0].data, [7; 5000]);
     assert_eq!(files[2].data, [2; 1024]);
+    assert_eq!(bytes.len() as u64, (files[2].offset + 1024).next_multiple_of(FILE_ALIGN));
+    assert!(
+        bytes[files[2].offset as usize + 1024..].iter().all(|byte| *byte == 0),
+        "nobody else's bytes in the last page"
+    );
     for file in files {
         assert!(file.offset.is_multiple_of(FILE_ALIGN));
         assert!(std::ptr::eq(file.data, &bytes[file.offset as usize..][..file.data.len()]), "read in place");
@@ -142,6 +149,8 @@ fn each_damage_has_its_message() {
     assert!(message(&data).starts_with("the bundle's checksum is 0x"), "{}", message(&data));
     let short = with_header(bytes.clone(), |header| header.total = 63);
     assert_eq!(message(&short), "the bundle's length = 63: must be at least the header's 64 bytes");
+    let odd = with_header(bytes.clone(), |header| header.total -= 1);
+    assert_eq!(message(&odd), format!("the bundle's length = {}: must be a multiple of 4096", total - 1));
     let table = with_header(bytes.clone(), |header| header.table = u64::MAX - 7);
     assert!(
         message(&table).starts_with("the bundle's table = 0x60 bytes at 0xfffffffffffffff8: must lie in the bundle")
@@ -149,7 +158,7 @@ fn each_damage_has_its_message() {
     let config = with_header(bytes.clone(), |header| header.config_len = total);
     assert!(message(&config).contains("config = ") && message(&config).contains("must lie in the bundle between 0x40"));
     let count = with_header(bytes.clone(), |header| header.count = u32::MAX);
-    assert_eq!(message(&count), "the bundle's file count = 4294967295: must be at most 640");
+    assert_eq!(message(&count), "the bundle's file count = 4294967295: must be at most 1216");
     let names = with_header(bytes.clone(), |header| header.names_len = total);
     assert!(message(&names).starts_with("the bundle's names = "));
     let reserved = with_header(bytes.clone(), |header| header.reserved = 1);

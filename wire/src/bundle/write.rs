@@ -11,7 +11,7 @@ use super::{
 };
 use crate::config::Config;
 
-/// Zeros for the gap before a file.
+/// Zeros for the gap before a file and after the last.
 static PADDING: [u8; FILE_ALIGN as usize] = [0; FILE_ALIGN as usize];
 
 /// Collects files, then packs them.
@@ -110,7 +110,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Entries for files whose data follows `start`, and the end of the last.
+/// Entries for files whose data follows `start`, and the end of the last one's last page.
 fn place(files: &[Source<'_>], start: u64) -> (Vec<Entry>, u64) {
     let (mut end, mut name) = (start, 0);
     let entries = files.iter().map(|source| {
@@ -122,7 +122,7 @@ fn place(files: &[Source<'_>], start: u64) -> (Vec<Entry>, u64) {
         entry
     });
     let entries = entries.collect();
-    (entries, end)
+    (entries, end.next_multiple_of(FILE_ALIGN))
 }
 
 impl Packed<'_> {
@@ -139,7 +139,13 @@ impl Packed<'_> {
             end += gap + source.data.len() as u64;
             [&PADDING[..gap as usize], &source.data]
         });
-        core::iter::once(self.head.as_slice()).chain(files)
+        let data = |source: &Source<'_>| source.data.len() as u64;
+        let used = self
+            .files
+            .iter()
+            .fold(self.head.len() as u64, |end, source| end.next_multiple_of(FILE_ALIGN) + data(source));
+        let rest = &PADDING[..(self.total - used) as usize];
+        core::iter::once(self.head.as_slice()).chain(files).chain(core::iter::once(rest))
     }
 
     /// The bundle in one piece.

@@ -4,10 +4,13 @@ use alloc::format;
 use alloc::string::String;
 use core::fmt;
 
+use arrayvec::ArrayVec;
+
 use super::{
-    CoalescedZone, Config, Console, DEVICE_PAGE, Disk, MAX_CMDLINE, MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_NAME,
-    MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_PASS_THROUGH, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_OUTER_MEMORY,
-    OWNERS_WINDOW, Outer, SECTOR, Vm, format_size,
+    CoalescedZone, Config, Console, DEVICE_PAGE, Disk, FIRMWARE_BASE, FLASH_BASE, KernelFormat, MAX_CMDLINE,
+    MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_FLASH, MAX_NAME, MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_PASS_THROUGH,
+    MAX_ROMS, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_FLASH, MIN_OUTER_MEMORY, OWNERS_WINDOW, Outer, ROM_ALIGN,
+    ROM_END, SECTOR, Vm, format_size,
 };
 use crate::Refusal;
 
@@ -38,6 +41,7 @@ impl<F: fmt::Display> Config<F> {
             owners_window(&at, vm)?;
             pass_through(self, index, &at)?;
             files(&at, vm, length)?;
+            roms(&at, vm, length)?;
         }
         Ok(())
     }
@@ -235,7 +239,15 @@ fn meets(zone: &CoalescedZone, start: u64, size: u64) -> bool {
 
 fn files<F: fmt::Display>(at: &str, vm: &Vm<F>, length: &mut FileLength<'_, F>) -> Result<(), Refusal> {
     let memory = format_size(vm.memory);
-    let kernel = present(&format!("{at}.kernel"), &vm.kernel, length)?;
+    let mut kernel = present(&format!("{at}.kernel"), &vm.kernel, length)?;
+    if vm.kernel_format == KernelFormat::Firmware {
+        // It takes none of the VM's memory.
+        kernel = 0;
+        if let Some(file) = &vm.initrd {
+            let rule = "must be absent beside firmware, which would not look for it";
+            return Err(Refusal::text(format!("{at}.initrd"), &format!("{file}"), rule));
+        }
+    }
     if kernel > vm.memory {
         let rule = format!("must fit into the VM's memory: it has {kernel} bytes, {at}.memory is {memory}");
         return Err(Refusal::text(format!("{at}.kernel"), &format!("{}", vm.kernel), rule));
@@ -267,6 +279,71 @@ fn sectors<F: fmt::Display>(field: &str, disk: &Disk<F>, length: &mut FileLength
     }
     let rule = format!("must be whole sectors of {SECTOR} bytes: it has {bytes} bytes");
     Err(Refusal::text(field, &format!("{}", disk.file), rule))
+}
+
+/// The guest physical address that `address` at `field` says.
+pub(super) fn address(field: &str, address: i64) -> Result<u64, Refusal> {
+    u64::try_from(address).map_err(|_| Refusal::new(field, address, "must not be negative"))
+}
+
+/// A range of guest physical addresses and the field that put something there.
+struct Place {
+    field: String,
+    start: u64,
+    end: u64,
+}
+
+/// Firmware, read-only files and flash have room, and each its own.
+fn roms<F: fmt::Display>(at: &str, vm: &Vm<F>, length: &mut FileLength<'_, F>) -> Result<(), Refusal> {
+    if vm.roms.len() > MAX_ROMS {
+        let value = format_args!("{} entries", vm.roms.len());
+        return Err(Refusal::new(format!("{at}.roms"), value, format!("must be at most {MAX_ROMS}")));
+    }
+    let mut taken: ArrayVec<Place, { MAX_ROMS + 2 }> = ArrayVec::new();
+    if vm.kernel_format == KernelFormat::Firmware {
+        let field = format!("{at}.kernel");
+        let bytes = present(&field, &vm.kernel, length)?;
+        if bytes > MAX_FLASH {
+            let rule = format!("must have at most {} as firmware: it has {bytes} bytes", format_size(MAX_FLASH));
+            return Err(Refusal::text(field, &format!("{}", vm.kernel), rule));
+        }
+        taken.push(Place { field, start: FIRMWARE_BASE, end: FIRMWARE_BASE + bytes });
+    }
+    if let Some(file) = &vm.flash {
+        let field = format!("{at}.flash");
+        let bytes = present(&field, file, length)?;
+        if !bytes.is_power_of_two() || !(MIN_FLASH..=MAX_FLASH).contains(&bytes) {
+            let (least, most) = (format_size(MIN_FLASH), format_size(MAX_FLASH));
+            let rule = format!("must have a power of two of bytes, from {least} to {most}: it has {bytes}");
+            return Err(Refusal::text(field, &format!("{file}"), rule));
+        }
+        taken.push(Place { field, start: FLASH_BASE, end: FLASH_BASE + bytes });
+    }
+    for (index, rom) in vm.roms.iter().enumerate() {
+        let bytes = present(&format!("{at}.roms[{index}].file"), &rom.file, length)?;
+        let place = place(format!("{at}.roms[{index}].at"), rom.at, bytes)?;
+        if let Some(other) = taken.iter().find(|other| other.start < place.end && place.start < other.end) {
+            let Place { field, start, end } = other;
+            let rule =
+                format!("must leave {start:#x}..{end:#x} to {field}: with {bytes} bytes it ends at {:#x}", place.end);
+            return Err(Refusal::new(place.field, format_args!("{:#x}", place.start), rule));
+        }
+        taken.push(place);
+    }
+    Ok(())
+}
+
+/// Where a read-only file of `bytes` bytes goes: whole pages before the devices.
+fn place(field: String, start: u64, bytes: u64) -> Result<Place, Refusal> {
+    let end = start.checked_add(bytes).and_then(|end| end.checked_next_multiple_of(ROM_ALIGN));
+    let rule = if !start.is_multiple_of(ROM_ALIGN) {
+        format!("must be a multiple of {}", format_size(ROM_ALIGN))
+    } else if let Some(end) = end.filter(|end| *end <= ROM_END) {
+        return Ok(Place { field, start, end });
+    } else {
+        format!("must be such that {bytes} bytes end by {ROM_END:#x}, where devices begin")
+    };
+    Err(Refusal::new(field, format_args!("{start:#x}"), rule))
 }
 
 /// The length of a file that is there and has something in it.

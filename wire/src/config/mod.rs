@@ -12,9 +12,11 @@
 //!
 //! Invariants of a checked configuration: at least one VM and at most [`MAX_VMS`]; names differ, and are 1–32 of
 //! `[a-z0-9-]` not starting with `-`; memory is a multiple of 2 MiB above zero, and no VM has more than the outer
-//! machine; 1–8 vCPUs; at most [`MAX_DISKS`] disks of whole sectors; kernel and initrd fit into memory together; at
-//! most one VM has the console's foreground; zones, doorbells and devices of
-//! the outer machine lie apart in [`OWNERS_WINDOW`], and such a device is given to one VM only. The sum of all memory may exceed the machine's: memory is given on demand.
+//! machine; 1–8 vCPUs; at most [`MAX_DISKS`] disks of whole sectors; kernel and initrd fit into memory together, or the
+//! kernel is firmware, which starts in place at [`FIRMWARE_BASE`] and has no initrd; it, at most [`MAX_ROMS`] other read-only
+//! files and the flash at [`FLASH_BASE`] overlap nowhere and end by [`ROM_END`]; zones, doorbells and devices of the
+//! outer machine lie apart in [`OWNERS_WINDOW`], and such a device is given to one VM only; at most one VM has the console's
+//! foreground. The sum of all memory may exceed the machine's: memory is given on demand.
 //!
 //! Known hole: whether a file *is* a kernel is the loader's to say; here it only has to be there and to fit.
 
@@ -32,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 pub use check::FileLength;
 pub use size::{format_size, parse_size};
-pub use written::{Written, WrittenDisk, WrittenOuter, WrittenPolicies, WrittenVm};
+pub use written::{Written, WrittenDisk, WrittenOuter, WrittenPolicies, WrittenRom, WrittenVm};
 
 /// Most virtual machines in one configuration.
 pub const MAX_VMS: usize = 64;
@@ -40,6 +42,20 @@ pub const MAX_VMS: usize = 64;
 pub const MAX_VCPUS: u32 = 8;
 /// Most disks of one virtual machine.
 pub const MAX_DISKS: usize = 8;
+/// Most read-only files of one virtual machine, firmware not counted.
+pub const MAX_ROMS: usize = 8;
+/// Guest physical address of firmware: the first flash bank of QEMU's `virt`.
+pub const FIRMWARE_BASE: u64 = 0;
+/// Guest physical address of the flash: the second bank of QEMU's `virt`.
+pub const FLASH_BASE: u64 = 0x0400_0000;
+/// Most bytes of the flash, and of firmware: a bank of QEMU's `virt`.
+pub const MAX_FLASH: u64 = 64 << 20;
+/// Least bytes of the flash: one erase block, as QEMU's `virt` has them.
+pub const MIN_FLASH: u64 = 256 << 10;
+/// Guest physical address by which read-only files and flash end: devices begin there.
+pub const ROM_END: u64 = 0x0800_0000;
+/// Read-only files begin at multiples of this many bytes.
+pub const ROM_ALIGN: u64 = 4096;
 /// Longest name of a virtual machine, in bytes.
 pub const MAX_NAME: usize = 32;
 /// Longest kernel command line, in bytes: arm64 Linux keeps 2048 with the terminating zero.
@@ -112,6 +128,13 @@ pub struct Vm<F> {
     pub cmdline: String,
     /// Block devices, in the order of their virtio slots.
     pub disks: Vec<Disk<F>>,
+    /// Files that the guest sees as memory that it cannot change.
+    #[serde(default = "Vec::new")]
+    pub roms: Vec<Rom<F>>,
+    /// What its flash at [`FLASH_BASE`] holds at boot, if it has one. What it writes is kept in memory over its resets, and is
+    /// gone when the machine stops.
+    #[serde(default = "no_flash")]
+    pub flash: Option<F>,
     /// Where its stores are kept for its owner to take.
     #[serde(default)]
     pub coalesced_mmio: Vec<CoalescedZone>,
@@ -170,6 +193,21 @@ pub struct Disk<F> {
     pub read_only: bool,
 }
 
+/// For a configuration that was written before there was flash.
+const fn no_flash<F>() -> Option<F> {
+    None
+}
+
+/// A file in the guest's address space, read-only and shared with every VM that names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rom<F> {
+    /// What it holds. The rest of its last page reads as zero.
+    pub file: F,
+    /// Guest physical address of its first byte.
+    pub at: u64,
+}
+
 /// How to read a kernel file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -179,6 +217,8 @@ pub enum KernelFormat {
     Auto,
     /// Position-independent code without a header, started at its first byte.
     Flat,
+    /// Code that is not copied: it lies read-only at [`FIRMWARE_BASE`], shared with every VM that names it, and starts there.
+    Firmware,
 }
 
 /// The owner's decisions for one virtual machine.
@@ -205,6 +245,20 @@ pub struct Policies {
     /// Who carries out its cache maintenance by address.
     #[serde(default)]
     pub cache_maintenance: CacheMaintenance,
+    /// What a store to read-only memory does.
+    #[serde(default)]
+    pub read_only_store: ReadOnlyStore,
+}
+
+/// What a store to read-only memory does. It never reaches the memory (INV-13).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReadOnlyStore {
+    /// Nothing, as on a machine with a ROM: firmware relies on it.
+    #[default]
+    Ignore,
+    /// The guest takes a synchronous external abort.
+    Abort,
 }
 
 /// What an access does that cannot be emulated: exclusives, atomics and other instructions that no device answers.
@@ -307,6 +361,18 @@ pub enum Role {
         /// Whether the guest may write.
         writable: bool,
     },
+    /// One of its read-only files.
+    Rom {
+        /// Index of the VM.
+        vm: usize,
+        /// Index of the file in the VM.
+        rom: usize,
+    },
+    /// What its flash holds at boot. The guest writes to a copy.
+    Flash {
+        /// Index of the VM.
+        vm: usize,
+    },
 }
 
 impl Role {
@@ -323,6 +389,8 @@ impl fmt::Display for Role {
             Self::Kernel { vm } => write!(f, "vms[{vm}].kernel"),
             Self::Initrd { vm } => write!(f, "vms[{vm}].initrd"),
             Self::Disk { vm, disk, .. } => write!(f, "vms[{vm}].disks[{disk}].file"),
+            Self::Rom { vm, rom } => write!(f, "vms[{vm}].roms[{rom}].file"),
+            Self::Flash { vm } => write!(f, "vms[{vm}].flash"),
         }
     }
 }
@@ -350,7 +418,9 @@ impl<F> Vm<F> {
         let initrd = self.initrd.iter().map(move |file| (Role::Initrd { vm }, file));
         let disks = self.disks.iter().enumerate();
         let disks = disks.map(move |(disk, it)| (Role::Disk { vm, disk, writable: !it.read_only }, &it.file));
-        iter::once(kernel).chain(initrd).chain(disks)
+        let roms = self.roms.iter().enumerate().map(move |(rom, it)| (Role::Rom { vm, rom }, &it.file));
+        let flash = self.flash.iter().map(move |file| (Role::Flash { vm }, file));
+        iter::once(kernel).chain(initrd).chain(disks).chain(roms).chain(flash)
     }
 
     fn map_files<G, E>(self, vm: usize, name: &mut impl FnMut(Role, F) -> Result<G, E>) -> Result<Vm<G>, E> {
@@ -359,6 +429,11 @@ impl<F> Vm<F> {
         let disks = self.disks.into_iter().enumerate().map(|(disk, Disk { file, read_only })| {
             Ok(Disk { file: name(Role::Disk { vm, disk, writable: !read_only }, file)?, read_only })
         });
+        let disks = disks.collect::<Result<_, E>>()?;
+        let roms = self.roms.into_iter().enumerate();
+        let roms = roms.map(|(rom, Rom { file, at })| Ok(Rom { file: name(Role::Rom { vm, rom }, file)?, at }));
+        let roms = roms.collect::<Result<_, E>>()?;
+        let flash = self.flash.map(|file| name(Role::Flash { vm }, file)).transpose()?;
         Ok(Vm {
             name: self.name,
             memory: self.memory,
@@ -367,7 +442,9 @@ impl<F> Vm<F> {
             kernel_format: self.kernel_format,
             initrd,
             cmdline: self.cmdline,
-            disks: disks.collect::<Result<_, E>>()?,
+            disks,
+            roms,
+            flash,
             coalesced_mmio: self.coalesced_mmio,
             doorbells: self.doorbells,
             pass_through: self.pass_through,

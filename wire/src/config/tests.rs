@@ -17,6 +17,11 @@ fn on_disk(path: &str) -> Result<u64, String> {
         "disk" => Ok(64 << 20),
         "odd" => Ok(513),
         "empty" => Ok(0),
+        "firmware" => Ok(2 << 20),
+        "page" => Ok(100),
+        "vars" => Ok(1 << 20),
+        "bank" => Ok(64 << 20),
+        "huge" => Ok((64 << 20) + (256 << 10)),
         _ => Err("no such file".to_string()),
     }
 }
@@ -51,6 +56,8 @@ fn defaults_are_as_documented() {
         initrd: None,
         cmdline: String::new(),
         disks: [].into(),
+        roms: [].into(),
+        flash: None,
         coalesced_mmio: [].into(),
         doorbells: [].into(),
         pass_through: [].into(),
@@ -64,6 +71,15 @@ fn defaults_are_as_documented() {
 fn each_broken_rule_names_field_value_and_rule() {
     let many: std::vec::Vec<Value> = (0..65).map(|n| vm(json!({ "name": format!("vm{n}") }))).collect();
     let disks = |count| std::vec![json!({ "file": "disk" }); count];
+    let rom = |at: i64| one(json!({ "roms": [{ "file": "page", "at": at }] }));
+    let beside = |what: Value, at: i64| {
+        let mut vm = json!({ "roms": [{ "file": "page", "at": at }] });
+        for (key, value) in what.as_object().expect("an object") {
+            vm[key] = value.clone();
+        }
+        one(vm)
+    };
+    let firmware = || json!({ "kernel": "firmware", "kernel_format": "firmware" });
     #[rustfmt::skip]
     let table: &[(Value, &str)] = &[
         (json!({}), "vms = []: must list at least one virtual machine"),
@@ -116,6 +132,20 @@ fn each_broken_rule_names_field_value_and_rule() {
         (one(json!({ "disks": disks(9) })), "vms[0].disks = 9 entries: must be at most 8"),
         (one(json!({ "disks": [{ "file": "disk" }, { "file": "gone" }] })), "vms[0].disks[1].file = \"gone\": must be a file that can be read: no such file"),
         (one(json!({ "disks": [{ "file": "odd" }] })), "vms[0].disks[0].file = \"odd\": must be whole sectors of 512 bytes: it has 513 bytes"),
+        (rom(-1), "vms[0].roms[0].at = -1: must not be negative"),
+        (rom(0x800), "vms[0].roms[0].at = 0x800: must be a multiple of 4K"),
+        (rom(0x0800_0000), "vms[0].roms[0].at = 0x8000000: must be such that 100 bytes end by 0x8000000, where devices begin"),
+        (rom(i64::MAX & !0xfff), "vms[0].roms[0].at = 0x7ffffffffffff000: must be such that 100 bytes end by 0x8000000, where devices begin"),
+        (one(json!({ "roms": [{ "file": "gone", "at": 0 }] })), "vms[0].roms[0].file = \"gone\": must be a file that can be read: no such file"),
+        (one(json!({ "roms": std::vec![json!({ "file": "page", "at": 0 }); 9] })), "vms[0].roms = 9 entries: must be at most 8"),
+        (one(json!({ "roms": [{ "file": "page", "at": 0x1000 }, { "file": "firmware", "at": 0 }] })), "vms[0].roms[1].at = 0x0: must leave 0x1000..0x2000 to vms[0].roms[0].at: with 2097152 bytes it ends at 0x200000"),
+        (beside(firmware(), 0x1f_f000), "vms[0].roms[0].at = 0x1ff000: must leave 0x0..0x200000 to vms[0].kernel: with 100 bytes it ends at 0x200000"),
+        (beside(json!({ "flash": "vars" }), 0x040f_f000), "vms[0].roms[0].at = 0x40ff000: must leave 0x4000000..0x4100000 to vms[0].flash: with 100 bytes it ends at 0x4100000"),
+        (one(json!({ "flash": "gone" })), "vms[0].flash = \"gone\": must be a file that can be read: no such file"),
+        (one(json!({ "flash": "odd" })), "vms[0].flash = \"odd\": must have a power of two of bytes, from 256K to 64M: it has 513"),
+        (one(json!({ "flash": "huge" })), "vms[0].flash = \"huge\": must have a power of two of bytes, from 256K to 64M: it has 67371008"),
+        (one(json!({ "kernel": "huge", "kernel_format": "firmware" })), "vms[0].kernel = \"huge\": must have at most 64M as firmware: it has 67371008 bytes"),
+        (one(json!({ "kernel": "firmware", "kernel_format": "firmware", "initrd": "initrd" })), "vms[0].initrd = \"initrd\": must be absent beside firmware, which would not look for it"),
         (json!({ "vms": [vm(json!({})), vm(json!({}))] }), "vms[1].name = \"a\": must differ from every other VM's name, and vms[0] has it"),
         (json!({ "vms": [vm(json!({ "policies": { "console": "foreground" } })), vm(json!({ "name": "b", "policies": { "console": "foreground" } }))] }), "vms[1].policies.console = \"foreground\": one VM at most has the foreground, and vms[0] has it"),
     ];
@@ -127,12 +157,16 @@ fn each_broken_rule_names_field_value_and_rule() {
 #[test]
 fn policies_are_taken_over_and_absent_ones_are_safe() {
     let policies = |value| check(one(json!({ "policies": value }))).expect("right").vms[0].policies;
-    let written = policies(json!({ "no_syndrome": "stop", "read_only_ivac": "clean", "cache_maintenance": "trap" }));
-    let expected = (NoSyndrome::Stop, ReadOnlyIvac::Clean, CacheMaintenance::Trap);
-    assert_eq!((written.no_syndrome, written.read_only_ivac, written.cache_maintenance), expected);
-    let silent = policies(json!({}));
-    let expected = (NoSyndrome::Inject, ReadOnlyIvac::Abort, CacheMaintenance::Direct);
-    assert_eq!((silent.no_syndrome, silent.read_only_ivac, silent.cache_maintenance), expected);
+    let all = |policies: Policies| {
+        (policies.no_syndrome, policies.read_only_ivac, policies.cache_maintenance, policies.read_only_store)
+    };
+    let written = policies(json!({
+        "no_syndrome": "stop", "read_only_ivac": "clean", "cache_maintenance": "trap", "read_only_store": "abort",
+    }));
+    let expected = (NoSyndrome::Stop, ReadOnlyIvac::Clean, CacheMaintenance::Trap, ReadOnlyStore::Abort);
+    assert_eq!(all(written), expected);
+    let expected = (NoSyndrome::Inject, ReadOnlyIvac::Abort, CacheMaintenance::Direct, ReadOnlyStore::Ignore);
+    assert_eq!(all(policies(json!({}))), expected);
 }
 
 #[test]
@@ -142,9 +176,10 @@ fn unknown_keys_are_refused_by_name() {
         one(json!({ "memroy": "1G" })),
         one(json!({ "policies": { "reset": "stop" } })),
         one(json!({ "disks": [{ "file": "disk", "readonly": true }] })),
+        one(json!({ "roms": [{ "file": "page", "at": 0, "size": 1 }] })),
         json!({ "outer": { "ram": "1G" } }),
     ];
-    for (written, key) in table.into_iter().zip(["vm", "memroy", "reset", "readonly", "ram"]) {
+    for (written, key) in table.into_iter().zip(["vm", "memroy", "reset", "readonly", "size", "ram"]) {
         let error = serde_json::from_value::<Written>(written).expect_err(key).to_string();
         assert!(error.starts_with(&format!("unknown field `{key}`")), "{error}");
     }
@@ -156,6 +191,11 @@ fn limits_themselves_are_allowed() {
     let most =
         json!({ "name": "a".repeat(32), "memory": "4G", "vcpus": 8, "disks": disks, "cmdline": "x".repeat(2047) });
     assert!(check(one(most)).is_ok());
+    let roms: std::vec::Vec<Value> =
+        (0..8).map(|n| json!({ "file": "page", "at": 0x07ff_8000 + n * 0x1000 })).collect();
+    let full = json!({ "kernel": "bank", "kernel_format": "firmware", "memory": "2M", "flash": "vars", "roms": roms });
+    assert!(check(one(full)).is_ok());
+    assert!(check(one(json!({ "flash": "bank" }))).is_ok());
     let machines: std::vec::Vec<Value> = (0..64).map(|n| vm(json!({ "name": format!("{n}") }))).collect();
     assert!(check(json!({ "outer": { "memory": "255G", "cpus": 64 }, "vms": machines })).is_ok());
 }
@@ -187,8 +227,12 @@ fn kernel_format_follows_the_name_unless_said() {
 
 #[test]
 fn files_are_asked_for_in_order_with_their_roles() {
-    let config =
-        check(one(json!({ "initrd": "initrd", "disks": [{ "file": "disk" }, { "file": "disk", "read_only": true }] })));
+    let config = check(one(json!({
+        "initrd": "initrd",
+        "disks": [{ "file": "disk" }, { "file": "disk", "read_only": true }],
+        "roms": [{ "file": "page", "at": 0x1000 }],
+        "flash": "vars",
+    })));
     let mut asked = std::vec::Vec::new();
     let mapped = config.expect("right").map_files(|role, path| {
         asked.push((role, path));
@@ -197,12 +241,15 @@ fn files_are_asked_for_in_order_with_their_roles() {
     let vm = &mapped.expect("no name fails").vms[0];
     assert_eq!((vm.kernel, vm.initrd), (1, Some(2)));
     assert_eq!(vm.disks, [Disk { file: 3, read_only: false }, Disk { file: 4, read_only: true }]);
+    assert_eq!((&vm.roms[..], vm.flash), (&[Rom { file: 5, at: 0x1000 }][..], Some(6)));
     let roles: std::vec::Vec<Role> = asked.iter().map(|(role, _)| *role).collect();
     let expected = [
         Role::Kernel { vm: 0 },
         Role::Initrd { vm: 0 },
         Role::Disk { vm: 0, disk: 0, writable: true },
         Role::Disk { vm: 0, disk: 1, writable: false },
+        Role::Rom { vm: 0, rom: 0 },
+        Role::Flash { vm: 0 },
     ];
     assert_eq!(roles, expected);
 }
@@ -223,8 +270,9 @@ proptest! {
     }
 
     #[test]
-    fn json_of_a_config_reads_back(vcpus in 1..=8u32, granules in 20..2000u64, cmdline in "[^\0]{0,50}", flags: [bool; 7]) {
-        let mut config = check(one(json!({ "disks": [{ "file": "disk" }] }))).expect("right");
+    fn json_of_a_config_reads_back(vcpus in 1..=8u32, granules in 20..2000u64, cmdline in "[^\0]{0,50}", flags: [bool; 8]) {
+        let change = json!({ "disks": [{ "file": "disk" }], "roms": [{ "file": "page", "at": 0 }], "flash": "vars" });
+        let mut config = check(one(change)).expect("right");
         let vm = &mut config.vms[0];
         (vm.vcpus, vm.memory, vm.cmdline, vm.autostart) = (vcpus, granules * MEMORY_GRANULE, cmdline, flags[0]);
         vm.policies.page_size = if flags[1] { LargestEntry::Page4K } else { LargestEntry::Block2M };
@@ -233,6 +281,7 @@ proptest! {
         vm.policies.no_syndrome = if flags[4] { NoSyndrome::Stop } else { NoSyndrome::Inject };
         vm.policies.read_only_ivac = if flags[5] { ReadOnlyIvac::Clean } else { ReadOnlyIvac::Abort };
         vm.policies.cache_maintenance = if flags[6] { CacheMaintenance::Trap } else { CacheMaintenance::Direct };
+        vm.policies.read_only_store = if flags[7] { ReadOnlyStore::Abort } else { ReadOnlyStore::Ignore };
         let json = serde_json::to_string(&config).expect("strings for keys");
         prop_assert_eq!(serde_json::from_str::<Config<String>>(&json).expect("what was written"), config);
     }

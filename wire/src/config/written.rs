@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::check::{self, FileLength};
 use super::{
     CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, NoSyndrome, OnReset,
-    Outer, PassThrough, Policies, ReadOnlyIvac, UnclaimedMmio, Vm, size,
+    Outer, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, UnclaimedMmio, Vm, size,
 };
 use crate::Refusal;
 
@@ -57,6 +57,11 @@ pub struct WrittenVm {
     /// Block devices.
     #[serde(default)]
     pub disks: Vec<WrittenDisk>,
+    /// Read-only files.
+    #[serde(default)]
+    pub roms: Vec<WrittenRom>,
+    /// Path of what the flash holds at boot.
+    pub flash: Option<String>,
     /// Zones of coalesced MMIO.
     #[serde(default)]
     pub coalesced_mmio: Vec<CoalescedZone>,
@@ -82,6 +87,16 @@ pub struct WrittenDisk {
     /// Whether the guest is kept from writing; no if absent.
     #[serde(default)]
     pub read_only: bool,
+}
+
+/// A read-only file as written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenRom {
+    /// Path of the file.
+    pub file: String,
+    /// Guest physical address of its first byte.
+    pub at: i64,
 }
 
 /// Policies as written; each absent one has its default.
@@ -111,6 +126,9 @@ pub struct WrittenPolicies {
     /// See [`Policies::cache_maintenance`].
     #[serde(default)]
     pub cache_maintenance: CacheMaintenance,
+    /// See [`Policies::read_only_store`].
+    #[serde(default)]
+    pub read_only_store: ReadOnlyStore,
 }
 
 impl Written {
@@ -143,6 +161,10 @@ impl WrittenVm {
     fn convert(self, index: usize, foreground: bool) -> Result<Vm<String>, Refusal> {
         let at = format!("vms[{index}]");
         let by_name = if self.kernel.ends_with(".bin") { KernelFormat::Flat } else { KernelFormat::Auto };
+        let roms = self.roms.into_iter().enumerate().map(|(rom, WrittenRom { file, at: address })| {
+            Ok(Rom { file, at: check::address(&format!("{at}.roms[{rom}].at"), address)? })
+        });
+        let roms = roms.collect::<Result<_, Refusal>>()?;
         let by_place = if foreground { Console::Foreground } else { Console::Background };
         Ok(Vm {
             memory: memory(&format!("{at}.memory"), &self.memory)?,
@@ -157,8 +179,11 @@ impl WrittenVm {
                 no_syndrome: self.policies.no_syndrome,
                 read_only_ivac: self.policies.read_only_ivac,
                 cache_maintenance: self.policies.cache_maintenance,
+                read_only_store: self.policies.read_only_store,
             },
             disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
+            roms,
+            flash: self.flash,
             coalesced_mmio: self.coalesced_mmio,
             doorbells: self.doorbells,
             pass_through: self.pass_through,

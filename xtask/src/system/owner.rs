@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use entresol_cli::client::Client;
-use entresol_wire::control::{Answer, Op, State, Stats, VmRow};
+use entresol_wire::control::{Answer, Op, SlotRow, State, Stats, VmRow};
 
 use super::machine::Machine;
 
@@ -64,6 +64,21 @@ impl Owner {
             }
             other => bail!("ps is answered with {other:?}"),
         }
+    }
+
+    /// The VM's slots, all of them.
+    pub fn slots(&mut self, vm: &str) -> Result<Vec<SlotRow<'static>>> {
+        let (mut rows, mut from) = (Vec::new(), Some(0));
+        while let Some(first) = from {
+            match self.client.call(Op::Slots { vm: vm.into(), from: first }).context("control channel: slots")? {
+                Answer::Slots(page) => {
+                    rows.extend(page.rows);
+                    from = page.next;
+                }
+                other => bail!("slots are answered with {other:?}"),
+            }
+        }
+        Ok(rows)
     }
 
     /// The VM must be in this state for this reason now.

@@ -1,0 +1,140 @@
+//! Flash: where its bytes are, and how the guest sees them.
+//!
+//! Purpose: [`FlashMemory`] is an anonymous memory object that begins as a copy of a file and lives, like a disk's overlay (ADR
+//! 15), over the resets of its virtual machine. [`Window`] shows it to one life of the guest: as a read-only slot while the
+//! flash reads its array, and as no slot, so that every access exits, while it does anything else.
+//!
+//! Protocol: [`entresol_devices::flash`] calls `hide` before and `show` after whatever changes bytes. Taking the slot away waits
+//! for every CPU that may have found it and flushes its translations, so bytes change only where nobody maps them; the fault
+//! that maps them again cleans them first (INV-1), and makes new instructions of them (INV-6).
+//!
+//! Invariants: the slot is there exactly while the flash says that it is shown; only the flash, under its lock, updates it.
+//!
+//! Lock order: the flash's lock → slots → objects.
+
+use alloc::sync::Arc;
+
+use entresol_addr::{Gpa, PAGE_SIZE};
+use entresol_backing::{AccessError, CreateError, ObjectHandle, Policy, Spec};
+use entresol_devices::flash::{Backing, BackingError};
+use entresol_loader::virt;
+use entresol_metal_arm64::cpu;
+use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
+
+use super::lines::Link;
+use super::slots;
+use crate::host;
+
+/// The bytes of a flash.
+pub struct FlashMemory {
+    object: ObjectHandle,
+    size: u64,
+}
+
+/// Why there is no flash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlashMemoryError {
+    /// No object.
+    Create(CreateError),
+    /// No frames for what it holds at boot.
+    Write(AccessError),
+}
+
+impl FlashMemory {
+    /// A flash that holds `image`. Pages that are zero take no memory.
+    ///
+    /// # Errors
+    ///
+    /// [`FlashMemoryError`]; nothing is left behind.
+    pub fn new(image: &'static [u8]) -> Result<Arc<Self>, FlashMemoryError> {
+        let (host, size) = (host::get(), image.len() as u64);
+        let supply = host.supply(cpu::index());
+        let spec = Spec::Anonymous { frames: size.div_ceil(PAGE_SIZE), policy: Policy::Pages };
+        let object = host.objects.create(&supply, spec).map_err(FlashMemoryError::Create)?;
+        let memory = Arc::new(Self { object, size });
+        for (page, bytes) in image.chunks(PAGE_SIZE as usize).enumerate() {
+            if bytes.iter().any(|byte| *byte != 0) {
+                memory.store(page as u64 * PAGE_SIZE, bytes).map_err(FlashMemoryError::Write)?;
+            }
+        }
+        Ok(memory)
+    }
+
+    /// The slot that shows it.
+    pub fn slot(&self) -> SlotRequest {
+        SlotRequest {
+            id: slots::FLASH,
+            base: Gpa::new(virt::FLASH_BASE),
+            size: self.size,
+            object: ObjectId::new(self.object.raw()),
+            offset: 0,
+            flags: SlotFlags::READ_ONLY.bits(),
+        }
+    }
+
+    fn store(&self, offset: u64, from: &[u8]) -> Result<(), AccessError> {
+        let host = host::get();
+        let pin = host.epoch.pin(cpu::index());
+        let object = host.objects.get(&pin, self.object).expect("it lives as long as its owner");
+        object.write(&host.supply(pin.cpu()), offset, from)
+    }
+
+    fn load(&self, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
+        let host = host::get();
+        let pin = host.epoch.pin(cpu::index());
+        let object = host.objects.get(&pin, self.object).expect("it lives as long as its owner");
+        object.read(&host.machine, offset, to)
+    }
+}
+
+impl Drop for FlashMemory {
+    fn drop(&mut self) {
+        let host = host::get();
+        if let Err(error) = host.objects.destroy(&host.supply(cpu::index()), &host.epoch, self.object) {
+            log::error!("a flash's pages stay: {error:?}");
+        }
+    }
+}
+
+/// A flash as one life of the guest sees it. Its slot is there from the start.
+pub struct Window {
+    memory: Arc<FlashMemory>,
+    link: Link,
+}
+
+impl Window {
+    /// Of `memory`, for the virtual machine at the end of `link`.
+    pub fn new(memory: Arc<FlashMemory>, link: Link) -> Self {
+        Self { memory, link }
+    }
+
+    fn set(&self, request: SlotRequest) {
+        // A virtual machine that is gone shows nothing.
+        if let Some(vm) = self.link.vm() {
+            let done = vm.memory.set_slot(cpu::index(), &request);
+            done.expect("the slot, its place and its object are the flash's own");
+        }
+    }
+}
+
+impl Backing for Window {
+    fn size(&self) -> u64 {
+        self.memory.size
+    }
+
+    fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), BackingError> {
+        self.memory.load(offset, to).map_err(|_| BackingError)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), BackingError> {
+        self.memory.store(offset, from).map_err(|_| BackingError)
+    }
+
+    fn show(&self) {
+        self.set(self.memory.slot());
+    }
+
+    fn hide(&self) {
+        self.set(SlotRequest { size: 0, ..self.memory.slot() });
+    }
+}

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use entresol_wire::control::{Answer, Op, State};
+use entresol_wire::config::parse_size;
+use entresol_wire::control::{Alias, Answer, Op, State};
 use serde::Serialize;
 
 use crate::client::{Client, ClientError, unexpected};
@@ -45,6 +46,25 @@ pub enum Command {
     Slots {
         /// Its name
         vm: String,
+    },
+    /// Show a virtual machine's memory at another address, too; or move such a slot, or delete it
+    SetSlot {
+        /// Its name
+        vm: String,
+        /// The slot's number, 16 to 59
+        slot: u32,
+        /// First guest physical address
+        #[arg(long, value_name = "ADDRESS", value_parser = number)]
+        base: u64,
+        /// Bytes; 0 deletes the slot
+        #[arg(long, value_name = "BYTES", value_parser = number)]
+        size: u64,
+        /// The memory's byte behind the first
+        #[arg(long, value_name = "BYTES", default_value = "0", value_parser = number)]
+        offset: u64,
+        /// The guest's stores do not go through it
+        #[arg(long)]
+        read_only: bool,
     },
     /// Take what a virtual machine stored in its zones of coalesced MMIO, and how often its doorbells rang
     Posted {
@@ -131,6 +151,10 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
             let rows = client.slots(&vm)?;
             out.answer(&rows, || table::slots(&rows))?;
         }
+        Command::SetSlot { vm, slot, base, size, offset, read_only } => {
+            let slot = Alias { number: slot, base, size, offset, read_only };
+            done(&mut client, Op::SetSlot { vm: vm.into(), slot }, &out)?;
+        }
         Command::Posted { vm } => {
             let op = Op::Posted { vm: vm.into() };
             match client.call(op.clone())? {
@@ -149,6 +173,15 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
         },
     }
     Ok(Exit::Done)
+}
+
+/// A number, decimal or after `0x`, or a size like `64K`.
+fn number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok().or_else(|| parse_size(text)),
+    };
+    parsed.ok_or_else(|| "must be a whole number, decimal or after 0x, or one followed by K, M, G or T".to_owned())
 }
 
 /// A request whose answer is only that it is done.

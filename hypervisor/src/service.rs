@@ -36,8 +36,13 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
 }
 
 fn slot(vcpu: &VcpuRef, which: u64, base: u64, size: u64) -> u64 {
-    let alias =
-        Alias { number: which as u16, flags: (which >> 16) as u16, offset: (which >> 32) * PAGE_SIZE, base, size };
+    let alias = Alias {
+        number: which as u32 & 0xffff,
+        flags: (which >> 16) as u32 & 0xffff,
+        offset: (which >> 32) * PAGE_SIZE,
+        base,
+        size,
+    };
     match vcpu.vm.set_alias(&alias) {
         Ok(()) => 0,
         Err(error) => {

@@ -207,6 +207,11 @@ pub const TESTS: &[SystemTest] = &[
         run: slots::maintenance_follows_the_table,
     },
     SystemTest {
+        name: "owner_changes_slots",
+        about: "a running guest sees its memory a second time, read-only, and then not any more; bad slots are refused",
+        run: slots::owner_changes_slots,
+    },
+    SystemTest {
         name: "only_what_is_free_is_passed_through",
         about: "memory, the serial port and the control channel's page are refused as a guest's own device",
         run: slots::only_what_is_free_is_passed_through,

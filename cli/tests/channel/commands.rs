@@ -68,6 +68,11 @@ fn every_command_asks_what_it_should() {
         assert_eq!((output.status.code(), output.stdout.len(), output.stderr.len()), (Some(0), 0, 0));
         assert_eq!([fake.said(), fake.said()], ["hello", command]);
     }
+    let slot = ["set-slot", "web", "5", "--base", "0x1000000000", "--size", "64K", "--read-only"];
+    assert_eq!(ctl(&fake, &slot).status.code(), Some(0));
+    let asked = "set-slot Alias { number: 5, base: 68719476736, size: 65536, offset: 0, read_only: true }";
+    assert_eq!([fake.said(), fake.said()], ["hello", asked]);
+    assert_eq!(ctl(&fake, &["set-slot", "web", "5", "--base", "0xg", "--size", "0"]).status.code(), Some(2));
     assert_eq!(ctl(&fake, &["shutdown"]).status.code(), Some(0));
     assert_eq!([fake.said(), fake.said()], ["hello", "shutdown"]);
     assert_eq!(ctl(&fake, &["slots", "web"]).status.code(), Some(0));

@@ -93,6 +93,7 @@ impl Guest {
                 let request = Request::parse(line.expect("short lines")).expect("a request");
                 let data = match &request.op {
                     Op::Input { data, .. } => format!(" {}", String::from_utf8_lossy(&data.0)),
+                    Op::SetSlot { slot, .. } => format!(" {slot:?}"),
                     Op::Slots { from, .. } => format!(" {from}"),
                     _ => String::new(),
                 };
@@ -152,7 +153,7 @@ impl Guest {
                 let error = Error::new(Code::WrongState, "db is paused already");
                 self.respond(id, Err(error));
             }
-            Op::Pause { .. } | Op::Resume { .. } | Op::Kill { .. } | Op::Detach | Op::Shutdown => {
+            Op::SetSlot { .. } | Op::Pause { .. } | Op::Resume { .. } | Op::Kill { .. } | Op::Detach | Op::Shutdown => {
                 self.respond(id, Ok(Answer::Done));
             }
         }

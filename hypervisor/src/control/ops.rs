@@ -19,14 +19,14 @@ use entresol_sync::atomic::Ordering;
 use entresol_wire::Refusal;
 use entresol_wire::config::MAX_DOORBELLS;
 use entresol_wire::control::{
-    Answer, Code, Entries, Error, Faults, Hello, Hex, Op, POSTED_WRITES, Posted, PostedWrite, Rings, SLOTS_PER_ANSWER,
-    SlotPage, SlotRow, Stats, Tlb, VmRow,
+    self, Answer, Code, Entries, Error, Faults, Hello, Hex, Op, POSTED_WRITES, Posted, PostedWrite, Rings,
+    SLOTS_PER_ANSWER, SlotPage, SlotRow, Stats, Tlb, VmRow,
 };
 
 use super::session::Attached;
 use super::{ATTACHED, NOBODY, ROOM, describe};
 use crate::registry::{self, Row};
-use crate::vm::{Pause, Status, Stop, Vm};
+use crate::vm::{Alias, Pause, Status, Stop, Vm};
 use crate::{console, host, sched};
 
 /// How a request ends that is not refused.
@@ -57,6 +57,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Ps => Answer::Ps(ps()?).into(),
         Op::Stats { vm } => Answer::Stats(Box::new(stats(&*alive(vm)?))).into(),
         Op::Slots { vm, from } => Answer::Slots(slots(&*alive(vm)?, *from)?).into(),
+        Op::SetSlot { vm, slot } => set_slot(vm, slot)?.into(),
         Op::Posted { vm } => Answer::Posted(posted(&*alive(vm)?)?).into(),
         Op::Pause { vm } => pause(vm)?.into(),
         Op::Resume { vm } => resume(vm)?.into(),
@@ -197,6 +198,16 @@ fn slot_row(slot: &Slot, kind: &'static str) -> SlotRow<'static> {
         kind: Cow::Borrowed(kind),
         flags: set.map(|(_, name)| Cow::Borrowed(*name)).collect(),
     }
+}
+
+/// Answered when the update is complete: it waits for grace periods, and none is pinned here.
+fn set_slot(name: &str, slot: &control::Alias) -> Result<Answer<'static>, Error> {
+    let vm = alive(name)?;
+    let flags = if slot.read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
+    let alias =
+        Alias { number: slot.number, flags: flags.bits(), base: slot.base, size: slot.size, offset: slot.offset };
+    vm.set_alias(&alias).map_err(|error| Error::new(Code::SlotRefused, alloc::format!("{error}")))?;
+    Ok(Answer::Done)
 }
 
 const _: () = assert!(POSTED_WRITES == CoalescedRing::ROOM, "one answer empties the ring");

@@ -1,6 +1,6 @@
 //! Slots that show a virtual machine's memory a second time: at another address, read-only, or both.
 //!
-//! Protocol: slot 0 is the memory itself, the last ones are devices; they stay. Everything else about an update is the core's to decide ([`Vm::set_slot`] of
+//! Protocol: the slots that the machine started with stay; these have numbers between them. Everything else about an update is the core's to decide ([`Vm::set_slot`] of
 //! the memory); it waits for grace periods, so nobody asks with one pinned.
 
 use core::fmt;
@@ -11,14 +11,15 @@ use entresol_slot::{ObjectId, SlotError, SlotRequest};
 
 use super::Vm;
 use super::pass_through::FIRST_SLOT;
+use super::slots::ALIASES;
 
 /// A slot as it is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Alias {
     /// Its number.
-    pub number: u16,
+    pub number: u32,
     /// `entresol_slot::SlotFlags`.
-    pub flags: u16,
+    pub flags: u32,
     /// First guest physical address.
     pub base: u64,
     /// Bytes; 0 deletes.
@@ -30,10 +31,10 @@ pub struct Alias {
 /// Why it is refused; nothing changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AliasError {
-    /// Slot 0 is the memory itself, and the last ones are the machine's devices.
+    /// Other numbers are those of the slots that the machine started with.
     NotAnAlias {
         /// What was asked for.
-        number: u16,
+        number: u32,
     },
     /// A zone of coalesced MMIO or a doorbell is there.
     Posted {
@@ -49,7 +50,7 @@ pub enum AliasError {
 impl fmt::Display for AliasError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotAnAlias { number } => write!(f, "slot {number}: must be from 1 to {}", FIRST_SLOT - 1),
+            Self::NotAnAlias { number } => write!(f, "slot {number}: must be from {ALIASES} to {}", FIRST_SLOT - 1),
             Self::Posted { base, size } => {
                 write!(f, "base {base:#x}: {size:#x} bytes from there must meet no coalesced zone and no doorbell")
             }
@@ -66,19 +67,19 @@ impl Vm {
     /// [`AliasError`]; nothing changed.
     pub fn set_alias(&self, alias: &Alias) -> Result<(), AliasError> {
         let Alias { number, flags, base, size, offset } = *alias;
-        if !(1..FIRST_SLOT).contains(&number.into()) {
+        if !(ALIASES..FIRST_SLOT).contains(&number) {
             return Err(AliasError::NotAnAlias { number });
         }
         if self.posted.meets(base, size) {
             return Err(AliasError::Posted { base, size });
         }
         let request = SlotRequest {
-            id: number.into(),
+            id: number,
             base: Gpa::new(base),
             size,
             object: ObjectId::new(self.ram.raw()),
             offset,
-            flags: flags.into(),
+            flags,
         };
         self.memory.set_slot(cpu::index(), &request).map_err(AliasError::Slot)
     }

@@ -26,6 +26,7 @@ pub(super) struct Fields<'a>(Vec<(Cow<'a, str>, Scalar<'a>)>);
 enum Scalar<'a> {
     Text(Cow<'a, str>),
     Number(u64),
+    Flag(bool),
     /// Some other kind, by its name.
     Other(&'static str),
 }
@@ -66,6 +67,23 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A number that must be there.
+    pub fn number(&mut self, key: &str) -> Result<u64, Error> {
+        match self.take(key) {
+            Some(Scalar::Number(number)) if number < ID_LIMIT => Ok(number),
+            other => Err(bad(key, shown(other.as_ref()), "must be a whole number below 2^53")),
+        }
+    }
+
+    /// A flag; false if it is not there.
+    pub fn flag(&mut self, key: &str) -> Result<bool, Error> {
+        match self.take(key) {
+            None => Ok(false),
+            Some(Scalar::Flag(flag)) => Ok(flag),
+            other => Err(bad(key, shown(other.as_ref()), "must be true or false")),
+        }
+    }
+
     pub fn bytes(&mut self, key: &str) -> Result<Bytes<'static>, Error> {
         let text = self.text(key)?;
         let bytes = Bytes::decode(&text).map_err(|error| bad(key, error, "must be base64 with padding"))?;
@@ -100,6 +118,7 @@ fn shown(value: Option<&Scalar<'_>>) -> Cow<'static, str> {
         None => "(missing)".into(),
         Some(Scalar::Text(text)) => format!("{text:?}").into(),
         Some(Scalar::Number(number)) => number.to_string().into(),
+        Some(Scalar::Flag(flag)) => flag.to_string().into(),
         Some(Scalar::Other(kind)) => (*kind).into(),
     }
 }
@@ -180,8 +199,8 @@ impl<'de: 'a, 'a> Deserialize<'de> for Scalar<'a> {
                 Ok(Scalar::Other("a fraction"))
             }
 
-            fn visit_bool<E>(self, value: bool) -> Result<Self::Value, E> {
-                Ok(Scalar::Other(if value { "true" } else { "false" }))
+            fn visit_bool<E>(self, flag: bool) -> Result<Self::Value, E> {
+                Ok(Scalar::Flag(flag))
             }
 
             fn visit_unit<E>(self) -> Result<Self::Value, E> {

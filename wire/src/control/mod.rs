@@ -26,6 +26,8 @@
 //! - `input` gives bytes to the attached console. The answer says how many the guest's device took; if that is not
 //!   all, an [`Event::InputReady`] follows when there is room again, and the client sends the rest then.
 //! - `slots` answers at most [`SLOTS_PER_ANSWER`] rows, from slot number `from` on, and says where the next begin.
+//! - `set-slot` makes a slot that shows the memory of a virtual machine a second time, or moves it, or with size 0 deletes it, while
+//!   the machine runs; the answer comes when no vCPU can meet what was there before.
 //! - `posted` takes what the guest stored in zones of coalesced MMIO and how often its doorbells rang. While its console is
 //!   attached, [`Event::Doorbell`] tells once that some doorbell rang since `posted` was asked last.
 //! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
@@ -50,7 +52,7 @@ pub use encode::{Message, TooLong};
 pub use event::Event;
 pub use lines::{LineTooLong, Lines};
 pub use posted::{Hex, Posted, PostedWrite, Rings};
-pub use request::{Malformed, Op, Request};
+pub use request::{Alias, Malformed, Op, Request};
 pub use response::{Answer, Code, Error, Hello, Response, SlotPage, SlotRow, State, VmRow};
 pub use stats::{Entries, Faults, Stats, Tlb};
 

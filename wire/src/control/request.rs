@@ -18,6 +18,21 @@ pub struct Request<'a> {
     pub op: Op<'a>,
 }
 
+/// A slot that shows a virtual machine's memory at another address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Alias {
+    /// Its number, 16 to 59; the others are the slots that the machine started with.
+    pub number: u32,
+    /// First guest physical address.
+    pub base: u64,
+    /// Bytes; 0 deletes it.
+    pub size: u64,
+    /// The memory's byte behind the first.
+    pub offset: u64,
+    /// Stores do not go through it.
+    pub read_only: bool,
+}
+
 /// What can be asked. `vm` names the virtual machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op<'a> {
@@ -36,6 +51,13 @@ pub enum Op<'a> {
         vm: Cow<'a, str>,
         /// The first slot number that is wanted.
         from: u32,
+    },
+    /// Makes a slot that shows its memory a second time, or moves or deletes the one of that number.
+    SetSlot {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// The slot as it shall be.
+        slot: Alias,
     },
     /// Takes what it posted: coalesced writes, doorbells.
     Posted {
@@ -98,6 +120,7 @@ impl<'a> Op<'a> {
             Self::Ps => "ps",
             Self::Stats { .. } => "stats",
             Self::Slots { .. } => "slots",
+            Self::SetSlot { .. } => "set-slot",
             Self::Posted { .. } => "posted",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
@@ -115,6 +138,7 @@ impl<'a> Op<'a> {
             Self::Hello | Self::Ps | Self::Detach | Self::Shutdown => None,
             Self::Stats { vm }
             | Self::Slots { vm, .. }
+            | Self::SetSlot { vm, .. }
             | Self::Posted { vm }
             | Self::Pause { vm }
             | Self::Resume { vm }
@@ -131,6 +155,16 @@ impl<'a> Op<'a> {
             "ps" => Self::Ps,
             "stats" => Self::Stats { vm: fields.text("vm")? },
             "slots" => Self::Slots { vm: fields.text("vm")?, from: fields.number_or_zero("from")? },
+            "set-slot" => Self::SetSlot {
+                vm: fields.text("vm")?,
+                slot: Alias {
+                    number: fields.number_or_zero("slot")?,
+                    base: fields.number("base")?,
+                    size: fields.number("size")?,
+                    offset: fields.number("offset")?,
+                    read_only: fields.flag("read_only")?,
+                },
+            },
             "posted" => Self::Posted { vm: fields.text("vm")? },
             "pause" => Self::Pause { vm: fields.text("vm")? },
             "resume" => Self::Resume { vm: fields.text("vm")? },
@@ -171,6 +205,13 @@ impl Serialize for Request<'_> {
         }
         match &self.op {
             Op::Slots { from, .. } if *from != 0 => map.serialize_entry("from", from)?,
+            Op::SetSlot { slot, .. } => {
+                map.serialize_entry("slot", &slot.number)?;
+                map.serialize_entry("base", &slot.base)?;
+                map.serialize_entry("size", &slot.size)?;
+                map.serialize_entry("offset", &slot.offset)?;
+                map.serialize_entry("read_only", &slot.read_only)?;
+            }
             Op::Input { data, .. } => map.serialize_entry("data", data)?,
             _ => (),
         }

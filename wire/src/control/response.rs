@@ -178,6 +178,8 @@ pub enum Code {
     NoSuchVm,
     /// The virtual machine's state does not allow it.
     WrongState,
+    /// A slot as it was asked for breaks a rule.
+    SlotRefused,
     /// The console of that virtual machine is not attached.
     NotAttached,
     /// The hypervisor has not the memory for it.

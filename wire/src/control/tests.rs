@@ -47,6 +47,13 @@ fn requests_look_as_documented() {
         (Op::Stats { vm: vm() }, r#"{"id":7,"op":"stats","vm":"web"}"#),
         (Op::Slots { vm: vm(), from: 0 }, r#"{"id":7,"op":"slots","vm":"web"}"#),
         (Op::Slots { vm: vm(), from: 9 }, r#"{"id":7,"op":"slots","vm":"web","from":9}"#),
+        (
+            Op::SetSlot {
+                vm: vm(),
+                slot: Alias { number: 5, base: 1 << 36, size: 4096, offset: 8192, read_only: true },
+            },
+            r#"{"id":7,"op":"set-slot","vm":"web","slot":5,"base":68719476736,"size":4096,"offset":8192,"read_only":true}"#,
+        ),
         (Op::Posted { vm: vm() }, r#"{"id":7,"op":"posted","vm":"web"}"#),
         (Op::Pause { vm: vm() }, r#"{"id":7,"op":"pause","vm":"web"}"#),
         (Op::Resume { vm: vm() }, r#"{"id":7,"op":"resume","vm":"web"}"#),
@@ -90,6 +97,10 @@ fn each_wrong_request_names_what_is_wrong() {
         (r#"{"id":1,"op":"stats","vm":{"a":[]}}"#, Some(1), Code::BadField, "vm = an object: must be a text"),
         (r#"{"id":1,"op":"ps","vm":"web"}"#, Some(1), Code::BadField, "vm = \"web\": must be a field that \"ps\" knows"),
         (r#"{"id":1,"op":"slots","vm":"web","from":4294967296}"#, Some(1), Code::BadField, "from = 4294967296: must be a whole number below 2^32"),
+        (r#"{"id":1,"op":"set-slot","vm":"web","slot":1,"base":0,"size":0}"#, Some(1), Code::BadField, "offset = (missing): must be a whole number below 2^53"),
+        (r#"{"id":1,"op":"set-slot","vm":"web","slot":1,"base":9007199254740992,"size":0,"offset":0}"#, Some(1), Code::BadField, "base = 9007199254740992: must be a whole number below 2^53"),
+        (r#"{"id":1,"op":"set-slot","vm":"web","slot":1,"base":0,"size":0,"offset":0,"read_only":1}"#, Some(1), Code::BadField, "read_only = 1: must be true or false"),
+        (r#"{"id":1,"op":"stats","vm":true}"#, Some(1), Code::BadField, "vm = true: must be a text"),
         (r#"{"id":1,"op":"slots","vm":"web","from":1.5}"#, Some(1), Code::BadField, "from = a fraction: must be a whole number below 2^32"),
     ];
     for (line, id, code, message) in table {
@@ -255,7 +266,7 @@ fn what_does_not_fit_says_so() {
 
 proptest! {
     #[test]
-    fn requests_read_as_written(id in 0..ID_LIMIT, vm in ".{0,40}", data in prop::collection::vec(any::<u8>(), 0..200), from: u32, which in 0..11_u8) {
+    fn requests_read_as_written(id in 0..ID_LIMIT, vm in ".{0,40}", data in prop::collection::vec(any::<u8>(), 0..200), from: u32, which in 0..13_u8) {
         let vm = Cow::Owned(vm);
         let op = match which {
             0 => Op::Hello,
@@ -267,6 +278,11 @@ proptest! {
             6 => Op::Kill { vm },
             7 => Op::Console { vm },
             8 => Op::Detach,
+            10 => Op::Posted { vm },
+            11 => Op::SetSlot {
+                vm,
+                slot: Alias { number: from, base: id, size: id / 2, offset: id / 3, read_only: from % 2 == 0 },
+            },
             9 => Op::Input { vm, data: Bytes(data.into()) },
             _ => Op::Shutdown,
         };

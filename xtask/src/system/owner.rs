@@ -1,8 +1,8 @@
 //! What the owner of a machine under test asks over the control channel, and checks in the answers.
 
 use anyhow::{Context, Result, bail, ensure};
-use entresol_cli::client::Client;
-use entresol_wire::control::{Answer, Op, SlotRow, State, Stats, VmRow};
+use entresol_cli::client::{Client, ClientError};
+use entresol_wire::control::{Alias, Answer, Code, Op, SlotRow, State, Stats, VmRow};
 
 use super::machine::Machine;
 
@@ -41,6 +41,21 @@ impl Owner {
     /// Kills a VM; when this returns its memory is free.
     pub fn kill(&mut self, vm: &str) -> Result<()> {
         self.done(Op::Kill { vm: vm.into() })
+    }
+
+    /// Makes, moves or deletes a slot of a VM's memory.
+    pub fn set_slot(&mut self, vm: &str, slot: Alias) -> Result<()> {
+        self.done(Op::SetSlot { vm: vm.into(), slot })
+    }
+
+    /// Asks for a slot that must be refused with `why` in the reason.
+    pub fn refuses_slot(&mut self, vm: &str, slot: Alias, why: &str) -> Result<()> {
+        match self.client.call(Op::SetSlot { vm: vm.into(), slot }) {
+            Err(ClientError::Refused(error)) if error.code == Code::SlotRefused && error.message.contains(why) => {
+                Ok(())
+            }
+            other => bail!("{slot:x?} should be refused with {why:?}, but: {other:?}"),
+        }
     }
 
     /// Ends every VM and with them the machine.

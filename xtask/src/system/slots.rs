@@ -1,10 +1,12 @@
 //! Memory slots that come and go under a guest that uses them, and what maintenance does to each kind.
 
-use anyhow::{Result, ensure};
-use entresol_wire::config::{CacheMaintenance, PassThrough, ReadOnlyIvac, WrittenVm};
+use anyhow::{Context as _, Result, ensure};
+use entresol_wire::config::{CacheMaintenance, PassThrough, ReadOnlyIvac, ReadOnlyStore, WrittenVm};
+use entresol_wire::control::Alias;
 
 use super::Context;
 use super::machine::Builder;
+use super::owner::Owner;
 use crate::bundle::program;
 use crate::guests;
 
@@ -28,10 +30,43 @@ pub fn only_what_is_free_is_passed_through(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// An owner shows a running guest its memory a second time, read-only, and takes that away; what breaks a rule changes nothing.
+pub fn owner_changes_slots(context: &Context) -> Result<()> {
+    const WINDOW: u64 = 0x10_0000_0000;
+    let mut machine = Builder::new(context, "owner_changes_slots")?.boot(vec![vm(&format!("watch={WINDOW:#x}"))?])?;
+    let line = machine.expect("WATCH 0x")?;
+    let mut owner = Owner::of(&mut machine)?;
+    let rest = machine.expect("\n")?;
+    let digits = rest.trim();
+    let offset = u64::from_str_radix(digits, 16).with_context(|| format!("{line:?} and then {rest:?}"))?;
+    let numbers =
+        |owner: &mut Owner| Ok::<_, anyhow::Error>(owner.slots("slots")?.iter().map(|row| row.id).collect::<Vec<_>>());
+    let slot = Alias { number: 20, base: WINDOW, size: 4096, offset, read_only: true };
+    for (bad, why) in [
+        (Alias { number: 0, ..slot }, "slot 0: must be from 16 to 59"),
+        (Alias { number: 60, ..slot }, "slot 60: must be from 16 to 59"),
+        (Alias { base: WINDOW + 8, ..slot }, "base"),
+        (Alias { offset: 1 << 40, ..slot }, "offset"),
+        (Alias { base: 0x4000_0000, ..slot }, "overlap"),
+        (Alias { size: 0, ..slot }, "20"),
+    ] {
+        owner.refuses_slot("slots", bad, why)?;
+    }
+    ensure!(numbers(&mut owner)? == [0], "a refused slot is there");
+    owner.set_slot("slots", slot)?;
+    ensure!(numbers(&mut owner)? == [0, 20], "the slot is not there");
+    machine.expect("SEEN")?;
+    owner.set_slot("slots", Alias { size: 0, ..slot })?;
+    machine.expect("GONE")?;
+    machine.expect("ALL PASS")?;
+    machine.expect_power_off().map(drop)
+}
+
 fn vm(cmdline: &str) -> Result<WrittenVm> {
     let mut vm = program("slots", &guests::flat("slots")?, cmdline);
     vm.memory = "64M".into();
     vm.policies.services = true;
+    vm.policies.read_only_store = ReadOnlyStore::Abort;
     Ok(vm)
 }
 

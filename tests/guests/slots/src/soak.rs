@@ -22,7 +22,7 @@ use guest_rt::rng::Rng;
 use guest_rt::trap::{Fault, class, probe, status};
 use guest_rt::{println, smp, timer};
 
-use crate::windows::{PAGE, Window, zap};
+use crate::windows::{FIRST_ALIAS, PAGE, Window, zap};
 
 /// Windows, and the pages of each.
 const WINDOWS: usize = 8;
@@ -175,7 +175,7 @@ fn update(rng: &mut Rng, index: usize, region: u64) {
     let now = Place::of(index);
     let moves = index % 2 == 1;
     let window = |place: Place| Window {
-        number: index as u64 + 1,
+        number: FIRST_ALIAS + index as u64,
         base: base(index, place.second()),
         pages: LENGTH,
         first: region + place.first(),

@@ -9,7 +9,7 @@ use guest_rt::mmu::{self, Kind, Space};
 use guest_rt::report::Report;
 use guest_rt::trap::{Fault, class, probe, status};
 
-use crate::windows::{PAGE, Window};
+use crate::windows::{FIRST_ALIAS, PAGE, Window};
 
 /// Where the windows are: writable, read-only.
 const WRITABLE: u64 = 0x10_0000_0000;
@@ -94,8 +94,8 @@ pub fn all(report: &mut Report, machine: &Machine) {
     let free = machine.free();
     let (tables, memory) = (free.start..free.start + (256 << 10), free.start + (1 << 20));
     let first = (memory - RAM) / PAGE;
-    let writable = Window { number: 1, base: WRITABLE, pages: PAGES, first, read_only: false };
-    let read_only = Window { number: 2, base: READ_ONLY, read_only: true, ..writable };
+    let writable = Window { number: FIRST_ALIAS, base: WRITABLE, pages: PAGES, first, read_only: false };
+    let read_only = Window { number: FIRST_ALIAS + 1, base: READ_ONLY, read_only: true, ..writable };
     rules(report, &writable);
     assert!(writable.set() && read_only.set(), "this machine makes no slots for its guest");
     let device = machine.number("device");
@@ -219,6 +219,7 @@ fn read_only_memory(report: &mut Report, window: &Window, memory: u64) {
 fn rules(report: &mut Report, window: &Window) {
     for (name, bad) in [
         ("the machine's own slot", Window { number: 0, ..*window }),
+        ("a slot of its files", Window { number: FIRST_ALIAS - 1, ..*window }),
         ("a number that no slot has", Window { number: 0xffff, ..*window }),
         ("over the memory", Window { base: RAM, ..*window }),
         ("behind the memory's end", Window { first: 1 << 30, ..*window }),
@@ -235,7 +236,7 @@ fn moves(report: &mut Report, window: Window, memory: u64) {
     store64(memory, PATTERN);
     assert_eq!(load64(window.base), PATTERN);
     // Still in what stage 1 maps as the read-only window: that one goes first.
-    let gone = Window { number: 2, base: READ_ONLY, ..window }.delete();
+    let gone = Window { number: FIRST_ALIAS + 1, base: READ_ONLY, ..window }.delete();
     let moved = Window { base: READ_ONLY, ..window };
     let there = gone && moved.set() && load64(moved.base) == PATTERN;
     report.check("a move shows it there", if there { Ok(()) } else { Err("it is not there") });

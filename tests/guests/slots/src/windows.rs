@@ -10,13 +10,16 @@ const ZAP: u64 = 0xc600_0001;
 /// The flag of a slot that the guest may not write through.
 const READ_ONLY: u64 = 1 << 1;
 
+/// The lowest number that such a slot may have.
+pub const FIRST_ALIAS: u64 = 16;
+
 /// Bytes of a page.
 pub const PAGE: u64 = 0x1000;
 
 /// A slot that shows `pages` pages of memory, from page `first` of it on, at `base`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
-    /// Its number, above 0.
+    /// Its number, from [`FIRST_ALIAS`].
     pub number: u64,
     /// Where it is.
     pub base: u64,

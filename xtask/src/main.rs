@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`run`] | how does a clean clone become a guest's shell? |
 //! | [`test`], [`system`], [`check`] | does everything still hold? |
+//! | [`coverage`] | how much of the core does the lab run? |
 //! | [`bench`] | what does it cost? |
 //! | [`fetch`] | where do QEMU and a guest come from? |
 //! | [`image`], [`bundle`], [`initrd`], [`cpio`], [`guests`] | what is the machine given at boot? |
@@ -12,6 +13,7 @@
 mod bench;
 mod bundle;
 mod check;
+mod coverage;
 mod cpio;
 mod fetch;
 mod guests;
@@ -46,6 +48,8 @@ enum Task {
     Test(test::Options),
     /// Count what operations cost, in instructions, deterministically; with `--peer kvm` against KVM
     Bench(bench::Options),
+    /// Count the lines of the core that the lab reaches
+    Coverage(coverage::Options),
     /// Format, clippy, dependency arrows and the house's own rules
     Check,
     /// Fetch QEMU and a guest's files now, to be without network later
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Task::Run(options) => run::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Coverage(options) => coverage::run(&options),
         Task::Check => check::run().map(|()| ExitCode::SUCCESS),
         Task::Fetch => fetch_now(),
         Task::Build => build(),

@@ -1,5 +1,6 @@
 //! The Rust targets and tools that a build needs, added by rustup when they are missing.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -16,7 +17,7 @@ pub const METAL_TARGET: &str = "aarch64-unknown-none-softfloat";
 /// When one is missing and rustup cannot add it: the error says what to type.
 pub fn ensure_targets(targets: &[&str]) -> Result<()> {
     let sysroot = workspace::output(Command::new("rustc").args(["--print", "sysroot"]).current_dir(workspace::root()))?;
-    let libraries = std::path::Path::new(sysroot.trim()).join("lib/rustlib");
+    let libraries = Path::new(sysroot.trim()).join("lib/rustlib");
     let missing: Vec<&str> =
         targets.iter().copied().filter(|target| !libraries.join(target).join("lib").is_dir()).collect();
     if missing.is_empty() {
@@ -48,4 +49,22 @@ pub fn ensure_component(subcommand: &str, component: &str) -> Result<()> {
 /// Whether `cargo SUBCOMMAND` answers.
 pub fn has_subcommand(subcommand: &str) -> bool {
     workspace::output(workspace::cargo().args([subcommand, "--version"])).is_ok()
+}
+
+/// The folder of the compiler's own LLVM tools; rustup adds them when they are missing.
+///
+/// # Errors
+/// As [`ensure_targets`].
+pub fn llvm_tools() -> Result<PathBuf> {
+    let ask = |what: &[&str]| workspace::output(Command::new("rustc").args(what).current_dir(workspace::root()));
+    let version = ask(&["--version", "--verbose"])?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc does not name its host")?;
+    let folder = Path::new(ask(&["--print", "sysroot"])?.trim()).join("lib/rustlib").join(host).join("bin");
+    if !folder.join("llvm-cov").is_file() {
+        let _step = Step::start("adding llvm-tools");
+        let mut rustup = Command::new("rustup");
+        rustup.args(["component", "add", "llvm-tools"]).current_dir(workspace::root());
+        workspace::output(&mut rustup).context("install it by hand: rustup component add llvm-tools")?;
+    }
+    Ok(folder)
 }

@@ -39,7 +39,7 @@ impl Host {
         self.settle();
         let mut reached = BTreeSet::new();
         for handle in family {
-            self.on(*handle, |object, _| object.reached(&self.machine, &mut |pfn| reached.extend([pfn])));
+            self.on(*handle, |object, _| object.visit_frames(&self.machine, &mut |pfn| reached.extend([pfn])));
         }
         assert_eq!(self.pool.total_frames() - self.pool.free_frames(), reached.len() as u64);
     }

@@ -302,6 +302,27 @@ fn the_log_and_the_difference_name_the_same_pages() {
     }
 }
 
+/// Z-G2: what the difference must not miss.
+#[test]
+fn a_difference_that_misses_a_page_is_noticed() {
+    let host = host(8192);
+    let (parent, object) = with_memory(&host, Policy::Blocks);
+    store(&parent, gpa(5), 1);
+    let child = parent.fork(CPU).unwrap();
+    store(&child, gpa(5), 2);
+    let copy = child_object(&child);
+    let differing = || {
+        let pin = host.epoch.pin(CPU);
+        let get = |handle| host.objects.get(&pin, handle).unwrap();
+        get(copy).differences(&host.machine, get(object), 0).unwrap().collect::<Vec<_>>()
+    };
+    assert_eq!(differing(), [(5, 1)]);
+    entresol_sync::zoo::plant(&[entresol_sync::zoo::Bug::ZG2]);
+    let planted = differing();
+    entresol_sync::zoo::plant(&[]);
+    assert_eq!(planted, [], "the bug is there, so a test that compares would fail");
+}
+
 fn child_object(vm: &TestVm<'_>) -> ObjectHandle {
     let pin = vm.host().epoch.pin(CPU);
     ObjectHandle::from_raw(vm.slots().iter(&pin).next().unwrap().object.get())

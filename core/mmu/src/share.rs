@@ -34,8 +34,8 @@ use entresol_backing::{Grant, GrantError, Object, ObjectHandle};
 use entresol_fault::{Access, Cause, Fault};
 use entresol_machine::Machine;
 use entresol_slot::{Hint, ObjectId, SlotRef};
+use entresol_sync::Pin;
 use entresol_sync::atomic::{Ordering, fence};
-use entresol_sync::{Pin, planted};
 use entresol_table::{Format, MapError, Reserve};
 
 use crate::mapping::{Mapping, choose};
@@ -197,7 +197,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     fn holds(&self, pin: &Pin<'_>, object: &Object, published: &Published) -> bool {
         fence(Ordering::SeqCst);
         let Published { gfn, frame, grant } = published;
-        let holds = planted!(ZG3) || object.is_still(&self.host.supply(pin.cpu()), *frame, grant);
+        let holds = object.is_still(&self.host.supply(pin.cpu()), *frame, grant);
         if !holds {
             self.unmap_pinned(GfnRange::block(*gfn, PageSize::Size4K));
         }

@@ -118,13 +118,14 @@ impl Detached {
         let gfn = Gfn::new(self.next);
         let root_level = table.geometry().root_level();
         let mut level = root_level;
-        let mut path = [Pfn::new(0); LEAF_LEVEL as usize + 1];
         let mut word = word_of(self.root, gfn.get() >> shift(level));
+        // For each table on the way: its frame, and the word that points to it.
+        let mut path = [(Pfn::new(0), word); LEAF_LEVEL as usize + 1];
         let entry = loop {
             match table.format().decode(machine.load(word), level) {
                 Entry::Table(below) => {
                     level += 1;
-                    path[level as usize] = below;
+                    path[level as usize] = (below, word);
                     word = Word::new(below, index(gfn, level));
                     if level == LEAF_LEVEL {
                         count_leaves(machine, table, below, gone);
@@ -141,7 +142,9 @@ impl Detached {
         let done = if level == LEAF_LEVEL { LEAF_LEVEL - 1 } else { level };
         let next = ((gfn.get() >> shift(done)) + 1) << shift(done);
         while level > root_level && (level == LEAF_LEVEL || index(Gfn::new(next), level) == 0) {
-            free(path[level as usize]);
+            let (frame, word) = path[level as usize];
+            machine.store(word, VACANT);
+            free(frame);
             gone.tables += 1;
             level -= 1;
         }

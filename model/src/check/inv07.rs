@@ -55,17 +55,15 @@ pub struct Account {
     pub free: u64,
     /// Those in second-stage tables, roots included.
     pub tables: u64,
-    /// Those behind objects.
-    pub resident: u64,
-    /// Those of objects' trees.
-    pub nodes: u64,
+    /// Those behind objects and in their trees, what relatives share once.
+    pub objects: u64,
     /// Those of dirty logs.
     pub logs: u64,
 }
 
 /// The schedule has ended, nothing waits for a grace period.
 pub fn balance(account: &Account) -> Option<String> {
-    let used = account.tables + account.resident + account.nodes + account.logs;
+    let used = account.tables + account.objects + account.logs;
     let missing = account.total as i64 - account.free as i64 - used as i64;
     (missing != 0).then(|| format!("{missing} frames are neither free nor used: {account:?}"))
 }

@@ -119,6 +119,14 @@ impl Oracle {
         }
     }
 
+    /// Object `to` reads as object `from` does, and has gone its own way since.
+    pub fn fork(&mut self, from: usize, to: usize) {
+        let copies: Vec<_> = self.cells.iter().filter(|(place, _)| place.object == from).collect();
+        let copies: Vec<_> =
+            copies.into_iter().map(|(place, cell)| (Place { object: to, ..*place }, cell.clone())).collect();
+        self.cells.extend(copies);
+    }
+
     /// `count` frames were unmapped, and cleaned on the way: both kinds of access agree on them from now on.
     pub fn cleaned(&mut self, object: usize, frame: u64, count: u64) {
         let inside = |place: &Place| place.object == object && place.frame.wrapping_sub(frame) < count;

@@ -2,7 +2,7 @@
 
 use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageSize};
 use entresol_machine::model::Modelled;
-use entresol_mmu::VmVmid;
+use entresol_mmu::{Outcome, VmVmid};
 use entresol_slot::{ObjectId, SlotFlags, SlotRequest, Update};
 use entresol_table::{Permissions, Reserve, Retired, Straddle};
 
@@ -28,6 +28,8 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         }
         Step::Range { vm, range, what } => ranged(stage, actor, *vm, *range, *what),
         Step::End => end(stage, actor),
+        Step::Unshare { vm, gpa } => unshare(stage, cpu, *vm, *gpa),
+        Step::Fork { .. } => unreachable!("the stage forks, in its setup"),
         Step::Object { object, frame, count, punch } => content(stage, cpu, *object, *frame, *count, *punch),
         Step::Slot { vm, id, what } => slot(stage, cpu, *vm, *id, *what),
         Step::Log { vm, id, what, to } => stage.result(to, dirty::log(stage, cpu, *vm, *id, *what)),
@@ -169,6 +171,13 @@ fn retire(stage: &Stage<'_>, vm: usize, retired: Retired) {
     let machine: &Modelled<Hardware> = &stage.host.machine;
     let defer = |frame| stage.host.pool.defer(frame, entresol_backing::Order::PAGE);
     retired.drain(machine, stage.vms[vm].table().format(), defer);
+}
+
+fn unshare(stage: &Stage<'_>, cpu: usize, vm: usize, gpa: Gpa) {
+    lab::with(|lab| lab.log(None, || format!("owner breaks the sharing of {gpa:#x}")));
+    let outcome = stage.vms[vm].unshare(cpu, gpa);
+    refused(outcome != Outcome::Retry);
+    unmapped(vm, GfnRange::single(gpa.frame()));
 }
 
 fn end(stage: &Stage<'_>, actor: &mut Actor) {

@@ -11,6 +11,7 @@ use entresol_mmu::{CoalescedRing, Host, Invalidation, Options, Vm};
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
 
+use super::record::SlotRecord;
 use super::vcpu::{self, Attempt};
 use super::{owner, posted};
 use crate::check::inv07::{self, Account};
@@ -94,7 +95,7 @@ pub fn host(scenario: &Scenario) -> LabHost {
     let first = Pfn::new(FIRST);
     let pool = FramePool::new(first, meta, scenario.cpus.len()).expect("the host has a heap");
     pool.add(PfnRange::new(first, frames).expect("a small number")).expect("an empty pool");
-    let objects = Objects::with_capacity(scenario.objects.len() + 1).expect("the host has a heap");
+    let objects = Objects::with_capacity(scenario.objects.len() + 2).expect("the host has a heap");
     Host::new(Modelled(Hardware), pool, objects).expect("the host has a heap")
 }
 
@@ -124,11 +125,50 @@ impl<'h> Stage<'h> {
         });
         let kinds = scenario.objects.iter().map(kind).collect();
         let (policy, registers) = (scenario.policy, RefCell::default());
-        let stage = Self { host, vms: vms.collect(), objects, kinds, policy, ring: Mutex::default(), registers };
+        let mut stage = Self { host, vms: vms.collect(), objects, kinds, policy, ring: Mutex::default(), registers };
         let mut actor = Actor::new(0);
-        scenario.setup.iter().for_each(|step| stage.run(&mut actor, step));
+        for step in &scenario.setup {
+            match step {
+                Step::Fork { vm, child, object } => {
+                    // The lab believes that a running CPU may still reach what hangs from no root any more.
+                    stage.leave(&mut actor);
+                    stage.fork(*vm, *child, *object);
+                }
+                step => stage.run(&mut actor, step),
+            }
+        }
         stage.leave(&mut actor);
         stage
+    }
+
+    /// Makes `child`, which has no slot, a fork of `vm`, whose slots show one object; the copy gets number `object`.
+    ///
+    /// # Panics
+    ///
+    /// If the scenario's pool is too small for it.
+    fn fork(&mut self, vm: usize, child: usize, object: usize) {
+        let host = self.host;
+        let forked = self.vms[vm].fork(0).expect("frames for the scenario's fork");
+        // The lab follows entries in every table that is one still, whether a root leads to it or not.
+        assert!(self.vms[vm].reclaim(0, u64::MAX), "nobody is pinned");
+        let handle = {
+            let pin = host.epoch.pin(0);
+            forked.slots().iter(&pin).next().map(|slot| ObjectHandle::from_raw(slot.object.get()))
+        };
+        let unused = std::mem::replace(&mut self.objects[object], handle.expect("the parent has a slot"));
+        host.objects.destroy(&host.supply(0), &host.epoch, unused).expect("nothing shows it yet");
+        lab::with(|lab| {
+            lab.world.tables.uproot(child);
+            lab.world.add_root(child, forked.table().geometry().root_level(), forked.table().root());
+            let slots: Vec<_> = lab.records.of(vm).cloned().collect();
+            for slot in slots {
+                lab.oracle.fork(slot.object, object);
+                let (id, at) = (slot.id, slot.range.start());
+                lab.records.begin_create(SlotRecord { vm: child, object, ..slot });
+                lab.records.end(child, id, Some(at), lab.world.now());
+            }
+        });
+        std::mem::replace(&mut self.vms[child], forked).destroy(0);
     }
 
     /// Runs the script of one CPU.
@@ -206,17 +246,20 @@ impl<'h> Stage<'h> {
     /// All scripts have ended: frames that waited become free, and everything is accounted for (INV-7).
     pub fn balance(&self) {
         let pool = &self.host.pool;
+        while self.host.supply(0).reclaim(usize::MAX) != 0 {}
         while pool.deferred_frames() != 0 && pool.reap(&self.host.epoch, 0, usize::MAX) != 0 {}
         let root = |vm: &LabVm<'_>| vm.table().root().count().next_power_of_two();
         let tables = self.vms.iter().map(|vm| vm.census().tables + root(vm)).sum();
         let pin = self.host.epoch.pin(0);
         let live: Vec<_> = self.objects.iter().filter_map(|handle| self.host.objects.get(&pin, *handle)).collect();
+        // What relatives share is there once.
+        let mut frames = std::collections::BTreeSet::new();
+        live.iter().for_each(|object| object.visit_frames(&self.host.machine, &mut |pfn| frames.extend([pfn.get()])));
         let account = Account {
             total: pool.total_frames(),
             free: pool.free_frames(),
             tables,
-            resident: live.iter().map(|object| object.resident_frames()).sum(),
-            nodes: live.iter().map(|object| object.node_frames()).sum(),
+            objects: frames.len() as u64,
             logs: self.vms.iter().map(|vm| vm.log_frames(&pin)).sum(),
         };
         lab::with(|lab| lab.found(Check::Inv7, inv07::balance(&account)));

@@ -221,6 +221,9 @@ impl Scenario {
         let mut setup = written.slot.iter().map(|slot| create(slot, names)).collect::<Result<Vec<_>, _>>()?;
         setup.extend(steps(&written.setup)?);
         let cpus = written.cpu.iter().map(|cpu| steps(&cpu.steps)).collect::<Result<Vec<_>, _>>()?;
+        if cpus.iter().flatten().any(|step: &Step| matches!(step, Step::Fork { .. })) {
+            return Err(field("cpu", "fork", "must stand in setup"));
+        }
         let conditions =
             |texts: &[String]| texts.iter().map(|text| Condition::parse(text)).collect::<Result<Vec<_>, _>>();
         let bound = match written.bound {

@@ -8,7 +8,7 @@ use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
 use crate::guest::operation::{For, Line, Operation};
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 39] = [
+pub const VERBS: [(&str, &str); 41] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -30,6 +30,8 @@ pub const VERBS: [(&str, &str); 39] = [
     ("end", "invalidate_range_end of the CPU's last start"),
     ("punch OBJECT FRAME COUNT", "the owner makes frames of an object vacant"),
     ("populate OBJECT FRAME COUNT", "the owner makes frames of an object present"),
+    ("fork VM OBJECT", "in setup: VM, which has no slot, becomes a fork, and OBJECT its memory"),
+    ("unshare GPA", "the owner breaks the sharing of the page through the notifier"),
     ("slot ID GPA PAGES OBJECT OFFSET [ro]", "the owner creates a slot"),
     ("delete ID", "the owner deletes a slot"),
     ("move ID GPA", "the owner moves a slot"),
@@ -114,6 +116,22 @@ pub enum Step {
     },
     /// `invalidate_range_end`.
     End,
+    /// A virtual machine becomes a fork of another.
+    Fork {
+        /// The parent.
+        vm: usize,
+        /// The child.
+        child: usize,
+        /// The child's memory.
+        object: usize,
+    },
+    /// The notifier's way to a page of one's own.
+    Unshare {
+        /// Whose.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+    },
     /// Something about frames of an object.
     Object {
         /// Which object.
@@ -314,6 +332,12 @@ impl<'a> Words<'a> {
         range.ok_or_else(|| self.error(format!("PAGES {pages} must be at least 1 and not wrap")))
     }
 
+    fn vm(&mut self) -> Result<usize, StepError> {
+        let name = self.word("VM")?;
+        let known = self.names.vms.iter().position(|vm| vm == name);
+        known.ok_or_else(|| self.error(format!("VM {name:?} must be the name of a virtual machine")))
+    }
+
     fn object(&mut self) -> Result<usize, StepError> {
         let name = self.word("OBJECT")?;
         let known = self.names.objects.iter().position(|object| object == name);
@@ -424,6 +448,8 @@ impl Step {
             "split" => page(RangeVerb::Split, words),
             "merge" => page(RangeVerb::Merge, words),
             "end" => Ok(Self::End),
+            "fork" => Ok(Self::Fork { vm, child: words.vm()?, object: words.object()? }),
+            "unshare" => Ok(Self::Unshare { vm, gpa: words.gpa()? }),
             "punch" | "populate" => {
                 let (object, frame, count) = (words.object()?, words.number("FRAME")?, words.number("COUNT")?);
                 Ok(Self::Object { object, frame, count, punch: verb == "punch" })
@@ -518,6 +544,7 @@ mod tests {
             ("VALUE", "7"),
             ("PAGES", "2"),
             ("ID", "1"),
+            ("VM", "b"),
             ("OBJECT", "ram"),
             ("FRAME", "3"),
             ("COUNT", "1"),

@@ -174,9 +174,12 @@ impl Object {
         matches!(self.kind(), Kind::Anonymous(_)) && self.tree.is_forked()
     }
 
-    #[cfg(test)]
-    pub(crate) fn reached<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {
-        self.tree.reached(machine, visit);
+    /// Calls `visit` with every frame of memory and of nodes that an anonymous object reaches, for audits: what relatives
+    /// share is reached by each. Nobody changes the object meanwhile.
+    pub fn visit_frames<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {
+        if let Kind::Anonymous(_) = self.kind() {
+            self.tree.visit_frames(machine, visit);
+        }
     }
 
     /// The parts, from frame `from` on, in which this object has other frames than `base`, by walking only what they do

@@ -4,11 +4,12 @@
 //! being made and no earlier grant is being written; the caller takes writable translations away; `adopt`; `thaw`. The
 //! content is that of the moment in which the last translation was gone.
 
-use entresol_machine::Machine;
+use entresol_addr::Pfn;
+use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 
 use super::entry::{self, COPYING, FROZEN, SHARED};
-use super::{Entry, Tree};
+use super::{BLOCK_FRAMES, Entry, Tree};
 use crate::{Order, Supply};
 
 /// The tree is frozen already.
@@ -58,26 +59,25 @@ impl Tree {
     }
 
     /// Every frame that the tree reaches, nodes included, once for each way to it.
-    #[cfg(test)]
-    pub(crate) fn reached<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {
-        fn word<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(entresol_addr::Pfn)) {
-            match Entry::decode(raw) {
-                Entry::Vacant | Entry::Filling => {}
-                Entry::Page(pfn) => visit(pfn),
-                Entry::Block(pfn) => (0..super::BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index))),
-                Entry::Node(node) => {
-                    visit(node);
-                    for index in 0..entresol_machine::Word::PER_FRAME {
-                        word(machine, machine.load(entresol_machine::Word::new(node, index)), visit);
-                    }
-                }
-            }
-        }
-        word(machine, self.root.load(Ordering::Acquire), visit);
+    pub(crate) fn visit_frames<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(Pfn)) {
+        visit_below(machine, self.root.load(Ordering::Acquire), visit);
     }
 
     /// Whether nothing was ever put into it.
     pub(crate) fn is_untouched(&self) -> bool {
         !self.forked.load(Ordering::Relaxed) && self.resident() == 0 && self.nodes() == 1
+    }
+}
+
+/// At most four nodes deep.
+fn visit_below<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(Pfn)) {
+    match Entry::decode(raw) {
+        Entry::Vacant | Entry::Filling => {}
+        Entry::Page(pfn) => visit(pfn),
+        Entry::Block(pfn) => (0..BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index))),
+        Entry::Node(node) => {
+            visit(node);
+            (0..Word::PER_FRAME).for_each(|index| visit_below(machine, machine.load(Word::new(node, index)), visit));
+        }
     }
 }

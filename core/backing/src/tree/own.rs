@@ -105,7 +105,7 @@ impl Tree {
     pub(super) fn own_root<M: Machine>(&self, supply: &Supply<'_, M>) -> Result<Pfn, GrantError> {
         let raw = self.root.load(Ordering::Acquire);
         let root = entry::frame(raw);
-        if raw & SHARED == 0 {
+        if raw & SHARED == 0 || planted!(ZG1) {
             return Ok(root);
         }
         if raw & FROZEN != 0 {

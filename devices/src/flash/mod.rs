@@ -13,7 +13,7 @@
 //!
 //! Invariants: the cells change only while they are hidden, and by a chip's own program and erase operations alone (INV-13): so
 //! no translation of a guest's reaches bytes that change, and what maps them anew makes them visible (INV-1). Programming
-//! only clears bits; only erasing sets them. One store erases at most two blocks of 256 KiB, and allocates nothing.
+//! only clears bits; only erasing sets them. One store erases at most one block, of 256 KiB, and allocates nothing.
 //!
 //! Lock order: the flash's lock, then the backing's.
 //!
@@ -73,8 +73,9 @@ pub trait Backing: Send + Sync {
     /// [`BackingError`], out of memory for one; nothing changed.
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), BackingError>;
 
-    /// From now on the guest reads the bytes as memory.
-    fn show(&self);
+    /// From now on the guest reads the bytes as memory. False if it cannot: then its loads go on to come to the flash, which
+    /// asks again after the next store.
+    fn show(&self) -> bool;
 
     /// When this returns no access of the guest reaches the bytes.
     fn hide(&self);
@@ -202,10 +203,13 @@ impl State {
 
     /// Shows or hides the backing as the chips' mode says.
     fn follow(&mut self, backing: &impl Backing) {
-        let shown = self.chip.mode() == Mode::Array;
-        if shown != self.shown {
-            self.shown = shown;
-            if shown { backing.show() } else { backing.hide() }
+        match (self.chip.mode() == Mode::Array, self.shown) {
+            (true, false) => self.shown = backing.show(),
+            (false, true) => {
+                backing.hide();
+                self.shown = false;
+            }
+            (true, true) | (false, false) => {}
         }
     }
 

@@ -10,6 +10,8 @@ use super::*;
 struct Cells {
     bytes: Mutex<Vec<u8>>,
     shown: Mutex<Vec<bool>>,
+    /// Whether there is room to show them.
+    may_show: Mutex<bool>,
     /// Writes that succeed before all fail.
     memory: Mutex<usize>,
 }
@@ -17,7 +19,7 @@ struct Cells {
 impl Cells {
     fn new(bytes: Vec<u8>) -> Arc<Self> {
         let (shown, memory) = (Mutex::new(vec![true]), Mutex::new(usize::MAX));
-        Arc::new(Self { bytes: Mutex::new(bytes), shown, memory })
+        Arc::new(Self { bytes: Mutex::new(bytes), shown, may_show: Mutex::new(true), memory })
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -53,8 +55,12 @@ impl Backing for Arc<Cells> {
         Ok(())
     }
 
-    fn show(&self) {
-        self.changed(true);
+    fn show(&self) -> bool {
+        let may = *self.may_show.lock();
+        if may {
+            self.changed(true);
+        }
+        may
     }
 
     fn hide(&self) {
@@ -262,6 +268,19 @@ fn a_backing_without_memory_is_an_error_of_the_operation() {
     *cells.memory.lock() = usize::MAX;
     both(&flash, 0, 0x50);
     assert_eq!(buffered(&flash, 0, &[0, 0]), 0x80);
+}
+
+#[test]
+fn what_cannot_be_shown_is_still_read_and_shown_later() {
+    let (flash, cells) = bank();
+    both(&flash, 0, 0x70);
+    *cells.may_show.lock() = false;
+    both(&flash, 0, 0xff);
+    assert!(!cells.is_shown());
+    assert_eq!(flash.read(8, 8), u64::from_le_bytes(cells.bytes()[8..16].try_into().unwrap()));
+    *cells.may_show.lock() = true;
+    both(&flash, 0, 0xff);
+    assert!(cells.is_shown());
 }
 
 #[test]

@@ -221,7 +221,7 @@ impl Vm {
         if let Some((flash, offset)) = self.devices.flash_at(gpa.get()) {
             return if self.note(None, flash.write(offset, size, value)) { Claim::Look } else { Claim::Done };
         }
-        if self.is_memory(gpa) {
+        if self.is_read_only(gpa) {
             return match self.config.policies.read_only_store {
                 ReadOnlyStore::Ignore => Claim::Done,
                 ReadOnlyStore::Abort => Claim::Abort,
@@ -246,7 +246,7 @@ impl Vm {
         if claimed || self.devices.flash_at(address).is_some() {
             return true;
         }
-        if self.is_memory(gpa) {
+        if self.is_read_only(gpa) {
             return policies.read_only_store == ReadOnlyStore::Ignore;
         }
         let answers = policies.unclaimed_mmio == UnclaimedMmio::ReadAsZero;

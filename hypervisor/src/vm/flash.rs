@@ -8,7 +8,8 @@
 //! for every CPU that may have found it and flushes its translations, so bytes change only where nobody maps them; the fault
 //! that maps them again cleans them first (INV-1), and makes new instructions of them (INV-6).
 //!
-//! Invariants: the slot is there exactly while the flash says that it is shown; only the flash, under its lock, updates it.
+//! Invariants: the slot is there exactly while the flash says that it is shown; only the flash, under its lock, updates it. An owner
+//! who puts an alias in its place while it is away keeps it away.
 //!
 //! Lock order: the flash's lock → slots → objects.
 
@@ -19,7 +20,7 @@ use entresol_backing::{AccessError, CreateError, ObjectHandle, Policy, Spec};
 use entresol_devices::flash::{Backing, BackingError};
 use entresol_loader::virt;
 use entresol_metal_arm64::cpu;
-use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
+use entresol_slot::{ObjectId, SlotError, SlotFlags, SlotRequest};
 
 use super::lines::Link;
 use super::slots;
@@ -108,12 +109,9 @@ impl Window {
         Self { memory, link }
     }
 
-    fn set(&self, request: SlotRequest) {
-        // A virtual machine that is gone shows nothing.
-        if let Some(vm) = self.link.vm() {
-            let done = vm.memory.set_slot(cpu::index(), &request);
-            done.expect("the slot, its place and its object are the flash's own");
-        }
+    /// A virtual machine that is gone shows nothing.
+    fn set(&self, request: &SlotRequest) -> Result<(), SlotError> {
+        self.link.vm().map_or(Ok(()), |vm| vm.memory.set_slot(cpu::index(), request))
     }
 }
 
@@ -130,11 +128,13 @@ impl Backing for Window {
         self.memory.store(offset, from).map_err(|_| BackingError)
     }
 
-    fn show(&self) {
-        self.set(self.memory.slot());
+    /// Not while the owner has put another slot in its place.
+    fn show(&self) -> bool {
+        self.set(&self.memory.slot()).is_ok()
     }
 
     fn hide(&self) {
-        self.set(SlotRequest { size: 0, ..self.memory.slot() });
+        let gone = self.set(&SlotRequest { size: 0, ..self.memory.slot() });
+        gone.expect("a slot that is shown is there, and nobody else has its number");
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use entresol_wire::config::{LargestEntry, UnclaimedMmio, WrittenVm};
+use entresol_wire::config::{LargestEntry, UnclaimedMmio, WrittenRom, WrittenVm};
 use entresol_wire::control::{State, Stats};
 
 use super::Context;
@@ -179,10 +179,14 @@ pub fn hostile_guests_harm_nobody(context: &Context) -> Result<()> {
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
     let mut vms = vec![linux("good", &context.guest.kernel()?, &initrd)];
     let hostile = guests::flat("hostile")?;
+    let flash = builder.file("flash.img", &vec![0xff; 512 << 10])?.to_string_lossy().into_owned();
     let names = SEEDS.map(|seed| format!("seed-{seed}"));
     for (name, seed) in names.iter().zip(SEEDS) {
         let mut vm = program(name, &hostile, &format!("seed={seed}"));
         vm.vcpus = Some(2);
+        // One copy of the ROM for all three, and a flash for each.
+        vm.roms.push(WrittenRom { file: flash.clone(), at: 0 });
+        vm.flash = Some(flash.clone());
         vms.push(vm);
     }
     let mut machine = builder.boot(vms)?;

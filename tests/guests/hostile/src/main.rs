@@ -13,6 +13,7 @@
 
 mod branches;
 mod calls;
+mod flash;
 mod interrupts;
 mod outside;
 mod registers;
@@ -40,7 +41,7 @@ const SCRATCH: u64 = 2 << 20;
 /// One kind of attack: one operation.
 type Attack = fn(&mut Attacker);
 
-const ATTACKS: [(&str, Attack); 7] = [
+const ATTACKS: [(&str, Attack); 8] = [
     ("outside", outside::attack),
     ("registers", registers::attack),
     ("calls", calls::attack),
@@ -48,6 +49,7 @@ const ATTACKS: [(&str, Attack); 7] = [
     ("interrupts", interrupts::attack),
     ("virtio", virtio::attack),
     ("branches", branches::attack),
+    ("flash", flash::attack),
 ];
 
 static SEED: AtomicU64 = AtomicU64::new(1);

@@ -17,8 +17,10 @@
 //! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
 //! Lock order: fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
 //!
-//! Known holes: the MMIO cache and page-frame caches are not here yet. An access that was found to lie
-//! outside every slot is emulated after the pin ends; a slot made in between is met by the next access only (INV-9).
+//! An access that lies outside every slot leaves the pin with that answer: whoever emulates it looks again in the pin in which it
+//! answers, and has the guest try again if a slot is there by then (INV-9).
+//!
+//! Known holes: the MMIO cache and page-frame caches are not here yet.
 #![no_std]
 #![forbid(unsafe_code)]
 

@@ -241,6 +241,8 @@ fn move_each(vcpu: &VcpuRef, state: &mut State, span: &Span, transfer: &Transfer
             Claim::Done => {}
             Claim::Look => look = true,
             Claim::Abort => return Err(Stop::Abort { address, status: Status::External }),
+            // Devices fill whole pages: where one register finds none, the other has done nothing either.
+            Claim::Again => return Err(Stop::Again),
         }
     }
     for (register, value) in registers.into_iter().flatten().zip(loaded).filter(|_| transfer.load) {
@@ -372,7 +374,8 @@ impl Span {
             return Ok(());
         }
         let alone = |piece: &Piece| u16::from(piece.size) == self.part.length;
-        let refused = |piece: &Piece| !self.page(piece).is_memory() && !vcpu.vm.answers(self.gpa(piece));
+        let refused =
+            |piece: &Piece| !self.page(piece).is_memory() && !vcpu.vm.answers(self.gpa(piece), self.part.write);
         self.pieces().find(|piece| !alone(piece) && refused(piece)).map_or(Ok(()), |piece| Err(abort(&piece)))
     }
 
@@ -383,7 +386,7 @@ impl Span {
         if mixed {
             self.copy(vcpu, state, bytes.as_deref_mut())?;
         }
-        let mut look = false;
+        let (mut look, mut begun) = (false, false);
         for piece in self.pieces() {
             if self.page(&piece).is_memory() {
                 continue;
@@ -395,6 +398,9 @@ impl Span {
             } else {
                 vcpu.vm.device_read(vcpu, state, gpa, size)
             };
+            // What has begun before there was memory ends without it, and is not done twice.
+            let claim = if claim == Claim::Again && begun { vcpu.vm.nobody(self.part.write) } else { claim };
+            begun = true;
             match claim {
                 Claim::Value(value) => {
                     if let Some(bytes) = bytes.as_deref_mut() {
@@ -404,6 +410,7 @@ impl Span {
                 Claim::Done => {}
                 Claim::Look => look = true,
                 Claim::Abort => return Err(abort(&piece)),
+                Claim::Again => return Err(Stop::Again),
             }
         }
         Ok(look)

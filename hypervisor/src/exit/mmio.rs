@@ -49,6 +49,7 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
             memory::inject(vcpu, state, fault, far, Abort::External);
             Next::Again
         }
+        Claim::Again => Next::Look,
     }
 }
 

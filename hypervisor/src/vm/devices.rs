@@ -21,6 +21,8 @@ use entresol_devices::virtio::console::Console as VirtioConsole;
 use entresol_devices::virtio::entropy::EntropySource;
 use entresol_devices::virtio::{self, VirtioMmio, empty::EmptySlot};
 use entresol_loader::virt;
+use entresol_metal_arm64::cpu;
+use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicU32, Ordering};
 use entresol_wire::config::{ReadOnlyStore, UnclaimedMmio};
 
@@ -32,6 +34,7 @@ use crate::clock::{self, WallClock};
 use crate::console::Terminal;
 use crate::entropy::MachineEntropy;
 use crate::exit::interrupts;
+use crate::host;
 use crate::sched::VcpuRef;
 use crate::vcpu::State;
 
@@ -49,6 +52,8 @@ pub enum Claim {
     Look,
     /// Nobody is there, and the owner wants the guest to know.
     Abort,
+    /// Memory is there by now: the guest tries again.
+    Again,
 }
 
 type SerialPort = Pl011<Arc<Terminal>, Line>;
@@ -180,19 +185,31 @@ impl Vm {
             interrupts::kick(vcpu, kick);
             return Claim::Value(value);
         }
-        self.read_elsewhere(address, size)
+        self.read_elsewhere(gpa, size)
     }
 
-    /// A load from the flash while it does not read as memory, or from nothing.
+    /// A load from the flash while it does not read as memory, or from nothing. That nothing is there is looked at and
+    /// answered in one pin, which a slot update that is under way waits for (INV-9).
     #[cold]
-    fn read_elsewhere(&self, address: u64, size: u8) -> Claim {
-        if let Some((flash, offset)) = self.devices.flash_at(address) {
+    fn read_elsewhere(&self, gpa: Gpa, size: u8) -> Claim {
+        if let Some((flash, offset)) = self.devices.flash_at(gpa.get()) {
             return Claim::Value(flash.read(offset, size));
         }
+        let pin = host::get().epoch.pin(cpu::index());
+        if self.memory.slots().find(&pin, gpa.frame(), &Hint::new()).is_some() {
+            return Claim::Again;
+        }
+        self.nobody(false)
+    }
+
+    /// A load or store where nobody is, as the owner's policy has it.
+    #[cold]
+    pub fn nobody(&self, write: bool) -> Claim {
         self.unclaimed.bump();
-        match self.config.policies.unclaimed_mmio {
-            UnclaimedMmio::Abort => Claim::Abort,
-            UnclaimedMmio::ReadAsZero => Claim::Value(0),
+        match (self.config.policies.unclaimed_mmio, write) {
+            (UnclaimedMmio::Abort, _) => Claim::Abort,
+            (UnclaimedMmio::ReadAsZero, false) => Claim::Value(0),
+            (UnclaimedMmio::ReadAsZero, true) => Claim::Done,
         }
     }
 
@@ -215,22 +232,20 @@ impl Vm {
         self.write_elsewhere(gpa, size, value)
     }
 
-    /// A store to the flash, to read-only memory, or to nothing.
+    /// A store to the flash, to read-only memory, or to nothing; looked at and answered in one pin.
     #[cold]
     fn write_elsewhere(&self, gpa: Gpa, size: u8, value: u64) -> Claim {
         if let Some((flash, offset)) = self.devices.flash_at(gpa.get()) {
             return if self.note(None, flash.write(offset, size, value)) { Claim::Look } else { Claim::Done };
         }
-        if self.is_read_only(gpa) {
-            return match self.config.policies.read_only_store {
+        let pin = host::get().epoch.pin(cpu::index());
+        match self.memory.slots().find(&pin, gpa.frame(), &Hint::new()) {
+            Some(slot) if slot.is_read_only() => match self.config.policies.read_only_store {
                 ReadOnlyStore::Ignore => Claim::Done,
                 ReadOnlyStore::Abort => Claim::Abort,
-            };
-        }
-        self.unclaimed.bump();
-        match self.config.policies.unclaimed_mmio {
-            UnclaimedMmio::Abort => Claim::Abort,
-            UnclaimedMmio::ReadAsZero => Claim::Done,
+            },
+            Some(_) => Claim::Again,
+            None => self.nobody(true),
         }
     }
 
@@ -239,15 +254,16 @@ impl Vm {
         self.devices.at(page).is_some() || gic_frame(page).is_some()
     }
 
-    /// Whether an access at `gpa`, which no memory serves, will be answered; if not, that is noted.
-    pub fn answers(&self, gpa: Gpa) -> bool {
+    /// Whether a store or load at `gpa`, which no memory served, will be answered, or tried again; if not, that is noted.
+    pub fn answers(&self, gpa: Gpa, write: bool) -> bool {
         let (address, policies) = (gpa.get(), &self.config.policies);
         let claimed = self.devices.at(address).is_some() || gic_frame(address).is_some();
         if claimed || self.devices.flash_at(address).is_some() {
             return true;
         }
-        if self.is_read_only(gpa) {
-            return policies.read_only_store == ReadOnlyStore::Ignore;
+        let pin = host::get().epoch.pin(cpu::index());
+        if let Some(slot) = self.memory.slots().find(&pin, gpa.frame(), &Hint::new()) {
+            return !(write && slot.is_read_only()) || policies.read_only_store == ReadOnlyStore::Ignore;
         }
         let answers = policies.unclaimed_mmio == UnclaimedMmio::ReadAsZero;
         if !answers {

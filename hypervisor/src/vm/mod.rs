@@ -203,12 +203,6 @@ impl Vm {
         self.memory.slots().find(&pin, gpa.frame(), &Hint::new()).is_some()
     }
 
-    /// Whether the guest has memory at `gpa` that it may not write.
-    pub fn is_read_only(&self, gpa: Gpa) -> bool {
-        let pin = host::get().epoch.pin(cpu::index());
-        self.memory.slots().find(&pin, gpa.frame(), &Hint::new()).is_some_and(|slot| slot.is_read_only())
-    }
-
     /// Frames that its memory holds.
     pub fn resident_frames(&self) -> u64 {
         let host = host::get();

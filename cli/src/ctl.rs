@@ -86,6 +86,16 @@ pub enum Command {
         /// Its name
         vm: String,
     },
+    /// Make a copy of a virtual machine that goes on where it is; both run, or are paused
+    Fork {
+        /// Its name
+        vm: String,
+        /// The copy's name
+        name: String,
+        /// Make N copies, called NAME-1 to NAME-N
+        #[arg(long, value_name = "N")]
+        count: Option<u32>,
+    },
     /// Join this terminal to a virtual machine's console; Ctrl-] q leaves it
     Console {
         /// Its name
@@ -165,6 +175,9 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
         Command::Kill { vm } => done(&mut client, Op::Kill { vm: vm.into() }, &out)?,
+        Command::Fork { vm, name, count } => {
+            done(&mut client, Op::Fork { vm: vm.into(), name: name.into(), count }, &out)?
+        }
         Command::Console { vm } => return Ok(left(console::attach(&mut client, &vm)?)),
         Command::Shutdown => match done(&mut client, Op::Shutdown, &out) {
             // The machine may be gone before its answer is out.

@@ -25,3 +25,4 @@ pub mod pl011;
 pub mod pl031;
 mod primecell;
 pub mod virtio;
+pub mod vmgenid;

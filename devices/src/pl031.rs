@@ -66,6 +66,7 @@ pub struct Pl031<C, L> {
 }
 
 /// The register file. All times are the host's, in seconds.
+#[derive(Clone)]
 struct State {
     /// The counter minus the host's time.
     offset: u32,
@@ -84,6 +85,11 @@ impl<C: Clock, L: Interrupt> Pl031<C, L> {
     pub fn new(clock: C, line: L) -> Self {
         let state = State::new(clock.unix_seconds());
         Self { state: Mutex::new(state), clock, line }
+    }
+
+    /// A clock in the same state for a copy of the virtual machine. `line` is as high as this one's.
+    pub fn fork(&self, clock: C, line: L) -> Self {
+        Self { state: Mutex::new(self.state.lock().clone()), clock, line }
     }
 
     /// The host's time, in Unix seconds, at which [`Self::check`] must be called; `None` while no interrupt can come of

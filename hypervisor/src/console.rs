@@ -14,7 +14,6 @@
 //!
 //! Lock order: input → terminals → a terminal's ring → the machine's console. A guest's output takes its ring alone.
 
-use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -23,8 +22,8 @@ use alloc::vec::Vec;
 use entresol_devices::bus;
 use entresol_metal_arm64::boot::BootInfo;
 use entresol_metal_arm64::{console as machine, gic};
+use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use entresol_sync::{Mutex, Once};
 
 use crate::host_work::{self, Work};
 use crate::registry;
@@ -53,9 +52,7 @@ struct Output {
 static FOREGROUND: AtomicUsize = AtomicUsize::new(0);
 static INTID: AtomicU32 = AtomicU32::new(u32::MAX);
 /// Names and terminals, by number.
-type Terminals = Box<[(String, Arc<Terminal>)]>;
-
-static TERMINALS: Once<Terminals> = Once::new();
+static TERMINALS: Mutex<Vec<(String, Arc<Terminal>)>> = Mutex::new(Vec::new());
 static INPUT: Mutex<Input> = Mutex::new(Input { waiting: VecDeque::new(), escaped: false });
 
 struct Input {
@@ -73,12 +70,9 @@ pub fn init(info: &BootInfo, names: &[&str], foreground: usize) -> Result<(), Ou
     let mut terminals = Vec::new();
     terminals.try_reserve_exact(names.len()).map_err(|_| OutOfHeap)?;
     for (number, name) in names.iter().enumerate() {
-        let mut kept = VecDeque::new();
-        kept.try_reserve_exact(KEPT).map_err(|_| OutOfHeap)?;
-        let output = Mutex::new(Output { kept, total: 0 });
-        terminals.push((String::from(*name), Arc::new(Terminal { number, output })));
+        terminals.push((String::from(*name), Terminal::new(number)?));
     }
-    TERMINALS.call_once(|| terminals.into_boxed_slice());
+    *TERMINALS.lock() = terminals;
     FOREGROUND.store(foreground, Ordering::Relaxed);
     INTID.store(info.uart.intid, Ordering::Relaxed);
     machine::enable_rx_interrupt();
@@ -93,16 +87,46 @@ pub fn owns(intid: u32) -> bool {
     INTID.load(Ordering::Relaxed) == intid
 }
 
-fn terminals() -> &'static [(String, Arc<Terminal>)] {
-    TERMINALS.get().map_or(&[], |terminals| terminals)
-}
-
 /// The terminal of virtual machine `number`.
 pub fn terminal(number: usize) -> Option<Arc<Terminal>> {
-    terminals().get(number).map(|(_, terminal)| terminal.clone())
+    TERMINALS.lock().get(number).map(|(_, terminal)| terminal.clone())
+}
+
+/// Makes room for `more` terminals behind those that there are.
+///
+/// # Errors
+///
+/// [`OutOfHeap`].
+pub fn reserve(more: usize) -> Result<(), OutOfHeap> {
+    TERMINALS.lock().try_reserve(more).map_err(|_| OutOfHeap)
+}
+
+/// Virtual machine `terminal.number` is called `name` and has this terminal: a new one, for which there is room, or another
+/// in the place of one that has ended.
+pub fn set(name: String, terminal: Arc<Terminal>) {
+    let mut terminals = TERMINALS.lock();
+    let number = terminal.number;
+    match terminals.get_mut(number) {
+        Some(place) => *place = (name, terminal),
+        None => {
+            assert_eq!(terminals.len(), number, "numbers have no gaps");
+            terminals.push((name, terminal));
+        }
+    }
 }
 
 impl Terminal {
+    /// An empty one for virtual machine `number`.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfHeap`].
+    pub fn new(number: usize) -> Result<Arc<Self>, OutOfHeap> {
+        let mut kept = VecDeque::new();
+        kept.try_reserve_exact(KEPT).map_err(|_| OutOfHeap)?;
+        Ok(Arc::new(Self { number, output: Mutex::new(Output { kept, total: 0 }) }))
+    }
+
     /// Copies what was printed from position `from` on, as far as it is still kept, to `to`. Returns the position of the
     /// first byte copied and how many were.
     pub fn read_from(&self, from: u64, to: &mut [u8]) -> (u64, usize) {
@@ -202,13 +226,13 @@ fn offer(bytes: &[u8]) -> bool {
 
 /// A key after the escape key.
 fn obey(key: u8) {
-    let count = terminals().len();
+    let count = TERMINALS.lock().len();
     let current = FOREGROUND.load(Ordering::Relaxed);
     match key {
         b'1'..=b'9' if usize::from(key - b'1') < count => show(usize::from(key - b'1')),
         b'n' => show((current + 1) % count.max(1)),
         b'l' => {
-            for (number, (name, _)) in terminals().iter().enumerate() {
+            for (number, (name, _)) in TERMINALS.lock().iter().enumerate() {
                 let mark = if number == current { '*' } else { ' ' };
                 machine::write_fmt(format_args!("\n{mark}{} {name}", number + 1));
             }
@@ -223,7 +247,8 @@ fn obey(key: u8) {
 /// Brings virtual machine `number` to the foreground, with the end of what it printed.
 fn show(number: usize) {
     const TAIL: u64 = 2048;
-    let Some((name, terminal)) = terminals().get(number) else { return };
+    let terminals = TERMINALS.lock();
+    let Some((name, terminal)) = terminals.get(number) else { return };
     let output = terminal.output.lock();
     FOREGROUND.store(number, Ordering::Relaxed);
     machine::write_fmt(format_args!("\n[entresol: console of {name}]\n"));

@@ -22,6 +22,8 @@ pub enum Work {
     Control = 1 << 1,
     /// A virtual machine has come to its end.
     Lifecycle = 1 << 2,
+    /// A fork has left tables to take apart.
+    Reclaim = 1 << 3,
 }
 
 static PENDING: AtomicU64 = AtomicU64::new(0);
@@ -60,5 +62,8 @@ pub fn run(cpu: usize) {
     }
     if has(Work::Lifecycle) {
         registry::settle();
+    }
+    if has(Work::Reclaim) && !registry::reclaim(cpu) {
+        raise(Work::Reclaim);
     }
 }

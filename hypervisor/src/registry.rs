@@ -12,10 +12,12 @@ use alloc::vec::Vec;
 use entresol_metal_arm64::power;
 use entresol_sync::{Mutex, Once};
 use entresol_wire::bundle::{Bundle, FileIndex};
-use entresol_wire::config;
+use entresol_wire::config::{self, MAX_VMS};
 
+use crate::console::Terminal;
+use crate::host_work::{self, Work};
 use crate::vm::build::{self, Built};
-use crate::vm::{BuildError, FlashMemory, Media, OutOfHeap, Overlay, Status, Stop, Vm};
+use crate::vm::{BuildError, FlashMemory, ForkError, Hold, Media, OutOfHeap, Overlay, Status, Stop, Vm};
 use crate::{console, control, report, sched};
 
 /// A place for a virtual machine.
@@ -25,6 +27,8 @@ struct Place {
     vm: Option<Arc<Vm>>,
     /// How the one that was here ended.
     ended: Option<Status>,
+    /// It is in no configuration: when it has ended, its place and its name may become another's.
+    forked: bool,
 }
 
 impl Place {
@@ -63,7 +67,7 @@ pub fn init(bundle: Bundle<'static>) -> Result<(), (String, BuildError)> {
         let media = media(config, bundle).map_err(named)?;
         let terminal = console::terminal(number).ok_or_else(|| named(OutOfHeap.into()))?;
         let new = build::build(config, bundle, &terminal, &media).map_err(named)?;
-        let place = Place { config: config.clone(), media, vm: Some(new.vm.clone()), ended: None };
+        let place = Place { config: config.clone(), media, vm: Some(new.vm.clone()), ended: None, forked: false };
         built.push((place, new));
     }
     let mut places = PLACES.lock();
@@ -89,6 +93,121 @@ fn media(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Result<Med
     }
     let flash = config.flash.map(|file| FlashMemory::new(image(file))).transpose()?;
     Ok(Media { disks, flash })
+}
+
+/// Forks virtual machine `number`, once for each of `names`: all of them, or none.
+///
+/// # Errors
+///
+/// [`ForkRefusal`]; nothing changed.
+pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
+    let ended = || ForkRefusal::Status(status(number).unwrap_or(Status::Stopped(Stop::Killed)));
+    let parent = find(number).ok_or_else(ended)?;
+    let numbers = places_for(names)?;
+    PLACES.lock().try_reserve(names.len()).map_err(|_| OutOfHeap)?;
+    console::reserve(names.len())?;
+    let held = parent.hold();
+    let status = parent.status();
+    if !matches!(status, Status::Running | Status::Paused(_)) {
+        return Err(ForkRefusal::Status(status));
+    }
+    let mut children = Vec::new();
+    children.try_reserve_exact(names.len()).map_err(|_| OutOfHeap)?;
+    for (name, place) in names.iter().zip(numbers) {
+        children.push((place, Child::of(&held, &parent, number, name, place)?));
+    }
+    host_work::raise(Work::Reclaim);
+    for (number, Child { vm, disks, terminal }) in children {
+        console::set(vm.config.name.clone(), terminal);
+        let media = Media { disks, flash: None };
+        let place = Place { config: vm.config.clone(), media, vm: Some(vm.clone()), ended: None, forked: true };
+        let mut places = PLACES.lock();
+        match places.get_mut(number) {
+            Some(before) => *before = place,
+            None => places.push(place),
+        }
+        drop(places);
+        vm.follow(status);
+    }
+    Ok(())
+}
+
+/// Why nothing was forked.
+#[derive(Debug)]
+pub enum ForkRefusal {
+    /// The parent is no longer there to be forked.
+    Status(Status),
+    /// A name is another's, which runs or is in the configuration.
+    Taken(String),
+    /// There are as many virtual machines as there may be.
+    Full,
+    /// It could not be made.
+    Failed(ForkError),
+}
+
+impl From<OutOfHeap> for ForkRefusal {
+    fn from(OutOfHeap: OutOfHeap) -> Self {
+        Self::Failed(ForkError::OutOfHeap)
+    }
+}
+
+/// A child that is in no place yet. Dropping it gives everything back: the virtual machine first, then its disks.
+struct Child {
+    vm: Arc<Vm>,
+    disks: Vec<Arc<Overlay>>,
+    terminal: Arc<Terminal>,
+}
+
+impl Child {
+    fn of(held: &Hold<'_>, parent: &Vm, number: usize, name: &str, place: usize) -> Result<Self, ForkRefusal> {
+        let originals = PLACES.lock().get(number).map(|place| place.media.disks.clone()).unwrap_or_default();
+        let mut disks = Vec::new();
+        disks.try_reserve_exact(originals.len()).map_err(|_| OutOfHeap)?;
+        for disk in &originals {
+            disks.push(disk.fork().map_err(|error| ForkRefusal::Failed(ForkError::Disk(error)))?);
+        }
+        let terminal = Terminal::new(place)?;
+        let config = config::Vm { name: String::from(name), ..parent.config.clone() };
+        let vm = parent.fork(held, config, &terminal, &disks).map_err(ForkRefusal::Failed)?;
+        Ok(Self { vm, disks, terminal })
+    }
+}
+
+/// Numbers for virtual machines of these names: the place of an ended fork of that name, a new one, or that of any ended fork.
+fn places_for(names: &[String]) -> Result<Vec<usize>, ForkRefusal> {
+    let places = PLACES.lock();
+    let mut numbers: Vec<usize> = Vec::new();
+    numbers.try_reserve_exact(names.len()).map_err(|_| OutOfHeap)?;
+    let is_free = |number: usize| {
+        places.get(number).is_some_and(|place| place.forked && place.vm.is_none()) && !control::is_attached(number)
+    };
+    let mut new = places.len();
+    for name in names {
+        let named = places.iter().position(|place| place.config.name == *name);
+        if named.is_some_and(|number| !is_free(number)) {
+            return Err(ForkRefusal::Taken(name.clone()));
+        }
+        // Another of these names may have the place already that was last this one's.
+        let named = named.filter(|number| !numbers.contains(number));
+        let number = named.or_else(|| (new < MAX_VMS).then_some(new));
+        let number = number.or_else(|| (0..places.len()).find(|number| is_free(*number) && !numbers.contains(number)));
+        let number = number.ok_or(ForkRefusal::Full)?;
+        new += usize::from(number == new);
+        numbers.push(number);
+    }
+    Ok(numbers)
+}
+
+/// Takes some of the tables apart that forks have left. True if none are left.
+pub fn reclaim(cpu: usize) -> bool {
+    /// Table pages of one virtual machine in one go.
+    const AT_ONCE: u64 = 64;
+    let count = PLACES.lock().len();
+    let mut done = true;
+    for vm in (0..count).filter_map(find) {
+        done &= vm.memory.reclaim(cpu, AT_ONCE);
+    }
+    done
 }
 
 /// Virtual machine `number`, if it exists.
@@ -135,17 +254,24 @@ fn remove(number: usize, vm: Arc<Vm>, status: Status) {
     sched::withdraw(&vm);
     report::ended(&vm, status);
     control::state_changed(&vm);
+    let mut media = Media::default();
     {
         let mut places = PLACES.lock();
         let place = &mut places[number];
         place.vm = None;
         place.ended = Some(status);
+        if status != Status::Stopped(Stop::Reset) {
+            // It does not come back, and nobody reads what it has written.
+            media = core::mem::take(&mut place.media);
+        }
     }
     // A device on another CPU may hold it for the length of a copy.
     while Arc::strong_count(&vm) != 1 {
         core::hint::spin_loop();
     }
     drop(vm);
+    // After the devices that used them.
+    drop(media);
     if status == Status::Stopped(Stop::Reset) {
         restart(number);
     }

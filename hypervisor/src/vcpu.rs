@@ -91,6 +91,25 @@ impl Vcpu {
         Self { run: AtomicU64::new(OFF), boot: Mutex::new(None), state: Mutex::new(state) }
     }
 
+    /// The same vCPU of a copy of its virtual machine. It is on no CPU, and neither is the copy's, which runs when that is let
+    /// run; a wait for an interrupt ends then, as waits may.
+    pub fn fork(&self) -> Self {
+        let state = self.state.lock();
+        let state = State {
+            regs: state.regs.clone(),
+            el1: state.el1.clone(),
+            fp: state.fp.clone(),
+            gic: state.gic.clone(),
+            interface: state.interface.clone(),
+            timer: state.timer,
+            physical_timer: state.physical_timer,
+            watched: state.watched,
+            hint: Hint::new(),
+        };
+        let run = if self.run() == Run::Off { OFF } else { PARKED };
+        Self { run: AtomicU64::new(run), boot: Mutex::new(*self.boot.lock()), state: Mutex::new(state) }
+    }
+
     /// Where it is. Stable only under the scheduler's lock.
     pub fn run(&self) -> Run {
         match self.run.load(Ordering::Acquire) {

@@ -37,6 +37,13 @@ pub const RTC_SIZE: u64 = 0x1000;
 /// SPI of the clock, level high.
 pub const RTC_SPI: u32 = 2;
 
+/// The generation of the virtual machine; free on QEMU's `virt`, which shows it to ACPI only.
+pub const VMGENID_BASE: u64 = 0x090d_0000;
+/// Bytes of it.
+pub const VMGENID_SIZE: u64 = 0x1000;
+/// SPI of the generation, rising edge; free on QEMU's `virt`.
+pub const VMGENID_SPI: u32 = 10;
+
 /// The first virtio-mmio transport.
 pub const VIRTIO_BASE: u64 = 0x0a00_0000;
 /// Bytes of a transport, and from one to the next.

@@ -11,6 +11,7 @@ mod boot;
 mod boot_loaders;
 mod control;
 mod firmware;
+mod fork;
 mod kernels;
 mod linux;
 pub mod machine;
@@ -50,6 +51,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "linux_works_its_memory_and_disk",
         about: "4 vCPUs on 2 CPUs write 400 MiB and a disk and read them back; entries are what was touched",
         run: linux::linux_works_its_memory_and_disk,
+    },
+    SystemTest {
+        name: "live_forks_answer_diverge_and_end",
+        about: "a working guest is forked ten times: all answer, diverge, and give every frame back in any order",
+        run: fork::live_forks_answer_diverge_and_end,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

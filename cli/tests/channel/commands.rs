@@ -73,6 +73,16 @@ fn every_command_asks_what_it_should() {
     let asked = "set-slot Alias { number: 5, base: 68719476736, size: 65536, offset: 0, read_only: true }";
     assert_eq!([fake.said(), fake.said()], ["hello", asked]);
     assert_eq!(ctl(&fake, &["set-slot", "web", "5", "--base", "0xg", "--size", "0"]).status.code(), Some(2));
+    for arguments in [&["fork", "web", "copy"][..], &["fork", "web", "copy", "--count", "3"]] {
+        assert_eq!(ctl(&fake, arguments).status.code(), Some(0));
+        assert_eq!([fake.said(), fake.said()], ["hello", "fork"]);
+    }
+    for arguments in [&["fork", "web", "other"][..], &["fork", "web", "copy", "--count", "2"]] {
+        let output = ctl(&fake, arguments);
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
+        assert!(text(&output.stderr).contains("must be copy"));
+        assert_eq!([fake.said(), fake.said()], ["hello", "fork"]);
+    }
     assert_eq!(ctl(&fake, &["shutdown"]).status.code(), Some(0));
     assert_eq!([fake.said(), fake.said()], ["hello", "shutdown"]);
     assert_eq!(ctl(&fake, &["slots", "web"]).status.code(), Some(0));

@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use entresol_wire::Refusal;
 use entresol_wire::control::*;
 use tempfile::TempDir;
 
@@ -153,7 +154,17 @@ impl Guest {
                 let error = Error::new(Code::WrongState, "db is paused already");
                 self.respond(id, Err(error));
             }
-            Op::SetSlot { .. } | Op::Pause { .. } | Op::Resume { .. } | Op::Kill { .. } | Op::Detach | Op::Shutdown => {
+            Op::Fork { name, count, .. } if name != "copy" || count.is_some_and(|count| count != 3) => {
+                let refusal = Refusal::text("name", name, "must be copy");
+                self.respond(id, Err(Error::refused(Code::BadField, refusal)));
+            }
+            Op::SetSlot { .. }
+            | Op::Fork { .. }
+            | Op::Pause { .. }
+            | Op::Resume { .. }
+            | Op::Kill { .. }
+            | Op::Detach
+            | Op::Shutdown => {
                 self.respond(id, Ok(Answer::Done));
             }
         }

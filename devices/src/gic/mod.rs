@@ -145,6 +145,16 @@ impl Cpu {
             private: Mutex::new(Bank::private()),
         }
     }
+
+    /// The same state for the same vCPU of another virtual machine.
+    fn fork(&self) -> Self {
+        Self {
+            needs_sync: AtomicBool::new(true),
+            asleep: AtomicBool::new(self.asleep.load(Ordering::Relaxed)),
+            spi_words: AtomicU32::new(self.spi_words.load(Ordering::Acquire)),
+            private: Mutex::new(self.private.lock().clone()),
+        }
+    }
 }
 
 impl Vgic {
@@ -161,6 +171,21 @@ impl Vgic {
         cpus.try_reserve_exact(config.vcpus).map_err(|_| GicError::OutOfMemory)?;
         cpus.extend((0..config.vcpus).map(|_| Cpu::new()));
         Ok(Self { spis: Mutex::new(Spis::new(config.vcpus, config.spis)?), cpus, groups: AtomicU8::new(0) })
+    }
+
+    /// A second controller in the same state, wires included, for a copy of the virtual machine. The vCPUs are stopped and
+    /// synced, and their [`ListRegisters`] are copied with it: what stands in them belongs to both controllers alike.
+    ///
+    /// # Errors
+    ///
+    /// [`GicError::OutOfMemory`].
+    pub fn fork(&self) -> Result<Self, GicError> {
+        let mut cpus = Vec::new();
+        cpus.try_reserve_exact(self.cpus.len()).map_err(|_| GicError::OutOfMemory)?;
+        let spis = self.spis.lock();
+        cpus.extend(self.cpus.iter().map(Cpu::fork));
+        let groups = AtomicU8::new(self.groups.load(Ordering::Acquire));
+        Ok(Self { spis: Mutex::new(spis.fork()?), cpus, groups })
     }
 
     /// Number of vCPUs.

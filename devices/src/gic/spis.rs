@@ -114,6 +114,14 @@ impl Spis {
         Ok(Self { words, vcpus, turn: 0 })
     }
 
+    /// The same state once more.
+    pub(super) fn fork(&self) -> Result<Self, GicError> {
+        let mut words = Vec::new();
+        words.try_reserve_exact(self.words.len()).map_err(|_| GicError::OutOfMemory)?;
+        words.extend_from_slice(&self.words);
+        Ok(Self { words, vcpus: self.vcpus, turn: self.turn })
+    }
+
     /// Everything but the wires.
     pub(super) fn reset(&mut self) {
         for word in &mut self.words {

@@ -60,6 +60,7 @@ const MODEM_LINES: [(Flags, Interrupts); 4] = [
 ];
 
 /// The register file.
+#[derive(Clone)]
 struct State {
     receive: Fifo,
     receive_status: u32,
@@ -83,6 +84,13 @@ impl<T: Terminal, L: Interrupt> Pl011<T, L> {
     /// A port at power-on.
     pub fn new(terminal: T, line: L) -> Self {
         Self { state: Mutex::new(State::new()), terminal, line }
+    }
+
+    /// A port in the same state for a copy of the virtual machine, on its own terminal. `line` is as high as this one's; input
+    /// that this port's host still holds is not the copy's.
+    pub fn fork(&self, terminal: T, line: L) -> Self {
+        let state = State { refused: false, ..self.state.lock().clone() };
+        Self { state: Mutex::new(state), terminal, line }
     }
 
     /// Gives the guest input; returns how many of the first bytes it took. The rest is to be offered again after

@@ -140,6 +140,15 @@ impl<D: Disk> Block<D> {
         Ok(Self { disk, id: padded, buffer: bounce()? })
     }
 
+    /// The same for a copy of the virtual machine, on the copy's disk.
+    ///
+    /// # Errors
+    ///
+    /// If the heap has no room for its buffer.
+    pub fn fork(&self, disk: D) -> Result<Self, OutOfMemory> {
+        Self::new(disk, &self.id)
+    }
+
     /// Does what it can of the request in the service's chain; `true` if it is finished and given back.
     fn request(&mut self, head: Head, queue: &mut Queue, service: &mut Service<'_>) -> Result<bool, Stop> {
         let writable = service.chain.writable_bytes();

@@ -58,6 +58,16 @@ impl Console {
         Ok(Self { terminal, size, buffer: bounce()?, refused: false, room: false })
     }
 
+    /// The same for a copy of the virtual machine, on the copy's terminal. Input that this one's host still holds is not the
+    /// copy's.
+    ///
+    /// # Errors
+    ///
+    /// If the heap has no room for its buffer.
+    pub fn fork(&self, terminal: Arc<dyn Terminal>) -> Result<Self, OutOfMemory> {
+        Ok(Self { room: self.room, ..Self::new(terminal, self.size)? })
+    }
+
     /// Takes the guest's output.
     fn send(&mut self, queue: &mut Queue, service: &mut Service<'_>) -> Result<Work, Stop> {
         while !service.is_spent() {

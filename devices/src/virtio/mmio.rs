@@ -76,6 +76,23 @@ impl<D: VirtioDevice, M: GuestMemory, L: Interrupt> VirtioMmio<D, M, L> {
         Ok(Self { state: Mutex::new(State::new(device, Chain::new()?)), memory, line })
     }
 
+    /// A device in the same state for a copy of the virtual machine: `device` makes its type's part from this one's, `memory`
+    /// holds what this one's does, `line` is as high. No part of any work is in progress: the vCPUs are stopped.
+    ///
+    /// # Errors
+    ///
+    /// If the heap has no room for it.
+    pub fn fork(
+        &self,
+        device: impl FnOnce(&D) -> Result<D, OutOfMemory>,
+        memory: M,
+        line: L,
+    ) -> Result<Self, OutOfMemory> {
+        let state = self.state.lock();
+        let fork = state.fork(device(&state.device)?, Chain::new()?);
+        Ok(Self { state: Mutex::new(fork), memory, line })
+    }
+
     /// How the driver broke the device, until it resets it.
     pub fn broken(&self) -> Option<Broken> {
         self.state.lock().broken
@@ -191,6 +208,26 @@ impl<D: VirtioDevice> State<D> {
             broken: None,
             chain,
             high: false,
+        }
+    }
+
+    /// The same state around another device.
+    fn fork(&self, device: D, chain: Chain) -> Self {
+        Self {
+            device,
+            status: self.status,
+            device_features_sel: self.device_features_sel,
+            driver_features_sel: self.driver_features_sel,
+            driver_features: self.driver_features,
+            foreign_features: self.foreign_features,
+            queue_sel: self.queue_sel,
+            queues: self.queues.clone(),
+            left: self.left,
+            interrupt_status: self.interrupt_status,
+            generation: self.generation,
+            broken: self.broken,
+            chain,
+            high: self.high,
         }
     }
 

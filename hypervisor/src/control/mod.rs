@@ -119,6 +119,11 @@ pub fn farewell() {
     }
 }
 
+/// Whether the console of virtual machine `number` is attached.
+pub fn is_attached(number: usize) -> bool {
+    ATTACHED.load(Ordering::SeqCst) == number
+}
+
 /// Virtual machine `number` has printed.
 pub fn printed(number: usize) {
     if ATTACHED.load(Ordering::Relaxed) == number && !PRINTED.swap(true, Ordering::SeqCst) {

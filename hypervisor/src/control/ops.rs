@@ -7,6 +7,7 @@
 
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
+use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
@@ -17,7 +18,7 @@ use entresol_mmu::CoalescedRing;
 use entresol_slot::{Slot, SlotFlags};
 use entresol_sync::atomic::Ordering;
 use entresol_wire::Refusal;
-use entresol_wire::config::MAX_DOORBELLS;
+use entresol_wire::config::{MAX_DOORBELLS, MAX_VMS, check_name};
 use entresol_wire::control::{
     self, Answer, Code, Entries, Error, Faults, Hello, Hex, Op, POSTED_WRITES, Posted, PostedWrite, Rings,
     SLOTS_PER_ANSWER, SlotPage, SlotRow, Stats, Tlb, VmRow,
@@ -25,8 +26,8 @@ use entresol_wire::control::{
 
 use super::session::Attached;
 use super::{ATTACHED, NOBODY, ROOM, describe};
-use crate::registry::{self, Row};
-use crate::vm::{Alias, Pause, Status, Stop, Vm};
+use crate::registry::{self, ForkRefusal, Row};
+use crate::vm::{Alias, ForkError, Pause, Status, Stop, Vm};
 use crate::{console, host, sched};
 
 /// How a request ends that is not refused.
@@ -65,6 +66,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
             alive(vm)?.stop(Stop::Killed);
             Outcome::WhenSettled
         }
+        Op::Fork { vm, name, count } => fork(vm, name, *count)?.into(),
         Op::Console { vm } => attach(vm, attached)?.into(),
         Op::Detach => {
             detach(attached);
@@ -240,6 +242,51 @@ fn pause(name: &str) -> Result<Answer<'static>, Error> {
 fn resume(name: &str) -> Result<Answer<'static>, Error> {
     let vm = alive(name)?;
     if vm.resume() { Ok(Answer::Done) } else { Err(wrong_state(name, "must be paused", vm.status())) }
+}
+
+/// Makes `name`, or with a count `name`-1 to `name`-count, copies of `parent`.
+fn fork(parent: &str, name: &str, count: Option<u32>) -> Result<Answer<'static>, Error> {
+    let number = registry::number_of(parent).ok_or_else(|| Error::no_such_vm(parent))?;
+    let names = fork_names(name, count)?;
+    registry::fork(number, &names).map_err(|refusal| match refusal {
+        ForkRefusal::Status(status) => wrong_state(parent, "must not have ended", status),
+        ForkRefusal::Taken(name) => {
+            let rule = "must differ from every other VM's name, but for a fork that has ended and is not attached";
+            Error::refused(Code::BadField, Refusal::text("name", &name, rule))
+        }
+        ForkRefusal::Full => {
+            let rule =
+                alloc::format!("must leave at most {MAX_VMS} virtual machines, forks that have ended not counted");
+            Error::refused(Code::BadField, Refusal::new("count", names.len(), rule))
+        }
+        ForkRefusal::Failed(ForkError::Unshareable { field }) => {
+            let rule = alloc::format!("must have no {field} in its configuration");
+            Error::refused(Code::WrongState, Refusal::text("vm", parent, rule))
+        }
+        ForkRefusal::Failed(error) => Error::new(Code::OutOfMemory, alloc::format!("fork: {error}")),
+    })?;
+    Ok(Answer::Done)
+}
+
+fn fork_names(name: &str, count: Option<u32>) -> Result<Vec<String>, Error> {
+    let bad = |refusal| Error::refused(Code::BadField, refusal);
+    let mut names = Vec::new();
+    let Some(count) = count else {
+        check_name("name", name).map_err(bad)?;
+        names.try_reserve_exact(1).map_err(|_| no_memory())?;
+        names.push(name.into());
+        return Ok(names);
+    };
+    if !(1..=MAX_VMS as u32).contains(&count) {
+        return Err(bad(Refusal::new("count", count, alloc::format!("must be from 1 to {MAX_VMS}"))));
+    }
+    names.try_reserve_exact(count as usize).map_err(|_| no_memory())?;
+    for number in 1..=count {
+        let name = alloc::format!("{name}-{number}");
+        check_name("name", &name).map_err(bad)?;
+        names.push(name);
+    }
+    Ok(names)
 }
 
 fn attach(name: &str, attached: &mut Option<Attached>) -> Result<Answer<'static>, Error> {

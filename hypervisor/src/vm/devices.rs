@@ -1,7 +1,7 @@
 //! The guest's map: which device answers at which address.
 //!
 //! Addresses are those of QEMU's `virt` machine ([`entresol_loader::virt`]). Disks come first among the virtio transports, then
-//! the console, then entropy; the others exist and are empty.
+//! the console, then entropy; the others exist and are empty. The page with the machine's generation is ours.
 //!
 //! Work that a device could not finish within one exit is remembered in a bit for each transport, and carried on before
 //! some vCPU enters the guest again.
@@ -20,6 +20,7 @@ use entresol_devices::virtio::block::Block;
 use entresol_devices::virtio::console::Console as VirtioConsole;
 use entresol_devices::virtio::entropy::EntropySource;
 use entresol_devices::virtio::{self, VirtioMmio, empty::EmptySlot};
+use entresol_devices::vmgenid::VmGenId;
 use entresol_loader::virt;
 use entresol_metal_arm64::cpu;
 use entresol_slot::Hint;
@@ -29,10 +30,10 @@ use entresol_wire::config::{ReadOnlyStore, UnclaimedMmio};
 use super::flash::Window;
 use super::lines::{Line, Link};
 use super::memory::DeviceMemory;
-use super::{FlashMemory, Media, OutOfHeap, Pause, Vm};
+use super::{FlashMemory, Media, OutOfHeap, Overlay, Pause, Vm};
 use crate::clock::{self, WallClock};
 use crate::console::Terminal;
-use crate::entropy::MachineEntropy;
+use crate::entropy::{self, MachineEntropy};
 use crate::exit::interrupts;
 use crate::host;
 use crate::sched::VcpuRef;
@@ -58,15 +59,57 @@ pub enum Claim {
 
 type SerialPort = Pl011<Arc<Terminal>, Line>;
 type VirtioPort = VirtioMmio<VirtioConsole, DeviceMemory, Line>;
+type VirtioDisk = VirtioMmio<Block<Arc<Overlay>>, DeviceMemory, Line>;
+type VirtioEntropy = VirtioMmio<EntropySource<MachineEntropy>, DeviceMemory, Line>;
 
 /// The devices of one virtual machine.
 pub struct Devices {
     serial: SerialPort,
     clock: Pl031<WallClock, Line>,
     flash: Option<Flash<Window>>,
+    generation: VmGenId<Line>,
     transports: Box<[Arc<dyn Device>]>,
+    disks: Box<[Arc<VirtioDisk>]>,
     port: Arc<VirtioPort>,
+    entropy: Option<Arc<VirtioEntropy>>,
     unfinished: AtomicU32,
+}
+
+/// What devices of one virtual machine are wired with.
+struct Wires<'a> {
+    link: &'a Link,
+    gic: &'a Arc<Vgic>,
+}
+
+impl Wires<'_> {
+    fn line(&self, spi: u32) -> Result<Line, OutOfHeap> {
+        Ok(Line::new(self.link.clone(), self.gic.clone(), self.gic.spi(FIRST_SPI + spi)?))
+    }
+
+    fn memory(&self) -> DeviceMemory {
+        DeviceMemory::new(self.link.clone())
+    }
+
+    /// The line of transport `slot`.
+    fn transport(&self, slot: usize) -> Result<Line, OutOfHeap> {
+        self.line(virt::VIRTIO_SPI + slot as u32)
+    }
+}
+
+/// The transports in their order: disks, console, entropy, and empty ones.
+fn in_order(
+    disks: &[Arc<VirtioDisk>],
+    port: &Arc<VirtioPort>,
+    entropy: Option<&Arc<VirtioEntropy>>,
+) -> Result<Box<[Arc<dyn Device>]>, OutOfHeap> {
+    let mut transports: Vec<Arc<dyn Device>> = Vec::new();
+    transports.try_reserve_exact(virt::VIRTIO_SLOTS as usize).map_err(|_| OutOfHeap)?;
+    transports.extend(disks.iter().map(|disk| disk.clone() as Arc<dyn Device>));
+    transports.push(port.clone());
+    transports.extend(entropy.map(|entropy| entropy.clone() as Arc<dyn Device>));
+    let empty: Arc<dyn Device> = Arc::new(EmptySlot);
+    transports.resize(virt::VIRTIO_SLOTS as usize, empty);
+    Ok(transports.into_boxed_slice())
 }
 
 impl From<GicError> for OutOfHeap {
@@ -94,35 +137,86 @@ impl Devices {
     ///
     /// [`OutOfHeap`].
     pub fn new(link: &Link, gic: &Arc<Vgic>, terminal: &Arc<Terminal>, media: &Media) -> Result<Self, OutOfHeap> {
-        let line = |spi: u32| Ok::<_, OutOfHeap>(Line::new(link.clone(), gic.clone(), gic.spi(FIRST_SPI + spi)?));
-        let memory = || DeviceMemory::new(link.clone());
-        let mut transports: Vec<Arc<dyn Device>> = Vec::new();
-        transports.try_reserve_exact(virt::VIRTIO_SLOTS as usize).map_err(|_| OutOfHeap)?;
-        let wire = |slot: usize| line(virt::VIRTIO_SPI + slot as u32);
-        for (index, disk) in media.disks.iter().enumerate() {
-            let name = [b'v', b'd', b'a' + index as u8];
-            let block = VirtioMmio::new(Block::new(disk.clone(), &name)?, memory(), wire(transports.len())?)?;
-            transports.push(Arc::new(block));
+        let wires = Wires { link, gic };
+        let mut blocks = Vec::new();
+        blocks.try_reserve_exact(media.disks.len()).map_err(|_| OutOfHeap)?;
+        for (slot, disk) in media.disks.iter().enumerate() {
+            let name = [b'v', b'd', b'a' + slot as u8];
+            let block = Block::new(disk.clone(), &name)?;
+            blocks.push(Arc::new(VirtioMmio::new(block, wires.memory(), wires.transport(slot)?)?));
         }
         let console = VirtioConsole::new(terminal.clone(), None)?;
-        let port = Arc::new(VirtioMmio::new(console, memory(), wire(transports.len())?)?);
-        transports.push(port.clone());
-        if let Some(source) = MachineEntropy::of_this_machine() {
-            let entropy = VirtioMmio::new(EntropySource::new(source)?, memory(), wire(transports.len())?)?;
-            transports.push(Arc::new(entropy));
-        }
+        let slot = blocks.len();
+        let port = Arc::new(VirtioMmio::new(console, wires.memory(), wires.transport(slot)?)?);
+        let entropy = match MachineEntropy::of_this_machine() {
+            Some(source) => {
+                let source = EntropySource::new(source)?;
+                Some(Arc::new(VirtioMmio::new(source, wires.memory(), wires.transport(slot + 1)?)?))
+            }
+            None => None,
+        };
         let window = |memory: &Arc<FlashMemory>| Flash::new(Window::new(memory.clone(), link.clone()));
         let flash = media.flash.as_ref().map(window).transpose()?;
-        let empty: Arc<dyn Device> = Arc::new(EmptySlot);
-        transports.resize(virt::VIRTIO_SLOTS as usize, empty);
         Ok(Self {
-            serial: Pl011::new(terminal.clone(), line(virt::UART_SPI)?),
-            clock: Pl031::new(WallClock, line(virt::RTC_SPI)?),
+            serial: Pl011::new(terminal.clone(), wires.line(virt::UART_SPI)?),
+            clock: Pl031::new(WallClock, wires.line(virt::RTC_SPI)?),
             flash,
-            transports: transports.into_boxed_slice(),
+            generation: VmGenId::new(entropy::generation(), wires.line(virt::VMGENID_SPI)?),
+            transports: in_order(&blocks, &port, entropy.as_ref())?,
+            disks: blocks.into_boxed_slice(),
             port,
+            entropy,
             unfinished: AtomicU32::new(0),
         })
+    }
+
+    /// Devices in the same state for the copy of the virtual machine at the end of `link`, whose disks are copies of this
+    /// one's, on the copy's `terminal`. No vCPU is on a CPU; there is no flash.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfHeap`].
+    pub fn fork(
+        &self,
+        link: &Link,
+        gic: &Arc<Vgic>,
+        terminal: &Arc<Terminal>,
+        disks: &[Arc<Overlay>],
+    ) -> Result<Self, OutOfHeap> {
+        let wires = Wires { link, gic };
+        let mut blocks = Vec::new();
+        blocks.try_reserve_exact(disks.len()).map_err(|_| OutOfHeap)?;
+        for (slot, (block, disk)) in self.disks.iter().zip(disks).enumerate() {
+            let line = wires.transport(slot)?;
+            blocks.push(Arc::new(block.fork(|block| block.fork(disk.clone()), wires.memory(), line)?));
+        }
+        let slot = blocks.len();
+        let line = wires.transport(slot)?;
+        let port = self.port.fork(|console| console.fork(terminal.clone()), wires.memory(), line)?;
+        let port = Arc::new(port);
+        let entropy = match (&self.entropy, MachineEntropy::of_this_machine()) {
+            (Some(entropy), Some(source)) => {
+                let line = wires.transport(slot + 1)?;
+                Some(Arc::new(entropy.fork(|_| EntropySource::new(source), wires.memory(), line)?))
+            }
+            _ => None,
+        };
+        Ok(Self {
+            serial: self.serial.fork(terminal.clone(), wires.line(virt::UART_SPI)?),
+            clock: self.clock.fork(WallClock, wires.line(virt::RTC_SPI)?),
+            flash: None,
+            generation: VmGenId::new(self.generation.id(), wires.line(virt::VMGENID_SPI)?),
+            transports: in_order(&blocks, &port, entropy.as_ref())?,
+            disks: blocks.into_boxed_slice(),
+            port,
+            entropy,
+            unfinished: AtomicU32::new(self.unfinished.load(Ordering::Acquire)),
+        })
+    }
+
+    /// Tells the guest that it is another than before: a copy.
+    pub fn renew_generation(&self) {
+        self.generation.renew(entropy::generation());
     }
 
     /// Gives the guest input; returns how many of the first bytes it took. The serial port has precedence; a guest that
@@ -158,6 +252,9 @@ impl Devices {
         if let Some(offset) = inside(virt::VIRTIO_BASE, virt::VIRTIO_SIZE * u64::from(virt::VIRTIO_SLOTS)) {
             let slot = (offset / virt::VIRTIO_SIZE) as usize;
             return self.transports.get(slot).map(|device| (&**device, offset % virt::VIRTIO_SIZE, Some(slot)));
+        }
+        if let Some(offset) = inside(virt::VMGENID_BASE, virt::VMGENID_SIZE) {
+            return Some((&self.generation, offset, None));
         }
         inside(virt::RTC_BASE, virt::RTC_SIZE).map(|offset| (&self.clock as &dyn Device, offset, None))
     }
@@ -304,6 +401,7 @@ const _: () = {
     let windows = [
         (virt::UART_BASE, virt::UART_SIZE),
         (virt::RTC_BASE, virt::RTC_SIZE),
+        (virt::VMGENID_BASE, virt::VMGENID_SIZE),
         (virt::VIRTIO_BASE, virt::VIRTIO_SIZE * virt::VIRTIO_SLOTS as u64),
         (virt::GICD_BASE, virt::GICD_SIZE),
         (virt::GICR_BASE, virt::GICR_SIZE),

@@ -4,7 +4,9 @@
 //! runs until someone pauses or ends it. Whoever ends it only sets its [`Status`] and makes its vCPUs look up; taking it apart
 //! is the host's work, done with none of its vCPUs on a CPU.
 //!
-//! Invariants: `runs` is true exactly in [`Status::Running`]. A vCPU that sees it false leaves its CPU before it enters
+//! A copy of a running one is made by [`Vm::fork`].
+//!
+//! Invariants: `runs` is true exactly in [`Status::Running`], but while a [`Hold`] lives. A vCPU that sees it false leaves its CPU before it enters
 //! the guest again. A virtual machine is dropped by the host's work only, unpinned.
 //! Lock order: status → scheduler.
 
@@ -12,6 +14,7 @@ mod aliases;
 pub mod build;
 mod devices;
 mod flash;
+mod fork;
 mod lines;
 mod memory;
 mod overlay;
@@ -52,6 +55,7 @@ pub use aliases::Alias;
 pub use build::BuildError;
 pub use devices::Claim;
 pub use flash::FlashMemory;
+pub use fork::{ForkError, Hold};
 pub use overlay::Overlay;
 use pass_through::Passed;
 pub use posted::{Posted, Store};

@@ -10,7 +10,7 @@
 use alloc::sync::Arc;
 
 use entresol_addr::PAGE_SIZE;
-use entresol_backing::{AccessError, CreateError, ObjectHandle, Policy, Spec};
+use entresol_backing::{AccessError, CreateError, ForkError, ObjectHandle, Policy, Spec};
 use entresol_devices::virtio::block::{Disk, DiskError};
 use entresol_metal_arm64::cpu;
 use entresol_sync::Mutex;
@@ -31,6 +31,20 @@ impl Overlay {
     /// A disk that holds `image`.
     pub fn new(image: &'static [u8], read_only: bool) -> Arc<Self> {
         Arc::new(Self { image, read_only, written: Mutex::new(None) })
+    }
+
+    /// A second disk that reads as this one does now; each has its own writes from then on. Not called by a pinned CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`ForkError`]; nothing changed.
+    pub fn fork(&self) -> Result<Arc<Self>, ForkError> {
+        let host = host::get();
+        let written = self.written.lock();
+        // No guest maps it: who writes holds the lock.
+        let fork = |handle| host.objects.fork(&host.supply(cpu::index()), &host.epoch, handle);
+        let written = written.map(fork).transpose()?;
+        Ok(Arc::new(Self { image: self.image, read_only: self.read_only, written: Mutex::new(written) }))
     }
 
     /// Copies the bytes at `offset`, which lie in one page, to `to`.

@@ -62,6 +62,16 @@ impl Passed {
         Ok(passed)
     }
 
+    /// None of them.
+    pub const fn none() -> Self {
+        Self(Vec::new())
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Shows them to the guest.
     ///
     /// # Errors

@@ -1,14 +1,15 @@
 //! The device tree that describes a VM to its guest.
 //!
 //! Purpose: [`generate`] writes what QEMU's `virt` machine (GICv3, PSCI by HVC) would, less what a VM does not have: the
-//! bank of flash that holds firmware, PCI, GPIO, fw_cfg, ITS, performance monitors. Addresses and interrupts are [`crate::virt`]'s. Linux, U-Boot's `qemu_arm64` and
+//! bank of flash that holds firmware, PCI, GPIO, fw_cfg, ITS, performance monitors; and more by one: the generation of a VM that
+//! can be copied. Addresses and interrupts are [`crate::virt`]'s. Linux, U-Boot's `qemu_arm64` and
 //! EDK2's ArmVirtQemu find their devices in it.
 //!
 //! Protocol: pure. The size depends on which properties there are, not on their values: a caller who does not know yet where
 //! the RAM disk will be generates with any address, asks [`crate::layout::layout`], and generates again.
 //!
 //! Sources: Devicetree Specification 0.4; Linux, Documentation/devicetree/bindings (arm,gic-v3, arm,arch_timer, arm,psci,
-//! arm,pl011, arm,pl031, virtio,mmio, cfi-flash).
+//! arm,pl011, arm,pl031, virtio,mmio, cfi-flash, microsoft,vmgenid).
 
 mod blob;
 
@@ -105,6 +106,7 @@ pub fn generate(machine: &Machine<'_>) -> Result<Vec<u8>, FdtError> {
         clock(root)?;
         primecells(root)?;
         machine.flash.map_or(Ok(()), |size| flash(root, size))?;
+        generation(root)?;
         (0..virt::VIRTIO_SLOTS).filter(|slot| machine.virtio >> slot & 1 != 0).try_for_each(|slot| virtio(root, slot))
     })?;
     blob.finish()
@@ -241,6 +243,15 @@ fn flash(root: &mut Blob, size: u64) -> Result<(), FdtError> {
         flash.strings("compatible", &["cfi-flash"])?;
         flash.numbers("reg", &[virt::FLASH_BASE, size])?;
         flash.cells("bank-width", &[virt::FLASH_WIDTH])
+    })
+}
+
+fn generation(root: &mut Blob) -> Result<(), FdtError> {
+    use interrupt::{EDGE_RISING, SPI};
+    root.node("vmgenid@90d0000", |vmgenid| {
+        vmgenid.strings("compatible", &["microsoft,vmgenid"])?;
+        vmgenid.numbers("reg", &[virt::VMGENID_BASE, virt::VMGENID_SIZE])?;
+        vmgenid.cells("interrupts", &[SPI, virt::VMGENID_SPI, EDGE_RISING])
     })
 }
 

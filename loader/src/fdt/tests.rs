@@ -42,6 +42,8 @@ fn addresses_and_interrupts_are_those_of_virt() {
         ("/pl011@9000000", "interrupts", &[0, 1, 4]),
         ("/pl031@9010000", "reg", &[0, 0x0901_0000, 0, 0x1000]),
         ("/pl031@9010000", "interrupts", &[0, 2, 4]),
+        ("/vmgenid@90d0000", "reg", &[0, 0x090d_0000, 0, 0x1000]),
+        ("/vmgenid@90d0000", "interrupts", &[0, 10, 1]),
         ("/intc@8000000", "reg", &[0, 0x0800_0000, 0, 0x1_0000, 0, 0x080a_0000, 0, 0xf6_0000]),
         ("/intc@8000000", "#interrupt-cells", &[3]),
         ("/virtio_mmio@a000000", "interrupts", &[0, 16, 1]),

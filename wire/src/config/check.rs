@@ -33,7 +33,7 @@ impl<F: fmt::Display> Config<F> {
         }
         for (index, vm) in self.vms.iter().enumerate() {
             let at = format!("vms[{index}]");
-            name(&at, &vm.name)?;
+            check_name(&format!("{at}.name"), &vm.name)?;
             unlike_earlier(self, index, &at)?;
             memory(&at, vm.memory, self.outer.memory)?;
             vcpus(&at, i64::from(vm.vcpus))?;
@@ -78,13 +78,17 @@ fn within(count: i64, most: u32) -> Option<u32> {
     u32::try_from(count).ok().filter(|count| (1..=most).contains(count))
 }
 
-fn name(at: &str, name: &str) -> Result<(), Refusal> {
+/// Whether a virtual machine may have this name; `field` is where it stands.
+///
+/// # Errors
+/// The rule that it breaks.
+pub fn check_name(field: &str, name: &str) -> Result<(), Refusal> {
     let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     if (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(allowed) && !name.starts_with('-') {
         return Ok(());
     }
     let rule = format!("must be 1 to {MAX_NAME} of the characters a-z, 0-9 and '-', and not start with '-'");
-    Err(Refusal::text(format!("{at}.name"), name, rule))
+    Err(Refusal::text(field, name, rule))
 }
 
 /// The VM at `index` shares neither its name nor the console's foreground with one before it.

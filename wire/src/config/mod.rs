@@ -32,7 +32,7 @@ use core::{fmt, iter};
 
 use serde::{Deserialize, Serialize};
 
-pub use check::FileLength;
+pub use check::{FileLength, check_name};
 pub use size::{format_size, parse_size};
 pub use written::{Written, WrittenDisk, WrittenOuter, WrittenPolicies, WrittenRom, WrittenVm};
 

@@ -60,9 +60,14 @@ impl<'a> Fields<'a> {
     }
 
     pub fn number_or_zero(&mut self, key: &str) -> Result<u32, Error> {
+        Ok(self.small_number(key)?.unwrap_or(0))
+    }
+
+    /// A number, if it is there.
+    pub fn small_number(&mut self, key: &str) -> Result<Option<u32>, Error> {
         match self.take(key) {
-            None => Ok(0),
-            Some(Scalar::Number(number)) if u32::try_from(number).is_ok() => Ok(number as u32),
+            None => Ok(None),
+            Some(Scalar::Number(number)) if u32::try_from(number).is_ok() => Ok(Some(number as u32)),
             other => Err(bad(key, shown(other.as_ref()), "must be a whole number below 2^32")),
         }
     }

@@ -30,6 +30,7 @@
 //!   the machine runs; the answer comes when no vCPU can meet what was there before.
 //! - `posted` takes what the guest stored in zones of coalesced MMIO and how often its doorbells rang. While its console is
 //!   attached, [`Event::Doorbell`] tells once that some doorbell rang since `posted` was asked last.
+//! - `fork` makes a copy called `name`, or with a `count` so many, called `name`-1 and so on: all of them or none.
 //! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
 //!
 //! Memory: what a guest causes (events) is encoded into a buffer that exists already. Reading a request takes heap of at

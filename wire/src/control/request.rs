@@ -79,6 +79,15 @@ pub enum Op<'a> {
         /// Who.
         vm: Cow<'a, str>,
     },
+    /// Makes copies of it that go on where it is.
+    Fork {
+        /// Of whom.
+        vm: Cow<'a, str>,
+        /// What the copy is called.
+        name: Cow<'a, str>,
+        /// So many copies, called `name`-1 and so on.
+        count: Option<u32>,
+    },
     /// Attaches its console.
     Console {
         /// Whose.
@@ -125,6 +134,7 @@ impl<'a> Op<'a> {
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
             Self::Kill { .. } => "kill",
+            Self::Fork { .. } => "fork",
             Self::Console { .. } => "console",
             Self::Detach => "detach",
             Self::Input { .. } => "input",
@@ -143,6 +153,7 @@ impl<'a> Op<'a> {
             | Self::Pause { vm }
             | Self::Resume { vm }
             | Self::Kill { vm }
+            | Self::Fork { vm, .. }
             | Self::Console { vm }
             | Self::Input { vm, .. } => Some(vm),
         }
@@ -169,6 +180,9 @@ impl<'a> Op<'a> {
             "pause" => Self::Pause { vm: fields.text("vm")? },
             "resume" => Self::Resume { vm: fields.text("vm")? },
             "kill" => Self::Kill { vm: fields.text("vm")? },
+            "fork" => {
+                Self::Fork { vm: fields.text("vm")?, name: fields.text("name")?, count: fields.small_number("count")? }
+            }
             "console" => Self::Console { vm: fields.text("vm")? },
             "detach" => Self::Detach,
             "input" => Self::Input { vm: fields.text("vm")?, data: fields.bytes("data")? },
@@ -211,6 +225,12 @@ impl Serialize for Request<'_> {
                 map.serialize_entry("size", &slot.size)?;
                 map.serialize_entry("offset", &slot.offset)?;
                 map.serialize_entry("read_only", &slot.read_only)?;
+            }
+            Op::Fork { name, count, .. } => {
+                map.serialize_entry("name", name)?;
+                if let Some(count) = count {
+                    map.serialize_entry("count", count)?;
+                }
             }
             Op::Input { data, .. } => map.serialize_entry("data", data)?,
             _ => (),

@@ -58,6 +58,11 @@ fn requests_look_as_documented() {
         (Op::Pause { vm: vm() }, r#"{"id":7,"op":"pause","vm":"web"}"#),
         (Op::Resume { vm: vm() }, r#"{"id":7,"op":"resume","vm":"web"}"#),
         (Op::Kill { vm: vm() }, r#"{"id":7,"op":"kill","vm":"web"}"#),
+        (Op::Fork { vm: vm(), name: "copy".into(), count: None }, r#"{"id":7,"op":"fork","vm":"web","name":"copy"}"#),
+        (
+            Op::Fork { vm: vm(), name: "copy".into(), count: Some(0) },
+            r#"{"id":7,"op":"fork","vm":"web","name":"copy","count":0}"#,
+        ),
         (Op::Console { vm: vm() }, r#"{"id":7,"op":"console","vm":"web"}"#),
         (Op::Detach, r#"{"id":7,"op":"detach"}"#),
         (Op::Input { vm: vm(), data }, r#"{"id":7,"op":"input","vm":"web","data":"bHMK"}"#),
@@ -90,12 +95,13 @@ fn each_wrong_request_names_what_is_wrong() {
         (r#"{"id":1,"id":2,"op":"ps"}"#, None, Code::BadField, "id = given twice: must be given once"),
         (r#"{"id":1}"#, Some(1), Code::BadField, "op = (missing): must be a text"),
         (r#"{"id":1,"op":5}"#, Some(1), Code::BadField, "op = 5: must be a text"),
-        (r#"{"id":1,"op":"fork","vm":"web"}"#, Some(1), Code::UnknownOp, "op = \"fork\": must be an operation that this hypervisor knows"),
+        (r#"{"id":1,"op":"fly","vm":"web"}"#, Some(1), Code::UnknownOp, "op = \"fly\": must be an operation that this hypervisor knows"),
         (r#"{"id":1,"op":"stats"}"#, Some(1), Code::BadField, "vm = (missing): must be a text"),
         (r#"{"id":1,"op":"stats","vm":null}"#, Some(1), Code::BadField, "vm = null: must be a text"),
         (r#"{"id":1,"op":"stats","vm":[[1],{}]}"#, Some(1), Code::BadField, "vm = a list: must be a text"),
         (r#"{"id":1,"op":"stats","vm":{"a":[]}}"#, Some(1), Code::BadField, "vm = an object: must be a text"),
         (r#"{"id":1,"op":"ps","vm":"web"}"#, Some(1), Code::BadField, "vm = \"web\": must be a field that \"ps\" knows"),
+        (r#"{"id":1,"op":"fork","vm":"web"}"#, Some(1), Code::BadField, "name = (missing): must be a text"),
         (r#"{"id":1,"op":"slots","vm":"web","from":4294967296}"#, Some(1), Code::BadField, "from = 4294967296: must be a whole number below 2^32"),
         (r#"{"id":1,"op":"set-slot","vm":"web","slot":1,"base":0,"size":0}"#, Some(1), Code::BadField, "offset = (missing): must be a whole number below 2^53"),
         (r#"{"id":1,"op":"set-slot","vm":"web","slot":1,"base":9007199254740992,"size":0,"offset":0}"#, Some(1), Code::BadField, "base = 9007199254740992: must be a whole number below 2^53"),
@@ -266,7 +272,7 @@ fn what_does_not_fit_says_so() {
 
 proptest! {
     #[test]
-    fn requests_read_as_written(id in 0..ID_LIMIT, vm in ".{0,40}", data in prop::collection::vec(any::<u8>(), 0..200), from: u32, which in 0..13_u8) {
+    fn requests_read_as_written(id in 0..ID_LIMIT, vm in ".{0,40}", data in prop::collection::vec(any::<u8>(), 0..200), from: u32, which in 0..14_u8) {
         let vm = Cow::Owned(vm);
         let op = match which {
             0 => Op::Hello,
@@ -284,6 +290,7 @@ proptest! {
                 slot: Alias { number: from, base: id, size: id / 2, offset: id / 3, read_only: from % 2 == 0 },
             },
             9 => Op::Input { vm, data: Bytes(data.into()) },
+            12 => Op::Fork { name: vm.clone(), vm, count: (from % 2 == 0).then_some(from) },
             _ => Op::Shutdown,
         };
         let request = Request { id, op };

@@ -45,8 +45,40 @@ impl Listener {
         Ok(answer)
     }
 
+    /// Attaches to another virtual machine's console, in the same session; what was told of the one before is forgotten.
+    pub(super) fn turn_to(&mut self, vm: &'static str) -> Result<()> {
+        self.done_quietly(Op::Console { vm: vm.into() })?;
+        self.vm = vm;
+        (self.output, self.dropped, self.input_ready, self.rung) = (String::new(), 0, false, false);
+        self.states.clear();
+        Ok(())
+    }
+
+    /// Asks for what has no answer; what happened before is of no interest.
+    fn done_quietly(&mut self, op: Op<'_>) -> Result<()> {
+        let answer = self.client.call(op)?;
+        while self.client.event().is_some() {}
+        ensure!(answer == Answer::Done, "the answer is {answer:?}");
+        Ok(())
+    }
+
+    /// Runs a command in the shell that waits on the attached console; returns what it printed. As in [`Machine::shell`] the
+    /// marks are put together by the shell; `serial` tells them from those of another time.
+    pub(super) fn shell(&mut self, serial: u32, command: &str) -> Result<String> {
+        self.type_line(&format!("echo \"be\"\"gun:{serial}:\"; {command}; echo \"en\"\"ded:{serial}:$?:\""))?;
+        self.hear(&format!("begun:{serial}:"))?;
+        let ended = format!("ended:{serial}:");
+        let (output, status) = self.until("answer of the shell", |told| {
+            let (output, rest) = told.output.split_once(&ended)?;
+            let (status, _) = rest.split_once(':')?;
+            Some((output.replace('\r', "").trim().to_owned(), status.to_owned()))
+        })?;
+        ensure!(status == "0", "{}: `{command}` ended with status {status}: {output}", self.vm);
+        Ok(output)
+    }
+
     /// Asks for what must be refused.
-    fn refused(&mut self, op: Op<'_>, code: Code) -> Result<()> {
+    pub(super) fn refused(&mut self, op: Op<'_>, code: Code) -> Result<()> {
         match self.client.call(op.clone()) {
             Err(ClientError::Refused(error)) if error.code == code => Ok(()),
             other => bail!("{op:?} should be refused with {code:?}, but: {other:?}"),
@@ -124,17 +156,24 @@ impl Listener {
         Ok(())
     }
 
-    fn row(&mut self, vm: &str) -> Result<VmRow<'static>> {
+    /// It must be running.
+    pub(super) fn expect_running(&mut self, vm: &str) -> Result<()> {
+        let row = self.row(vm)?;
+        ensure!(row.state == State::Running, "ps says {row:?}");
+        Ok(())
+    }
+
+    pub(super) fn row(&mut self, vm: &str) -> Result<VmRow<'static>> {
         let Answer::Ps(rows) = self.ask(Op::Ps)? else { bail!("ps has no rows") };
         rows.into_iter().find(|row| row.name == vm).with_context(|| format!("ps has no {vm}"))
     }
 
-    fn stats(&mut self, vm: &str) -> Result<Stats<'static>> {
+    pub(super) fn stats(&mut self, vm: &str) -> Result<Stats<'static>> {
         let Answer::Stats(stats) = self.ask(Op::Stats { vm: vm.to_owned().into() })? else { bail!("no counters") };
         Ok(*stats)
     }
 
-    fn done(&mut self, op: Op<'_>) -> Result<()> {
+    pub(super) fn done(&mut self, op: Op<'_>) -> Result<()> {
         let answer = self.ask(op)?;
         ensure!(answer == Answer::Done, "the answer is {answer:?}");
         Ok(())

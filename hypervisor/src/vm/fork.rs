@@ -1,0 +1,178 @@
+//! A second virtual machine that goes on where a running one is (design D2, D3).
+//!
+//! Protocol, host's work: [`Vm::hold`] keeps the parent's vCPUs off every CPU, at an instruction boundary, with their
+//! registers, interrupts and timers saved; [`Vm::fork`] makes a child from it, which is paused; [`Vm::follow`] puts the child in
+//! the parent's status; dropping the [`Hold`] lets the parent go on. Memory is shared by the core in a time that does
+//! not grow with it; what is copied here is the rest: vCPUs, interrupt controller, device registers. The child's disks and
+//! terminal are its own, and the caller's to make.
+//!
+//! Time: a child's virtual count has its parent's offset, so it neither jumps nor stops. Timers go on in both.
+//!
+//! What is not the parent's: the generation ([`entresol_devices::vmgenid`]), whose interrupt is pending before the child's first
+//! instruction; counters; stores that wait for the owner, which stay the parent's.
+//!
+//! Invariants: all that can fail is before the memory is shared; then dropping the child gives everything back (INV-7). While a
+//! [`Hold`] lives nobody resumes the parent: that is host's work too.
+//! Lock order: as [`super`].
+//!
+//! Known hole: a virtual machine with flash is not forked: its array's object is its owner's as well as the slot's.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::mem::ManuallyDrop;
+
+use entresol_addr::Gpa;
+use entresol_backing::ObjectHandle;
+use entresol_loader::virt;
+use entresol_metal_arm64::cpu;
+use entresol_mmu::Counter;
+use entresol_slot::Hint;
+use entresol_sync::Mutex;
+use entresol_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use entresol_wire::bundle::FileIndex;
+use entresol_wire::config;
+
+use super::lines::Link;
+use super::pass_through::Passed;
+use super::{OutOfHeap, Overlay, Pause, Posted, Status, Vm};
+use crate::console::Terminal;
+use crate::counters::Counters;
+use crate::vcpu::Vcpu;
+use crate::{host, sched};
+
+/// Why there is no child. Nothing is left of it, and the parent is as it was.
+#[derive(Clone, Debug)]
+pub enum ForkError {
+    /// The heap has no room.
+    OutOfHeap,
+    /// It has what cannot be in two virtual machines.
+    Unshareable {
+        /// What, as the configuration calls it.
+        field: &'static str,
+    },
+    /// The memory could not be shared.
+    Memory(entresol_mmu::ForkError),
+    /// A disk could not be.
+    Disk(entresol_backing::ForkError),
+}
+
+impl fmt::Display for ForkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfHeap => f.write_str(&OutOfHeap::text()),
+            Self::Unshareable { field } => write!(f, "{field}: must not be configured"),
+            Self::Memory(error) => write!(f, "memory: {error}"),
+            Self::Disk(error) => write!(f, "disk: {error}"),
+        }
+    }
+}
+
+impl From<OutOfHeap> for ForkError {
+    fn from(_: OutOfHeap) -> Self {
+        Self::OutOfHeap
+    }
+}
+
+/// A virtual machine none of whose vCPUs is on a CPU, or gets there.
+#[must_use = "dropping it lets the virtual machine go on"]
+pub struct Hold<'v>(&'v Arc<Vm>);
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let goes_on = {
+            let status = self.0.status.lock();
+            let goes_on = *status == Status::Running;
+            self.0.runs.store(goes_on, Ordering::SeqCst);
+            goes_on
+        };
+        if goes_on {
+            sched::unpark(self.0);
+        }
+    }
+}
+
+impl Vm {
+    /// Stops its vCPUs without changing its status. Host's work, with no vCPU loaded on this CPU.
+    pub fn hold(self: &Arc<Self>) -> Hold<'_> {
+        {
+            let _status = self.status.lock();
+            self.runs.store(false, Ordering::SeqCst);
+        }
+        sched::interrupt(self);
+        sched::wait_until_off(self);
+        Hold(self)
+    }
+
+    /// A copy called as `config` says, paused; see the module.
+    ///
+    /// # Errors
+    ///
+    /// [`ForkError`].
+    pub fn fork(
+        &self,
+        held: &Hold<'_>,
+        config: config::Vm<FileIndex>,
+        terminal: &Arc<Terminal>,
+        disks: &[Arc<Overlay>],
+    ) -> Result<Arc<Self>, ForkError> {
+        assert!(core::ptr::eq(Arc::as_ptr(held.0), self), "the virtual machine that is forked is the one that is held");
+        if !self.passed.is_empty() {
+            return Err(ForkError::Unshareable { field: "pass_through" });
+        }
+        if config.flash.is_some() {
+            return Err(ForkError::Unshareable { field: "flash" });
+        }
+        let (gic, link) = (Arc::new(self.gic.fork().map_err(OutOfHeap::from)?), Link::default());
+        let devices = self.devices.fork(&link, &gic, terminal, disks)?;
+        let vcpus = self.fork_vcpus()?;
+        let posted = Posted::new(&config)?;
+        sched::reserve(vcpus.len())?;
+        let memory = self.memory.fork(cpu::index()).map_err(|error| {
+            sched::release(vcpus.len());
+            ForkError::Memory(error)
+        })?;
+        let ram = {
+            let pin = host::get().epoch.pin(cpu::index());
+            let slot = memory.slots().find(&pin, Gpa::new(virt::RAM_BASE).frame(), &Hint::new());
+            ObjectHandle::from_raw(slot.expect("slot 0 is the memory, and stays").object.get())
+        };
+        let vm = Arc::new(Self {
+            config,
+            memory: ManuallyDrop::new(memory),
+            gic,
+            counters: Counters::default(),
+            posted,
+            unclaimed: Counter::new(),
+            devices,
+            passed: Passed::none(),
+            ram,
+            vcpus,
+            status: Mutex::new(Status::Paused(Pause::NotStarted)),
+            runs: AtomicBool::new(false),
+            id_registers: self.id_registers,
+            vtcr: self.vtcr,
+            hcr: self.hcr,
+            last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
+        });
+        link.tie(&vm);
+        vm.devices.renew_generation();
+        Ok(vm)
+    }
+
+    fn fork_vcpus(&self) -> Result<Box<[Vcpu]>, OutOfHeap> {
+        let mut vcpus = Vec::new();
+        vcpus.try_reserve_exact(self.vcpus.len()).map_err(|_| OutOfHeap)?;
+        vcpus.extend(self.vcpus.iter().map(Vcpu::fork));
+        Ok(vcpus.into_boxed_slice())
+    }
+
+    /// A fresh copy takes the status of its parent: it runs, or is paused as that is.
+    pub fn follow(self: &Arc<Self>, parent: Status) {
+        self.set_status(parent);
+        if parent == Status::Running {
+            sched::unpark(self);
+        }
+    }
+}

@@ -30,6 +30,7 @@ extern crate std;
 
 mod access;
 mod coalesced;
+mod completion;
 mod create;
 mod dirty;
 mod fork;
@@ -54,6 +55,7 @@ mod fork_tests;
 mod tests;
 
 pub use coalesced::{CoalescedRing, CoalescedWrite, Full};
+pub use completion::{Completion, Instruction};
 pub use create::CreateError;
 pub use dirty::{LogError, RESERVE, Ring, RingEntry, RingFull, RingState, RingsError};
 pub use fork::ForkError;

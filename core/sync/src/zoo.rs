@@ -40,6 +40,8 @@ pub enum Bug {
     ZB3,
     /// Z-B4: a stage-1 walk that must write to read-only memory is given to the owner.
     ZB4,
+    /// Z-B5: an emulated access steps over its instruction twice, and one that is an abort writes its data all the same.
+    ZB5,
     /// Z-B6: the ring of coalesced writes computes its distances modulo 2^32.
     ZB6,
     /// Z-G1: a write goes through a shared node without copying the path.

@@ -1,6 +1,7 @@
 //! Accesses to devices: the data's way between a register and a device, whole and once.
 //!
-//! What the hardware describes (one general register, no writeback) is done here, without a look at the instruction.
+//! What the hardware describes (one general register, no writeback) is done here, without a look at the instruction; how it ends is
+//! decided by the core's [`Completion`].
 //! Everything else goes to [`emulate`], and so does what may be only the second half of an access: hardware reports one that
 //! crosses into a page without memory with that page's first address.
 
@@ -9,7 +10,7 @@ use entresol_arch_arm64::instruction::data;
 use entresol_fault::{Access, Fault, Transfer};
 use entresol_metal_arm64::exit::{self as hardware, Rights};
 use entresol_metal_arm64::live;
-use entresol_mmu::Abort;
+use entresol_mmu::{Abort, Completion, Instruction};
 
 use super::{Next, emulate, memory};
 use crate::counters::Reason;
@@ -29,27 +30,46 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
         let value = order(state, state.read(transfer.register), transfer.size);
         vcpu.vm.device_write(vcpu, state, fault.gpa, transfer.size, value)
     } else {
-        let claim = vcpu.vm.device_read(vcpu, state, fault.gpa, transfer.size);
-        if let Claim::Value(value) = claim {
-            let value = order(state, value, transfer.size);
-            state.write(transfer.register, data::extend(value, transfer.size, transfer.sign_extend, transfer.wide));
-        }
-        claim
+        vcpu.vm.device_read(vcpu, state, fault.gpa, transfer.size)
     };
-    match claim {
-        Claim::Value(_) | Claim::Done => {
-            state.skip(esr);
-            Next::Again
-        }
-        Claim::Look => {
-            state.skip(esr);
-            Next::Look
-        }
-        Claim::Abort => {
-            memory::inject(vcpu, state, fault, far, Abort::External);
-            Next::Again
-        }
-        Claim::Again => Next::Look,
+    let (completion, next) = match claim {
+        Claim::Value(value) => (Completion::pending().loaded(value), Next::Again),
+        Claim::Done => (Completion::pending().stored(), Next::Again),
+        Claim::Look => (Completion::pending().stored(), Next::Look),
+        Claim::Abort => (Completion::pending().aborted(), Next::Again),
+        Claim::Again => (Completion::pending(), Next::Look),
+    };
+    completion.settle(&mut Described { vcpu, state, fault, transfer: &transfer, esr, far });
+    next
+}
+
+/// An instruction that the hardware describes.
+struct Described<'a> {
+    vcpu: &'a VcpuRef,
+    state: &'a mut State,
+    fault: &'a Fault,
+    transfer: &'a Transfer,
+    esr: u64,
+    far: u64,
+}
+
+impl Instruction for Described<'_> {
+    #[inline]
+    fn load(&mut self, value: u64) {
+        let Transfer { size, sign_extend, wide, register, .. } = *self.transfer;
+        let value = order(self.state, value, size);
+        self.state.write(register, data::extend(value, size, sign_extend, wide));
+    }
+
+    #[inline]
+    fn advance(&mut self) {
+        self.state.skip(self.esr);
+    }
+
+    // What is cold is called: a call with `self` would keep all of it in memory, on the hot path too.
+    #[inline]
+    fn abort(&mut self) {
+        memory::inject(self.vcpu, self.state, self.fault, self.far, Abort::External);
     }
 }
 

@@ -7,6 +7,7 @@
 //! not have yet; their checkers come with them.
 
 pub mod coalesced;
+pub mod completion;
 pub mod inv01;
 pub mod inv02;
 pub mod inv03;
@@ -60,6 +61,8 @@ pub enum Check {
     Maintenance,
     /// Coalesced writes.
     Coalesced,
+    /// Instructions take effect once, or not at all.
+    Completion,
     /// Outcomes that the litmus file forbids.
     Forbidden,
     /// A panic of the core.
@@ -68,7 +71,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -84,6 +87,7 @@ impl Check {
         Self::Slots,
         Self::Maintenance,
         Self::Coalesced,
+        Self::Completion,
         Self::Forbidden,
         Self::Panic,
     ];
@@ -111,6 +115,7 @@ impl Check {
             Self::Slots => "slots",
             Self::Maintenance => "cache-ops",
             Self::Coalesced => "coalesced",
+            Self::Completion => "completion",
             Self::Forbidden => "forbidden",
             Self::Panic => "panic",
         }

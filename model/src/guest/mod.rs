@@ -1,9 +1,10 @@
 //! Guests and owners as scripts: what each CPU of a scenario does.
 //!
-//! [`vcpu`] is a guest's access as hardware makes it, [`operation`] what the manual says about it, [`memory`] its effect;
+//! [`vcpu`] is a guest's access as hardware makes it, [`context`] what the vCPU has of it, [`operation`] what the manual says about it, [`memory`] its effect;
 //! [`owner`] what the owner of a virtual machine asks of the core;
 //! [`posted`] is coalesced MMIO; [`record`] what the lab remembers of that; [`stage`] puts machine, objects and virtual machines up and runs scripts.
 
+pub mod context;
 pub mod dirty;
 pub mod memory;
 pub mod operation;

@@ -91,6 +91,11 @@ impl Operation {
         }
     }
 
+    /// Whether it loads a register.
+    pub const fn loads(self) -> bool {
+        matches!(self, Self::Load | Self::LoadExclusive)
+    }
+
     /// Whether bytes of memory become others by it.
     pub const fn stores(self) -> bool {
         matches!(self, Self::Store(_) | Self::StoreExclusive(_) | Self::Update(_))

@@ -11,6 +11,7 @@ use entresol_mmu::{CoalescedRing, Host, Invalidation, Options, Vm};
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
 
+use super::context::Context;
 use super::record::SlotRecord;
 use super::vcpu::{self, Attempt};
 use super::{owner, posted};
@@ -69,6 +70,8 @@ pub struct Actor {
     pub cpu: usize,
     /// Its vCPU's.
     pub hint: Hint,
+    /// Its vCPU's registers.
+    pub context: Context,
     /// Its vCPU's own translation is off.
     pub mmu_off: bool,
     /// The virtual machine that it runs, and under which VMID.
@@ -80,7 +83,14 @@ pub struct Actor {
 impl Actor {
     /// CPU `cpu`, which runs nothing yet.
     pub fn new(cpu: usize) -> Self {
-        Self { cpu, hint: Hint::new(), mmu_off: false, runs: None, invalidations: Vec::new() }
+        Self {
+            cpu,
+            hint: Hint::new(),
+            context: Context::default(),
+            mmu_off: false,
+            runs: None,
+            invalidations: Vec::new(),
+        }
     }
 }
 

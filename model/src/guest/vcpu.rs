@@ -2,18 +2,20 @@
 //!
 //! Protocol: [`access`] is the instruction. The hardware tries ([`hardware`]); what it refuses becomes the registers of an
 //! exit, the decoder makes a fault of them, the core answers, and the answer is judged before it is obeyed. Maintenance
-//! that traps goes to the core's other door and is done or not when that returns.
+//! that traps goes to the core's other door and is done or not when that returns. What the owner emulates is answered here in its
+//! stead, and ends as the core's [`Completion`] has it.
 
 use entresol_addr::{Gpa, PAGE_SHIFT};
 use entresol_arch_arm64::abort;
 use entresol_fault::Access;
-use entresol_mmu::Outcome;
+use entresol_mmu::{Completion, Instruction, Outcome};
 
 use super::memory;
 use super::operation::Operation;
 use super::stage::{Actor, Stage};
-use crate::check::{Check, inv09, inv15, maintenance};
+use crate::check::{Check, completion, inv09, inv15, maintenance};
 use crate::lab::{self, Lab};
+use crate::litmus::Emulated;
 use crate::litmus::outcome::Value;
 use crate::machine::walk::{Translated, Walker};
 
@@ -42,8 +44,23 @@ const TRANSLATION: u64 = 0b0001;
 const ACCESS_FLAG: u64 = 0b0010;
 const PERMISSION: u64 = 0b0011;
 
-/// Makes the access until it is done or leaves to the owner.
+/// Makes the access, and looks at what the vCPU has of it.
 pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) -> Value {
+    let before = actor.context;
+    let end = perform(stage, actor, vm, attempt);
+    let value = match end {
+        Value::Word(value) => Some(value),
+        Value::Mmio => Some(answer(&attempt)),
+        _ => None,
+    };
+    let wrong = completion::ended(before, actor.context, end, value.filter(|_| attempt.what.loads()));
+    lab::with(|lab| lab.found(Check::Completion, wrong));
+    lab::settle();
+    end
+}
+
+/// Makes the access until it is done or leaves to the owner.
+fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) -> Value {
     let began = lab::with(|lab| lab.schedule.others());
     if let Some(line) = attempt.what.line().filter(|_| stage.policy.trap_maintenance) {
         return maintain(stage, actor, vm, &attempt, line);
@@ -54,7 +71,7 @@ pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt)
         let (answer, since) = lab::with(|lab| (hardware(lab, &attempt), lab.world.now()));
         lab::settle();
         let esr = match answer {
-            Answer::Done(value) => return value,
+            Answer::Done(value) => return retire(actor, &attempt, value),
             Answer::Fault(esr) => esr,
         };
         traps += 1;
@@ -78,13 +95,52 @@ pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt)
             Outcome::Unshare => {
                 let _ = stage.vms[vm].unshare(actor.cpu, attempt.gpa);
             }
-            Outcome::Mmio => return Value::Mmio,
-            Outcome::Skip => return Value::Skipped,
-            Outcome::Inject(_) => return Value::Abort,
-            Outcome::Exit(_) => return Value::Exit,
+            Outcome::Mmio => return conclude(stage, actor, &attempt, Value::Mmio),
+            Outcome::Skip => return conclude(stage, actor, &attempt, Value::Skipped),
+            Outcome::Inject(_) => return conclude(stage, actor, &attempt, Value::Abort),
+            Outcome::Exit(_) => return conclude(stage, actor, &attempt, Value::Exit),
         }
         last = Some(esr);
     }
+}
+
+/// The hardware has done it.
+fn retire(actor: &mut Actor, attempt: &Attempt, value: Value) -> Value {
+    if let Value::Word(word) = value
+        && attempt.what.loads()
+    {
+        actor.context.load(word);
+    }
+    actor.context.advance();
+    value
+}
+
+/// The core has answered, and the access is over.
+fn conclude(stage: &Stage<'_>, actor: &mut Actor, attempt: &Attempt, end: Value) -> Value {
+    match end {
+        Value::Mmio => return emulate(stage, actor, attempt),
+        Value::Abort => actor.context.abort(),
+        Value::Exit => {}
+        _ => actor.context.advance(),
+    }
+    end
+}
+
+/// The owner answers, and then decides whether it shall count.
+fn emulate(stage: &Stage<'_>, actor: &mut Actor, attempt: &Attempt) -> Value {
+    let pending = Completion::pending();
+    let answered = if attempt.what.loads() { pending.loaded(answer(attempt)) } else { pending.stored() };
+    let (completion, end) = match stage.policy.emulated {
+        Emulated::Done => (answered, Value::Mmio),
+        Emulated::Abort => (answered.aborted(), Value::Abort),
+    };
+    completion.settle(&mut actor.context);
+    end
+}
+
+/// What the owner's device has at an address: another value than any memory of a scenario.
+const fn answer(attempt: &Attempt) -> u64 {
+    !attempt.gpa.get()
 }
 
 /// By which door maintenance came to the core.
@@ -118,14 +174,14 @@ fn maintain(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, 
         });
         lab::settle();
         match outcome {
-            Outcome::Skip => return Value::Skipped,
+            Outcome::Skip => return conclude(stage, actor, attempt, Value::Skipped),
             Outcome::Retry | Outcome::Resume => entresol_sync::hint::spin_loop(),
             Outcome::Unshare => {
                 let _ = stage.vms[vm].unshare(actor.cpu, gpa);
             }
-            Outcome::Mmio => return Value::Mmio,
-            Outcome::Inject(_) => return Value::Abort,
-            Outcome::Exit(_) => return Value::Exit,
+            Outcome::Mmio => return conclude(stage, actor, attempt, Value::Mmio),
+            Outcome::Inject(_) => return conclude(stage, actor, attempt, Value::Abort),
+            Outcome::Exit(_) => return conclude(stage, actor, attempt, Value::Exit),
         }
     }
 }

@@ -74,6 +74,19 @@ pub struct GuestPolicy {
     pub trap_maintenance: bool,
     /// What DC IVAC does to read-only memory.
     pub read_only_ivac: Ivac,
+    /// What comes of an access that is the owner's to emulate, after it has answered.
+    pub emulated: Emulated,
+}
+
+/// See [`GuestPolicy::emulated`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Emulated {
+    /// It is done.
+    #[default]
+    Done,
+    /// An external abort, which cancels the answer.
+    Abort,
 }
 
 /// See [`ReadOnlyIvac`].
@@ -368,6 +381,7 @@ mod tests {
                 .contains("object.device ram: must not stand")
         );
         assert!(with("[[object]]", "[policy]\nread_only_ivac = \"keep\"\n[[object]]").contains("keep"));
+        assert!(with("[[object]]", "[policy]\nemulated = \"lost\"\n[[object]]").contains("lost"));
         assert!(with("name = \"small\"", "name = \"small\"\nbound = \"all\"").contains("bound all"));
     }
 }

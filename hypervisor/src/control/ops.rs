@@ -61,7 +61,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::SetSlot { vm, slot } => set_slot(vm, slot)?.into(),
         Op::Posted { vm } => Answer::Posted(posted(&*alive(vm)?)?).into(),
         Op::Pause { vm } => pause(vm)?.into(),
-        Op::Resume { vm } => resume(vm)?.into(),
+        Op::Resume { vm } => resume(vm, attached)?.into(),
         Op::Kill { vm } => {
             alive(vm)?.stop(Stop::Killed);
             Outcome::WhenSettled
@@ -239,9 +239,16 @@ fn pause(name: &str) -> Result<Answer<'static>, Error> {
     Ok(Answer::Done)
 }
 
-fn resume(name: &str) -> Result<Answer<'static>, Error> {
+fn resume(name: &str, attached: &mut Option<Attached>) -> Result<Answer<'static>, Error> {
     let vm = alive(name)?;
-    if vm.resume() { Ok(Answer::Done) } else { Err(wrong_state(name, "must be paused", vm.status())) }
+    if !vm.resume() {
+        return Err(wrong_state(name, "must be paused", vm.status()));
+    }
+    // It may pause for the same reason before anybody looks.
+    if let Some(attached) = attached.as_mut().filter(|attached| attached.name == name) {
+        attached.resumed = true;
+    }
+    Ok(Answer::Done)
 }
 
 /// Makes `name`, or with a count `name`-1 to `name`-count, copies of `parent`.

@@ -46,6 +46,8 @@ pub struct Attached {
     position: u64,
     /// The state that was told last.
     told: Status,
+    /// Its owner has resumed it since: the state may be the same again, and is news.
+    pub resumed: bool,
     /// The client waits for room for input.
     pub input_waits: bool,
 }
@@ -54,7 +56,7 @@ impl Attached {
     /// `terminal` of virtual machine `number`, from the oldest output that it keeps.
     pub fn new(number: usize, name: String, terminal: Arc<Terminal>, told: Status) -> Self {
         let (position, _) = terminal.read_from(0, &mut []);
-        Self { number, name, terminal, position, told, input_waits: false }
+        Self { number, name, terminal, position, told, resumed: false, input_waits: false }
     }
 }
 
@@ -240,10 +242,11 @@ fn tell_output(attached: &mut Attached, buffer: &mut [u8], writer: &mut Writer) 
     count > 0
 }
 
-/// Tells the state, if it is another than was told.
+/// Tells the state, if it is another than was told, or has been another in between.
 fn tell_state(attached: &mut Attached, writer: &mut Writer) {
     let Some(status) = registry::status(attached.number) else { return };
-    if status == attached.told {
+    let resumed = core::mem::take(&mut attached.resumed);
+    if status == attached.told && !resumed {
         return;
     }
     attached.told = status;

@@ -24,8 +24,13 @@ const PROGRAMS: [(&str, &str); 3] =
     [("entresol-model", "litmus"), ("entresol-model", "zoo"), ("entresol-fuzz", "fuzz")];
 
 /// Instruments of the lab that stand in the core's folder.
-const INSTRUMENTS: [&str; 4] =
-    ["core/sync/src/lab/", "core/sync/src/weak/", "core/sync/src/zoo.rs", "core/sync/src/trace.rs"];
+const INSTRUMENTS: [&str; 5] = [
+    "core/sync/src/lab/",
+    "core/sync/src/weak/",
+    "core/sync/src/scheduled.rs",
+    "core/sync/src/zoo.rs",
+    "core/sync/src/trace.rs",
+];
 
 /// What is measured, and what must be reached.
 #[derive(Args, Debug)]

@@ -20,6 +20,8 @@ pub mod epoch;
 pub mod hint;
 #[cfg(feature = "lab")]
 pub mod lab;
+#[cfg(any(feature = "lab", loom))]
+mod scheduled;
 pub mod tally;
 pub mod trace;
 #[cfg(loom)]

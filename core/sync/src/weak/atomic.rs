@@ -6,8 +6,9 @@ use std::sync::OnceLock;
 use loom::sync::atomic as real;
 
 use crate::atomic::Ordering;
+use crate::scheduled::atomics;
 
-macro_rules! common {
+macro_rules! explored {
     ($name:ident, $value:ty) => {
         /// The type of the same name of `core`, explored.
         pub struct $name {
@@ -22,91 +23,8 @@ macro_rules! common {
             }
 
             #[track_caller]
-            fn real(&self) -> &real::$name {
+            fn at(&self, _write: bool) -> &real::$name {
                 self.real.get_or_init(|| real::$name::new(self.first))
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn load(&self, order: Ordering) -> $value {
-                self.real().load(order)
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn store(&self, value: $value, order: Ordering) {
-                self.real().store(value, order);
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn swap(&self, value: $value, order: Ordering) -> $value {
-                self.real().swap(value, order)
-            }
-
-            /// As in `core`.
-            ///
-            /// # Errors
-            ///
-            /// The value found.
-            #[track_caller]
-            pub fn compare_exchange(
-                &self,
-                current: $value,
-                new: $value,
-                success: Ordering,
-                failure: Ordering,
-            ) -> Result<$value, $value> {
-                self.real().compare_exchange(current, new, success, failure)
-            }
-
-            /// As in `core`; does not fail spuriously.
-            ///
-            /// # Errors
-            ///
-            /// The value found.
-            #[track_caller]
-            pub fn compare_exchange_weak(
-                &self,
-                current: $value,
-                new: $value,
-                success: Ordering,
-                failure: Ordering,
-            ) -> Result<$value, $value> {
-                self.compare_exchange(current, new, success, failure)
-            }
-
-            /// As in `core`.
-            ///
-            /// # Errors
-            ///
-            /// The value found.
-            #[track_caller]
-            pub fn fetch_update(
-                &self,
-                set: Ordering,
-                fetch: Ordering,
-                update: impl FnMut($value) -> Option<$value>,
-            ) -> Result<$value, $value> {
-                self.real().fetch_update(set, fetch, update)
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn fetch_and(&self, value: $value, order: Ordering) -> $value {
-                self.real().fetch_and(value, order)
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn fetch_or(&self, value: $value, order: Ordering) -> $value {
-                self.real().fetch_or(value, order)
-            }
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                Self::new(<$value>::default())
             }
         }
 
@@ -119,41 +37,4 @@ macro_rules! common {
     };
 }
 
-macro_rules! integer {
-    ($name:ident, $value:ty) => {
-        common!($name, $value);
-
-        impl $name {
-            /// As in `core`.
-            #[track_caller]
-            pub fn fetch_add(&self, value: $value, order: Ordering) -> $value {
-                self.real().fetch_add(value, order)
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn fetch_sub(&self, value: $value, order: Ordering) -> $value {
-                self.real().fetch_sub(value, order)
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn fetch_max(&self, value: $value, order: Ordering) -> $value {
-                self.real().fetch_max(value, order)
-            }
-
-            /// As in `core`.
-            #[track_caller]
-            pub fn fetch_min(&self, value: $value, order: Ordering) -> $value {
-                self.real().fetch_min(value, order)
-            }
-        }
-    };
-}
-
-common!(AtomicBool, bool);
-integer!(AtomicU8, u8);
-integer!(AtomicU16, u16);
-integer!(AtomicU32, u32);
-integer!(AtomicU64, u64);
-integer!(AtomicUsize, usize);
+atomics!(explored);

@@ -1,0 +1,322 @@
+//! One step of a script, from text.
+//!
+//! A step is a verb and its arguments; a virtual machine's name and a colon may stand before it, and `-> NAME` after a
+//! step that has a result. Numbers are decimal or `0x` hexadecimal. [`VERBS`] is the whole grammar; [`words`] takes a text
+//! apart, [`parse`] makes a step of it.
+
+mod parse;
+#[cfg(test)]
+mod tests;
+mod words;
+
+use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT};
+
+use crate::guest::operation::Operation;
+pub use words::number;
+
+/// What a verb looks like and does, for errors and for the documentation.
+pub const VERBS: [(&str, &str); 41] = [
+    ("load GPA", "the vCPU loads the word at GPA"),
+    ("store GPA VALUE", "the vCPU stores a word"),
+    ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
+    ("ldxr GPA", "the vCPU loads a word and watches it"),
+    ("stxr GPA VALUE", "the vCPU stores a word if nobody stored there since its ldxr: 0, or 1 if it did not"),
+    ("walk data|fetch GPA", "the hardware reads the vCPU's stage-1 descriptor at GPA"),
+    ("update data|fetch GPA", "the hardware sets the access flag of the stage-1 descriptor at GPA"),
+    ("dc ivac|cvac|civac|cvau GPA", "the vCPU's maintenance of the line at GPA, with its barrier"),
+    ("ic ivau GPA", "the same for instruction caches"),
+    ("tlbi", "the vCPU's own TLB invalidation, which promises nothing about the second stage"),
+    ("mmu on|off", "the vCPU's own translation: off makes its accesses Non-cacheable"),
+    ("post COUNT", "the vCPU stores to a coalesced zone; the result is how many stores the ring took"),
+    ("drain", "the owner takes the coalesced stores that wait; the result is how many"),
+    ("leave", "the CPU stops running the virtual machine"),
+    ("write GPA VALUE", "the owner stores a word to guest memory"),
+    ("read GPA", "the owner reads a word of guest memory"),
+    ("zap GPA PAGES", "the owner invalidates a range"),
+    ("start GPA PAGES", "invalidate_range_start"),
+    ("end", "invalidate_range_end of the CPU's last start"),
+    ("punch OBJECT FRAME COUNT", "the owner makes frames of an object vacant"),
+    ("populate OBJECT FRAME COUNT", "the owner makes frames of an object present"),
+    ("fork VM OBJECT", "in setup: VM, which has no slot, becomes a fork, and OBJECT its memory"),
+    ("unshare GPA", "the owner breaks the sharing of the page through the notifier"),
+    ("slot ID GPA PAGES OBJECT OFFSET [ro]", "the owner creates a slot"),
+    ("delete ID", "the owner deletes a slot"),
+    ("move ID GPA", "the owner moves a slot"),
+    ("flags ID log|none", "the owner changes a slot's flags"),
+    ("revert ID", "the owner begins to delete a slot and gives up"),
+    ("split GPA", "the block behind GPA becomes smaller leaves"),
+    ("merge GPA", "the leaves around GPA become a 2 MiB block"),
+    ("age GPA PAGES", "the owner clears access flags"),
+    ("protect GPA PAGES", "the owner takes write permission away"),
+    ("log get ID", "the owner fetches and clears a slot's dirty log: how many pages it names"),
+    ("log read ID", "the owner reads a slot's dirty log"),
+    ("log clear ID MASK", "the owner clears pages of the first 64 from a slot's dirty log"),
+    ("rings", "every CPU's vCPU gets a dirty ring"),
+    ("harvest CPU", "the owner harvests the ring of the CPU's vCPU: how many entries"),
+    ("forge CPU SLOT OFFSET", "the first entry of a ring says something else"),
+    ("reset", "the owner resets the dirty rings: how many entries were freed"),
+    ("clean-all", "the guest's set/way maintenance, trapped"),
+    ("reap", "frames whose grace period is over become free"),
+];
+
+/// Beside [`VERBS`]: `vmids COUNT` wears VMIDs out, for `setup`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A vCPU's access.
+    Guest {
+        /// Whose.
+        vm: usize,
+        /// What it does.
+        what: Operation,
+        /// Where, 8-byte aligned.
+        gpa: Gpa,
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// The vCPU's MMU.
+    Mmu {
+        /// On or off.
+        on: bool,
+    },
+    /// The vCPU's own TLB invalidation.
+    Tlbi,
+    /// Stores to a coalesced zone.
+    Post {
+        /// How many.
+        count: u64,
+        /// The register for how many were taken.
+        to: Option<String>,
+    },
+    /// The owner takes those that wait.
+    Drain {
+        /// The register for how many there were.
+        to: Option<String>,
+    },
+    /// The CPU puts its virtual machine.
+    Leave,
+    /// The owner's store.
+    Write {
+        /// Whose memory.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+        /// What.
+        value: u64,
+    },
+    /// The owner's load.
+    Read {
+        /// Whose memory.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// Something about a range of guest frames.
+    Range {
+        /// Whose.
+        vm: usize,
+        /// Which frames.
+        range: GfnRange,
+        /// What.
+        what: RangeVerb,
+    },
+    /// `invalidate_range_end`.
+    End,
+    /// A virtual machine becomes a fork of another.
+    Fork {
+        /// The parent.
+        vm: usize,
+        /// The child.
+        child: usize,
+        /// The child's memory.
+        object: usize,
+    },
+    /// The notifier's way to a page of one's own.
+    Unshare {
+        /// Whose.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+    },
+    /// Something about frames of an object.
+    Object {
+        /// Which object.
+        object: usize,
+        /// First frame.
+        frame: u64,
+        /// How many.
+        count: u64,
+        /// Vacant rather than present.
+        punch: bool,
+    },
+    /// Something about a slot.
+    Slot {
+        /// Whose.
+        vm: usize,
+        /// Which.
+        id: u32,
+        /// What.
+        what: SlotVerb,
+    },
+    /// Something about the dirty log of a slot.
+    Log {
+        /// Whose.
+        vm: usize,
+        /// Which slot.
+        id: u16,
+        /// What.
+        what: LogVerb,
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// Something about the dirty rings of a virtual machine.
+    Ring {
+        /// Whose.
+        vm: usize,
+        /// What.
+        what: RingVerb,
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// Set/way maintenance.
+    CleanAll {
+        /// Whose.
+        vm: usize,
+    },
+    /// Deferred frames become free.
+    Reap,
+    /// So many VMIDs are used up.
+    Vmids {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// What happens to a range of guest frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeVerb {
+    /// Invalidated at once.
+    Zap,
+    /// `invalidate_range_start`.
+    Start,
+    /// The block there is split.
+    Split,
+    /// The leaves there are merged.
+    Merge,
+    /// Access flags are cleared.
+    Age,
+    /// Write permission is taken away.
+    Protect,
+}
+
+/// What happens to a dirty log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogVerb {
+    /// It is fetched and cleared.
+    Get,
+    /// It is read.
+    Read,
+    /// These of its first 64 pages are cleared.
+    Clear {
+        /// Bit by bit.
+        mask: u64,
+    },
+}
+
+/// What happens to dirty rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingVerb {
+    /// They are made.
+    Make,
+    /// One is harvested.
+    Harvest {
+        /// The CPU whose vCPU's it is.
+        vcpu: u32,
+    },
+    /// The first entry of one is overwritten.
+    Forge {
+        /// The CPU whose vCPU's it is.
+        vcpu: u32,
+        /// What it names.
+        slot: u32,
+        /// What it names.
+        offset: u64,
+    },
+    /// They are reset.
+    Reset,
+}
+
+/// What happens to a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotVerb {
+    /// It is made.
+    Create {
+        /// Where.
+        range: GfnRange,
+        /// The object behind it.
+        object: usize,
+        /// The object's first frame.
+        offset: u64,
+        /// Guests may not write.
+        read_only: bool,
+    },
+    /// It goes.
+    Delete,
+    /// It goes elsewhere.
+    Move {
+        /// Where to.
+        base: Gfn,
+    },
+    /// Its flags become these.
+    Flags {
+        /// Writes are logged.
+        log: bool,
+    },
+    /// It is withdrawn, and the update given up.
+    Revert,
+}
+
+/// Why a text is no step.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("step {step:?}: {rule}")]
+pub struct StepError {
+    /// The text.
+    pub step: String,
+    /// What it must be.
+    pub rule: String,
+}
+
+/// Names that steps may use, by their numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Names<'a> {
+    /// Virtual machines.
+    pub vms: &'a [String],
+    /// Objects.
+    pub objects: &'a [String],
+}
+
+impl Step {
+    /// The register that it sets.
+    pub fn result(&self) -> Option<&str> {
+        match self {
+            Self::Guest { to, .. }
+            | Self::Read { to, .. }
+            | Self::Log { to, .. }
+            | Self::Ring { to, .. }
+            | Self::Post { to, .. }
+            | Self::Drain { to } => to.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The guest page that the step is about, for reports.
+    pub fn page(&self) -> Option<(usize, Gfn)> {
+        match self {
+            Self::Guest { vm, gpa, .. } | Self::Write { vm, gpa, .. } | Self::Read { vm, gpa, .. } => {
+                Some((*vm, Gfn::new(gpa.get() >> PAGE_SHIFT)))
+            }
+            _ => None,
+        }
+    }
+}

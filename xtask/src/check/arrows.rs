@@ -23,6 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("backing", &["addr", "sync", "machine"]),
     ("table", &["addr", "sync", "machine"]),
     ("arch-arm64", &["addr", "fault", "table"]),
+    ("arch-x86", &["addr", "fault", "table"]),
     ("mmu", &["addr", "sync", "fault", "slot", "backing", "table", "machine"]),
     ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64"]),
     ("hypervisor", &HYPERVISOR),

@@ -1,0 +1,103 @@
+//! What `entresol_table` asks of a format, for both of ours.
+
+use entresol_addr::{PageSize, Pfn};
+use entresol_table::{Entry, Format, LEAF_LEVEL, Leaf, Memory, Permissions, VACANT, level_of};
+
+use crate::ept::Extended;
+use crate::npt::Nested;
+
+fn leaves() -> impl Iterator<Item = Leaf> {
+    let frames = [0, 1, 0x8_0000, 0x123_4567, 0x55_5555_5555, 0xaa_aaaa_aaaa, (1 << 40) - 1];
+    (0..1u32 << 5).flat_map(move |bits| {
+        let bit = move |bit: u32| bits & 1 << bit != 0;
+        frames.into_iter().flat_map(move |frame| {
+            PageSize::ALL.into_iter().map(move |size| Leaf {
+                pfn: Pfn::new(frame).align_down(size),
+                size,
+                permissions: Permissions { read: bit(0), write: bit(1), execute: bit(2) },
+                memory: if bit(3) { Memory::Device } else { Memory::Normal },
+                young: bit(4),
+            })
+        })
+    })
+}
+
+fn decoding_undoes_encoding<F: Format>(format: F) {
+    let mut seen = 0;
+    for leaf in leaves() {
+        let raw = format.leaf(&leaf);
+        let level = level_of(leaf.size);
+        assert_eq!(format.decode(raw, level), Entry::Leaf(leaf), "{raw:#x}");
+        assert_eq!(format.decode(format.young(raw), level), Entry::Leaf(Leaf { young: true, ..leaf }));
+        assert_ne!(raw & ((1 << F::MARKER_BITS) - 1), F::BROKEN);
+        seen += 1;
+    }
+    assert_eq!(seen, 32 * 7 * 3);
+    for bit in 0..F::FRAME_BITS {
+        let frame = Pfn::new(1 << bit);
+        for level in 0..LEAF_LEVEL {
+            assert_eq!(format.decode(format.table(frame), level), Entry::Table(frame));
+            assert_ne!(format.table(frame) & ((1 << F::MARKER_BITS) - 1), F::BROKEN);
+        }
+    }
+}
+
+fn markers_are_invalid<F: Format>(format: F, present: u64) {
+    for level in 0..=LEAF_LEVEL {
+        assert_eq!(format.decode(VACANT, level), Entry::Vacant);
+        for data in (F::MARKER_BITS..u64::BITS).map(|bit| 1 << bit).chain([0, u64::MAX << F::MARKER_BITS]) {
+            assert_eq!((F::BROKEN | data) & present, 0, "the processor must see nothing");
+            assert_eq!(format.decode(F::BROKEN | data, level), Entry::Broken);
+        }
+        for bit in 1..u64::BITS {
+            assert!(level < LEAF_LEVEL || !matches!(format.decode(1 << bit, level), Entry::Table(_)));
+        }
+    }
+}
+
+#[test]
+fn nested_tables_keep_their_promises() {
+    decoding_undoes_encoding(Nested);
+    markers_are_invalid(Nested, 1);
+    assert_eq!(Nested.decode(0x1000 | 0x81, 0), Entry::Broken, "a leaf of 512 GiB");
+}
+
+#[test]
+fn extended_tables_keep_their_promises() {
+    decoding_undoes_encoding(Extended);
+    markers_are_invalid(Extended, 0b111);
+    for misconfigured in [0b010, 0b100, 0b110] {
+        assert_eq!(Extended.decode(0x1000 | misconfigured, LEAF_LEVEL), Entry::Broken);
+    }
+    assert_eq!(Extended.decode(0x1000 | 0x87, 0), Entry::Broken, "a leaf of 512 GiB");
+}
+
+#[test]
+fn the_root_is_always_a_pml4() {
+    for bits in 0..=64 {
+        let shapes = [Nested.geometry(bits), Extended.geometry(bits)];
+        for shape in shapes {
+            assert_eq!(shape.map(|g| (g.root_level(), g.root_frames())), (32..=48).contains(&bits).then_some((0, 1)));
+        }
+    }
+}
+
+#[test]
+fn words_are_the_manuals() {
+    let page = Leaf {
+        pfn: Pfn::new(0x4_0000),
+        size: PageSize::Size4K,
+        permissions: Permissions::ALL,
+        memory: Memory::Normal,
+        young: true,
+    };
+    // APM 5.4.1: D, A, U/S, R/W, P.
+    assert_eq!(Nested.leaf(&page), 0x4000_0000 | 0x67);
+    // SDM 29.3.2: D, A, ignore PAT, type 6, X, W, R.
+    assert_eq!(Extended.leaf(&page), 0x4000_0000 | 0x377);
+    let device = Leaf { permissions: Permissions::READ_WRITE, memory: Memory::Device, size: PageSize::Size2M, ..page };
+    assert_eq!(Nested.leaf(&device), 1 << 63 | 0x4000_0000 | 0xff);
+    assert_eq!(Extended.leaf(&device), 0x4000_0000 | 0x383);
+    assert_eq!(Nested.table(Pfn::new(0x8_1234)), 0x8123_4027);
+    assert_eq!(Extended.table(Pfn::new(0x8_1234)), 0x8123_4107);
+}

@@ -49,7 +49,7 @@ use alloc::vec::Vec;
 
 use entresol_metal_arm64::boot::{BootInfo, memory};
 use entresol_metal_arm64::switch::gic as interface;
-use entresol_metal_arm64::{Metal, console as machine_console, cpu, gic, power};
+use entresol_metal_arm64::{Metal, console as machine_console, cpu, gic, own, power};
 use entresol_sync::Once;
 use entresol_wire::bundle::Bundle;
 use entresol_wire::config::{Console, format_size};
@@ -80,7 +80,7 @@ fn refuse(what: core::fmt::Arguments<'_>) -> ! {
 
 fn start(info: &'static BootInfo) {
     let frames: u64 = info.ram.iter().map(|region| region.size() >> entresol_addr::PAGE_SHIFT).sum();
-    let memory = memory::split(info, heap::size(frames)).unwrap_or_else(|error| {
+    let mut memory = memory::split(info, heap::size(frames)).unwrap_or_else(|error| {
         refuse(format_args!(
             "the machine's memory is too small: {} bytes of heap do not fit in {}",
             error.wanted, error.largest
@@ -88,8 +88,10 @@ fn start(info: &'static BootInfo) {
     });
     // SAFETY: `split` took the region out of free RAM, and gives it to nobody else.
     unsafe { heap::init(memory.heap) };
-    let (pool, crumbs) = memory.frames.split_at(memory.frames.len().min(Metal::POOL_RANGES));
-    for crumb in crumbs {
+    let ranges = memory.frames.len().min(Metal::POOL_RANGES);
+    let (pool, crumbs) = memory.frames.split_at_mut(ranges);
+    host::set_own_tables_aside(pool, cpu::count());
+    for crumb in &*crumbs {
         // SAFETY: as above; the frame pool does not get it.
         unsafe { heap::extend(*crumb) };
     }
@@ -116,6 +118,7 @@ fn start(info: &'static BootInfo) {
 
 /// What each CPU needs before it runs vCPUs.
 fn start_cpu() {
+    own::init_cpu();
     let ready =
         gic::init_cpu().and_then(|()| gic::enable(gic::HYPERVISOR_TIMER)).and_then(|()| gic::enable(gic::MAINTENANCE));
     ready.unwrap_or_else(|error| refuse(format_args!("CPU {}: {error}", cpu::index())));

@@ -15,7 +15,9 @@
 //! A TLB invalidation is data ([`TlbOp`]), so that a debt can carry it and the lab can record it. `tlb` only *starts*
 //! one; nothing may rely on it before `complete()` has returned.
 //!
-//! Known holes: tags and the hypervisor's own mapping join the trait with the features that need them.
+//! The hypervisor's own mapping is part of the machine too: [`own`].
+//!
+//! Known holes: tags join the trait with the feature that needs them.
 #![no_std]
 #![allow(unsafe_code, reason = "the seam: an unsafe trait and its plainest implementation")]
 
@@ -26,9 +28,11 @@ extern crate alloc;
 pub mod flat;
 #[cfg(feature = "model")]
 pub mod model;
+pub mod own;
 mod tlb;
 
 use entresol_addr::{Hpa, Pfn, PfnRange};
+use own::{RemoveError, Work};
 pub use tlb::{TlbOp, Vmid};
 
 /// A 64-bit word of a frame: a table entry or a node entry.
@@ -125,15 +129,38 @@ pub unsafe trait Machine: Sync {
     /// Writes the bytes of `from` at `to`.
     fn write(&self, to: Hpa, from: &[u8]);
 
-    /// Starts clean and invalidate of the data caches to the point of coherency (DC CIVAC); ends with `complete`.
+    /// Starts clean and invalidate of the data caches to the point of coherency (DC CIVAC); ends with `complete`. The
+    /// frames are named by their physical addresses: they need not be in the hypervisor's own mapping.
     fn clean_invalidate_to_poc(&self, frames: PfnRange);
 
     /// Cleans the data caches to the point of unification and invalidates the instruction caches of all CPUs for
-    /// `frames` (DC CVAU, IC IVAU or IC IALLUIS); ends with `complete`.
+    /// `frames` (DC CVAU, IC IVAU or IC IALLUIS); ends with `complete`. The frames need not be in the own mapping.
     fn invalidate_icache(&self, frames: PfnRange);
 
     /// Starts a TLB invalidation on all CPUs; ends with `complete`.
     fn tlb(&self, op: TlbOp);
+
+    /// Whether frames can leave the hypervisor's own mapping at all. Constant.
+    fn can_unmap_own(&self) -> bool;
+
+    /// Takes the entries of `frames` out of the hypervisor's own mapping: one frame, or a naturally aligned block of
+    /// [`own::OWN_BLOCK`]. A single one has left with its block before, and came back. They are absent when
+    /// `tlb(TlbOp::Own(frames))` is complete; the caller uses them no more from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`RemoveError`]; they are mapped still.
+    fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError>;
+
+    /// Puts absent frames back into it: one, or all of a block, none of which is mapped. They can be used at once.
+    fn map_own(&self, frames: PfnRange);
+
+    /// Whether `frame` is in it, by its tables.
+    fn is_mapped_own(&self, frame: Pfn) -> bool;
+
+    /// Does `work` to `frame` through a translation that this CPU alone has, and that is gone before this returns. Nobody
+    /// gives the frame to somebody else meanwhile.
+    fn through_window(&self, frame: Pfn, work: Work<'_>);
 
     /// Waits for everything that this CPU started with `tlb`, `clean_invalidate_to_poc` and `invalidate_icache`.
     fn complete(&self);

@@ -5,10 +5,12 @@
 //! of them is about values, and a model that gets values wrong is a wrong model, not undefined behaviour. So the step
 //! from the one trait to the other is made here, once.
 //!
-//! The methods are those of [`Machine`]; each knows its caller's place in the source.
+//! The methods are those of [`Machine`]; each knows its caller's place in the source. A model that has no hypervisor's own
+//! mapping leaves those about it as they are: nothing can leave it, so nobody asks for the rest.
 
 use entresol_addr::{Hpa, Pfn, PfnRange};
 
+use crate::own::{RemoveError, Work};
 use crate::{Features, Machine, TlbOp, Word};
 
 /// What a model does for each method of [`Machine`].
@@ -38,6 +40,25 @@ pub trait Model: Sync {
     fn invalidate_icache(&self, frames: PfnRange);
     #[track_caller]
     fn tlb(&self, op: TlbOp);
+    fn can_unmap_own(&self) -> bool {
+        false
+    }
+    #[track_caller]
+    fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError> {
+        Err(RemoveError::Unsplittable { pfn: frames.start() })
+    }
+    #[track_caller]
+    fn map_own(&self, frames: PfnRange) {
+        panic!("{frames:x?} are in the mapping: nothing can leave it")
+    }
+    #[track_caller]
+    fn is_mapped_own(&self, _frame: Pfn) -> bool {
+        true
+    }
+    #[track_caller]
+    fn through_window(&self, frame: Pfn, _work: Work<'_>) {
+        panic!("frame {frame:#x} is in the mapping: it needs no window")
+    }
     #[track_caller]
     fn complete(&self);
 }
@@ -107,6 +128,30 @@ unsafe impl<T: Model> Machine for Modelled<T> {
     #[track_caller]
     fn tlb(&self, op: TlbOp) {
         self.0.tlb(op);
+    }
+
+    fn can_unmap_own(&self) -> bool {
+        self.0.can_unmap_own()
+    }
+
+    #[track_caller]
+    fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError> {
+        self.0.unmap_own(frames)
+    }
+
+    #[track_caller]
+    fn map_own(&self, frames: PfnRange) {
+        self.0.map_own(frames);
+    }
+
+    #[track_caller]
+    fn is_mapped_own(&self, frame: Pfn) -> bool {
+        self.0.is_mapped_own(frame)
+    }
+
+    #[track_caller]
+    fn through_window(&self, frame: Pfn, work: Work<'_>) {
+        self.0.through_window(frame, work);
     }
 
     #[track_caller]

@@ -1,6 +1,6 @@
 //! TLB invalidations as values.
 
-use entresol_addr::{Gfn, GfnRange, PageSize};
+use entresol_addr::{Gfn, GfnRange, PageSize, PfnRange};
 
 /// A virtual machine identifier as the hardware sees it. Zero is the hypervisor's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,4 +45,6 @@ pub enum TlbOp {
     Vmid(Vmid),
     /// Everything of every virtual machine, and the instruction caches (VMID rollover).
     All,
+    /// The hypervisor's own translations of these frames: one, or a naturally aligned block of 512.
+    Own(PfnRange),
 }

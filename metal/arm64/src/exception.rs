@@ -10,6 +10,9 @@
 //! `PANIC`, ends with `END OF PANIC`, and the machine is turned off through PSCI, so that whoever started it does not
 //! wait for ever. The firmware's off has no status of its own: a tester looks for the line.
 //!
+//! One load may fault without being a bug: [`crate::probe`]'s, which is recognised by its address before anything else is
+//! saved, and goes on behind itself.
+//!
 //! Addresses in a backtrace are printed as the ELF file has them.
 //!
 //! Invariants: PSTATE.DAIF stays set throughout.
@@ -89,6 +92,11 @@ entresol_vectors:
     // x0 = frame, x1 = vector; the guest's x0 is in TPIDRRO_EL0, x1 and x2 are in the frame.
 entresol_save_fatal:
     str     x1, [x0, #288]
+    mrs     x1, elr_el2
+    adrp    x2, entresol_probe_load     // the one load that may fault: see `probe`
+    add     x2, x2, :lo12:entresol_probe_load
+    cmp     x1, x2
+    b.eq    entresol_probe_faulted
     mrs     x1, tpidrro_el0
     str     x1, [x0]
     stp     x3, x4, [x0, #24]

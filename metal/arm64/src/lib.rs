@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`boot`] | how does the machine start, and what is in it? |
 //! | `paging`, [`cpu`], `exception` | on what does the hypervisor itself stand? |
+//! | [`own`], [`probe`] | what has left its own mapping, and does it notice? |
 //! | [`switch`], [`traps`], [`exit`] | how is a guest entered, what may it do, why did it come back? |
 //! | [`live`] | what do the registers of the loaded vCPU hold? |
 //! | [`features`], [`identity`], [`random`] | what can this CPU do? |
@@ -28,14 +29,13 @@
 //! segments laid out by address from 0; the ELF file itself is what backtraces are resolved against.
 //!
 //! Invariants: HCR_EL2.E2H is 0. PSTATE.DAIF is set whenever code of EL2 runs, so nothing is ever interrupted here; a
-//! pending interrupt ends `wfi` and is acknowledged by [`gic::ack`]. The EL2 mapping is the identity; nothing in it is
-//! both writable and executable.
+//! pending interrupt ends `wfi` and is acknowledged by [`gic::ack`]. The EL2 mapping is the identity, without private
+//! frames, and the windows of [`own`]; nothing in it is both writable and executable.
 //!
 //! Lock order: none of the locks here is held while another is taken, except the console's, which is always last.
 //!
 //! Known holes: no branch target identification or pointer authentication for the hypervisor's own code; on a
-//! machine without FEAT_RAS an SError still pending when a guest leaves is reported by whoever runs next; the second stage's frames stay in
-//! the hypervisor's mapping (INV-10 needs an unmap, which comes with private memory).
+//! machine without FEAT_RAS an SError still pending when a guest leaves is reported by whoever runs next.
 #![no_std]
 #![allow(unsafe_code, reason = "the instructions themselves; every block says why it is sound")]
 #![cfg_attr(
@@ -73,9 +73,13 @@ pub mod live;
 #[cfg(target_os = "none")]
 mod machine;
 #[cfg(target_os = "none")]
+pub mod own;
+#[cfg(target_os = "none")]
 mod paging;
 #[cfg(target_os = "none")]
 pub mod power;
+#[cfg(target_os = "none")]
+pub mod probe;
 #[cfg(target_os = "none")]
 pub mod random;
 #[cfg(target_os = "none")]

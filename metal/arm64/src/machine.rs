@@ -1,6 +1,7 @@
 //! [`Metal`]: the core's machine, on instructions.
 //!
-//! Purpose: words, pages, caches and TLBs. Frames are reached through EL2's identity map, cacheable.
+//! Purpose: words, pages, caches and TLBs. Frames are reached through EL2's identity map, cacheable; frames that may be absent
+//! from it ([`own`]) through this CPU's windows.
 //!
 //! Protocol: [`Metal::set_pool`] names the frames that the core may ask for, before any other method is called and
 //! before other CPUs use it, [`Metal::set_rom`] those that it may only look at; every method refuses others with a panic, so that no mistake of the core reaches the
@@ -17,11 +18,13 @@
 use core::arch::asm;
 
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
+use entresol_machine::own::{RemoveError, Work};
 use entresol_machine::{Features, Machine, TlbOp, Vmid, Word};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::features::{self, Feature};
 use crate::operand::{self, Step};
+use crate::own::{self, Window};
 use crate::pool::{self, Pool};
 
 /// Frames above which all instruction caches are invalidated instead of lines.
@@ -74,6 +77,13 @@ impl Metal {
         let frame = PfnRange::single(at.frame());
         if !POOL.covers(frame) && !ROM.covers(frame) {
             return None;
+        }
+        if own::may_be_absent(frame) {
+            let mut word = [0; 4];
+            own::through(Window::Work, at.frame(), |window| {
+                move_bytes(window + (at.page_offset() & !3), word.as_mut_ptr() as u64, 4);
+            });
+            return Some(u32::from_le_bytes(word));
         }
         let word: u32;
         // SAFETY: an aligned word of the pool, into which no Rust reference points and which a guest may write meanwhile, or of
@@ -189,35 +199,26 @@ unsafe impl Machine for Metal {
 
     fn clean_invalidate_to_poc(&self, frames: PfnRange) {
         let start = Self::seen(frames);
-        for line in lines(start, frames.count() * PAGE_SIZE, &DATA_LINE) {
-            // SAFETY: cleaning and invalidating changes no data.
-            unsafe { instruction_on!("dc civac", line) };
+        if own::may_be_absent(frames) {
+            for frame in each(frames) {
+                own::through(Window::Caches, frame, |window| clean(window, PAGE_SIZE));
+            }
+            return;
         }
+        clean(start, frames.count() * PAGE_SIZE);
     }
 
     fn invalidate_icache(&self, frames: PfnRange) {
-        let (start, bytes) = (Self::seen(frames), frames.count() * PAGE_SIZE);
-        if !features::has(Feature::COHERENT_DATA) {
-            for line in lines(start, bytes, &DATA_LINE) {
-                // SAFETY: cleaning changes no data.
-                unsafe { instruction_on!("dc cvau", line) };
+        let start = Self::seen(frames);
+        // Guests see the frames at other virtual addresses: only a physically indexed cache is found by ours.
+        let by_line = features::has(Feature::PHYSICAL_INSTRUCTION_CACHE) && frames.count() <= MOST_ICACHE_FRAMES;
+        if own::may_be_absent(frames) {
+            for frame in each(frames) {
+                own::through(Window::Caches, frame, |window| invalidate_icache(window, PAGE_SIZE, by_line));
             }
-        }
-        if features::has(Feature::COHERENT_INSTRUCTION) {
             return;
         }
-        // SAFETY: a barrier: what was cleaned or written is visible before it can be fetched again.
-        unsafe { instruction!("dsb ish") };
-        // Guests see the frames at other virtual addresses: only a physically indexed cache is found by ours.
-        if features::has(Feature::PHYSICAL_INSTRUCTION_CACHE) && frames.count() <= MOST_ICACHE_FRAMES {
-            for line in lines(start, bytes, &INSTRUCTION_LINE) {
-                // SAFETY: invalidating an instruction cache changes no data.
-                unsafe { instruction_on!("ic ivau", line) };
-            }
-        } else {
-            // SAFETY: as above.
-            unsafe { instruction!("ic ialluis") };
-        }
+        invalidate_icache(start, frames.count() * PAGE_SIZE, by_line);
     }
 
     fn tlb(&self, op: TlbOp) {
@@ -230,7 +231,51 @@ unsafe impl Machine for Metal {
             TlbOp::Vmid(vmid) => as_vmid(vmid, || unsafe { instruction!("tlbi vmalls12e1is") }),
             // SAFETY: as above.
             TlbOp::All => unsafe { asm!("tlbi alle1is", "ic ialluis", options(nostack, preserves_flags)) },
+            // EL2's mapping is the identity: the frame's number is the operand.
+            // SAFETY: as above.
+            TlbOp::Own(frames) if frames.count() == 1 => unsafe {
+                instruction_on!("tlbi vae2is", frames.start().get())
+            },
+            // SAFETY: as above.
+            TlbOp::Own(_) => unsafe { instruction!("tlbi alle2is") },
         }
+    }
+
+    fn can_unmap_own(&self) -> bool {
+        own::can_unmap()
+    }
+
+    fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError> {
+        POOL.check(frames);
+        own::unmap(frames)
+    }
+
+    fn map_own(&self, frames: PfnRange) {
+        POOL.check(frames);
+        own::map(frames);
+    }
+
+    fn is_mapped_own(&self, frame: Pfn) -> bool {
+        own::is_mapped(frame)
+    }
+
+    fn through_window(&self, frame: Pfn, work: Work<'_>) {
+        POOL.check(PfnRange::single(frame));
+        let inside = |at: u16, len: usize| {
+            assert!(u64::from(at) + len as u64 <= PAGE_SIZE, "{len} bytes at {at:#x} leave the window");
+            u64::from(at)
+        };
+        own::through(Window::Work, frame, |window| match work {
+            Work::Read { at, to } => move_bytes(window + inside(at, to.len()), to.as_mut_ptr() as u64, to.len() as u64),
+            Work::Write { at, from } => {
+                move_bytes(from.as_ptr() as u64, window + inside(at, from.len()), from.len() as u64);
+            }
+            Work::Zero => zero(window, PAGE_SIZE),
+            Work::Copy { from } => {
+                POOL.check(PfnRange::single(from));
+                own::through(Window::Source, from, |source| move_bytes(source, window, PAGE_SIZE));
+            }
+        });
     }
 
     #[inline]
@@ -290,6 +335,42 @@ fn invalidate_range(range: entresol_addr::GfnRange) {
     }
     // SAFETY: as above.
     unsafe { asm!("dsb ish", "tlbi vmalle1is", options(nostack, preserves_flags)) };
+}
+
+fn each(frames: PfnRange) -> impl Iterator<Item = Pfn> {
+    (0..frames.count()).map(move |offset| frames.start().offset(offset))
+}
+
+/// Cleans and invalidates data caches for whole mapped pages.
+fn clean(start: u64, bytes: u64) {
+    for line in lines(start, bytes, &DATA_LINE) {
+        // SAFETY: cleaning and invalidating changes no data.
+        unsafe { instruction_on!("dc civac", line) };
+    }
+}
+
+/// Makes what was written to whole mapped pages fetchable.
+fn invalidate_icache(start: u64, bytes: u64, by_line: bool) {
+    if !features::has(Feature::COHERENT_DATA) {
+        for line in lines(start, bytes, &DATA_LINE) {
+            // SAFETY: cleaning changes no data.
+            unsafe { instruction_on!("dc cvau", line) };
+        }
+    }
+    if features::has(Feature::COHERENT_INSTRUCTION) {
+        return;
+    }
+    // SAFETY: a barrier: what was cleaned or written is visible before it can be fetched again.
+    unsafe { instruction!("dsb ish") };
+    if by_line {
+        for line in lines(start, bytes, &INSTRUCTION_LINE) {
+            // SAFETY: invalidating an instruction cache changes no data.
+            unsafe { instruction_on!("ic ivau", line) };
+        }
+    } else {
+        // SAFETY: as above.
+        unsafe { instruction!("ic ialluis") };
+    }
 }
 
 /// Line addresses of whole pages.

@@ -3,14 +3,13 @@
 //! Purpose: text is read and execute, constants are read-only, everything else of RAM is read and write, devices are
 //! Device-nGnRE; a page below each stack is mapped to nothing, so that an overflow faults instead of spreading.
 //!
-//! Protocol: [`build`] runs once, without MMU, and returns the register values; the tables never change afterwards, so
-//! the hypervisor's own mapping needs no TLB maintenance. Tables come from a static arena.
+//! Protocol: [`build`] runs once, without MMU, and returns the register values. Afterwards only `own` changes entries: it
+//! takes blocks of 2 MiB of RAM away, for private guests, and puts them back (INV-10). So that it can, RAM is mapped with no
+//! larger blocks, but beyond the first [`SPLIT_GIB`] GiB. Tables come from a static arena.
 //!
 //! Sources: Arm DDI 0487 D8.3 (descriptors), D24.2 (SCTLR_EL2, TCR_EL2, MAIR_EL2) with HCR_EL2.E2H = 0.
 //!
-//! Known holes: frames of private guests must leave this mapping (D9, INV-10): that needs RAM mapped by pages or a
-//! break-before-make split, and comes with private memory. One MiB of the table arena is the most that any
-//! fragmentation of RAM can use before [`build`] refuses.
+//! Known holes: one MiB of the table arena is the most that any fragmentation of RAM can use before [`build`] refuses.
 
 use core::cell::UnsafeCell;
 use core::mem::ManuallyDrop;
@@ -36,6 +35,11 @@ unsafe extern "C" {
 /// level-3 for each 2 MiB that is not.
 const TABLES: usize = 256;
 
+/// GiB of RAM that are mapped with blocks of 2 MiB: one table each. What comes after has blocks of 1 GiB.
+pub(crate) const SPLIT_GIB: u64 = 192;
+/// Bytes that are mapped at once, so that no block of 1 GiB is used.
+const CHUNK: u64 = 512 << 20;
+
 /// What turns the MMU on, in the order that `entresol_enable_mmu` loads.
 #[repr(C)]
 pub struct MmuRegisters {
@@ -51,6 +55,9 @@ const PRESENT: Attributes = Attributes::VALID.union(Attributes::ACCESSED).union(
 const TEXT: Attributes = PRESENT.union(NORMAL).union(Attributes::READ_ONLY);
 const CONSTANTS: Attributes = TEXT.union(Attributes::XN);
 const DATA: Attributes = PRESENT.union(NORMAL).union(Attributes::XN);
+/// Page and block entries of RAM, without the address.
+pub(crate) const PAGE_DATA: u64 = DATA.union(Attributes::TABLE_OR_PAGE).bits() as u64;
+pub(crate) const BLOCK_DATA: u64 = DATA.bits() as u64;
 const REGISTERS: Attributes = PRESENT.union(DEVICE).union(Attributes::XN);
 
 const WRITE_BACK: NormalMemory = NormalMemory::WriteBackNonTransientReadWriteAllocate;
@@ -119,8 +126,18 @@ pub fn build(info: &BootInfo) -> *const MmuRegisters {
         map(area.main, DATA);
     }
     let ram: ArrayVec<Region, MAX_FREE> = info.ram.iter().copied().collect();
+    let mut left = SPLIT_GIB << 30;
     for region in without(&ram, info.image) {
-        map(region, DATA);
+        let mut rest = region;
+        while left != 0 && rest.size() != 0 {
+            let end = rest.end.min((rest.start & !(CHUNK - 1)) + CHUNK);
+            map(Region { start: rest.start, end }, DATA);
+            left = left.saturating_sub(end - rest.start);
+            rest.start = end;
+        }
+        if rest.size() != 0 {
+            map(rest, DATA);
+        }
     }
     let devices = [info.uart.registers, info.gicd, info.gicr].into_iter();
     for region in devices.chain(info.rtc.map(|rtc| rtc.registers)) {

@@ -145,6 +145,8 @@ impl Tlb {
 fn covers(op: TlbOp, vmid: Vmid, entry: &Standing) -> bool {
     match op {
         TlbOp::All => true,
+        // The hypervisor's own translations are not a guest's.
+        TlbOp::Own(_) => false,
         TlbOp::Vmid(whose) => whose == vmid,
         TlbOp::Range { vmid: whose, range } => whose == vmid && range.overlaps(entry.span),
         TlbOp::Ipa { vmid: whose, gfn, size, leaf_only } => {

@@ -60,6 +60,7 @@ impl GreedyTlb {
                     self.links.retain(|_, link| !(link.lingers && link.flushing));
                 }
                 Event::Copy(..) | Event::Clean(_) | Event::Icache(_) => {}
+                Event::UnmapOwn(_) | Event::MapOwn(_) | Event::Window(_) => {}
             }
         }
     }
@@ -147,6 +148,7 @@ impl GreedyTlb {
                 assert_eq!(vmid, super::VMID);
                 (range, false)
             }
+            TlbOp::Own(frames) => panic!("no table of a guest maps {frames:?}"),
             TlbOp::Vmid(_) | TlbOp::All => (super::gfns(0, u64::MAX), false),
         };
         for stale in &mut self.stale {

@@ -27,6 +27,8 @@ pub enum MemoryError {
     },
     /// The machine has no frame to back the page. The copy may be tried again when it has.
     OutOfMemory,
+    /// The page is not in memory now. Whoever the memory belongs to brings it; then the copy may be tried again.
+    Absent,
 }
 
 /// A VM's memory, for devices: copies only.
@@ -40,7 +42,7 @@ pub trait GuestMemory: Send + Sync {
     /// # Errors
     ///
     /// [`MemoryError::Outside`] if a byte lies in no slot or past the address space, [`MemoryError::OutOfMemory`] if a
-    /// page had to be populated and could not be. The content of `to` is then unspecified.
+    /// page had to be populated and could not be, [`MemoryError::Absent`]. The content of `to` is then unspecified.
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError>;
 
     /// Stores `from` to guest memory at `gpa`.
@@ -107,6 +109,8 @@ pub enum Work {
     More,
     /// [`MemoryError::OutOfMemory`] stopped it. Nothing is lost: [`Device::run`] carries on when there is memory again.
     Stalled,
+    /// [`MemoryError::Absent`] stopped it. Nothing is lost: [`Device::run`] carries on when the page has come.
+    Waiting,
 }
 
 /// Registers that a guest reaches by loads and stores.
@@ -120,7 +124,7 @@ pub trait Device: Send + Sync {
     /// A store of the low `size` bytes of `value`.
     fn write(&self, offset: u64, size: u8, value: u64) -> Work;
 
-    /// Does a bounded part of what [`Work::More`] or [`Work::Stalled`] announced. Without such work it does nothing.
+    /// Does a bounded part of what [`Work::More`], [`Work::Stalled`] or [`Work::Waiting`] announced. Without such work it does nothing.
     fn run(&self) -> Work {
         Work::Idle
     }

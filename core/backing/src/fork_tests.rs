@@ -15,27 +15,27 @@ use crate::*;
 const FRAMES: u64 = 3 * 512 + 100;
 
 impl Host {
-    fn fork(&self, handle: ObjectHandle) -> ObjectHandle {
+    pub(crate) fn fork(&self, handle: ObjectHandle) -> ObjectHandle {
         self.objects.fork(&self.supply(0), &self.epoch, handle).unwrap()
     }
 
-    fn put(&self, handle: ObjectHandle, frame: u64, byte: u8) -> Result<(), AccessError> {
+    pub(crate) fn put(&self, handle: ObjectHandle, frame: u64, byte: u8) -> Result<(), AccessError> {
         self.on(handle, |object, supply| object.write(supply, frame * PAGE_SIZE + 5, &[byte]))
     }
 
-    fn byte(&self, handle: ObjectHandle, frame: u64) -> u8 {
+    pub(crate) fn byte(&self, handle: ObjectHandle, frame: u64) -> u8 {
         let mut byte = [0xee];
         self.on(handle, |object, _| object.read(&self.machine, frame * PAGE_SIZE + 5, &mut byte).unwrap());
         byte[0]
     }
 
-    fn settle(&self) {
+    pub(crate) fn settle(&self) {
         while self.supply(0).reclaim(16) != 0 {}
         while self.pool.reap(&self.epoch, 0, usize::MAX) != 0 {}
     }
 
     /// INV-7: what the relatives reach, each frame once, is all that is not free.
-    fn assert_exact_family(&self, family: &[ObjectHandle]) {
+    pub(crate) fn assert_exact_family(&self, family: &[ObjectHandle]) {
         self.settle();
         let mut reached = BTreeSet::new();
         for handle in family {
@@ -44,10 +44,10 @@ impl Host {
         assert_eq!(self.pool.total_frames() - self.pool.free_frames(), reached.len() as u64);
     }
 
-    fn differing(&self, one: ObjectHandle, other: ObjectHandle) -> BTreeSet<u64> {
+    pub(crate) fn differing(&self, one: ObjectHandle, other: ObjectHandle) -> BTreeSet<u64> {
         let pin = self.epoch.pin(0);
         let get = |handle| self.objects.get(&pin, handle).unwrap();
-        let parts: Vec<_> = get(one).differences(&self.machine, get(other), 0).unwrap().collect();
+        let parts: Vec<_> = get(one).differences(&self.supply(0), get(other), 0).unwrap().collect();
         assert!(parts.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "in order: {parts:?}");
         parts.into_iter().flat_map(|(start, count)| start..start + count).collect()
     }
@@ -204,8 +204,8 @@ fn bad_forks_are_refused_and_change_nothing() {
     assert_eq!(host.objects.len(), 4);
     let pin = host.epoch.pin(0);
     let get = |handle| host.objects.get(&pin, handle).unwrap();
-    assert!(get(parent).differences(&host.machine, get(other), 0).is_err());
-    assert!(get(parent).differences(&host.machine, get(device), 0).is_err());
+    assert!(get(parent).differences(&host.supply(0), get(other), 0).is_err());
+    assert!(get(parent).differences(&host.supply(0), get(device), 0).is_err());
 }
 
 /// Whichever frame is the last, what is read stays the same, counts stay exact, and with memory the same write succeeds.

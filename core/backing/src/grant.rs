@@ -4,6 +4,8 @@ use core::fmt;
 
 use entresol_addr::{PageSize, Pfn};
 
+use crate::StoreSlot;
+
 /// How the machine must treat what is behind a grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {
@@ -59,6 +61,11 @@ pub enum GrantError {
     Shared,
     /// The object is being forked: unpin, then try again.
     Forking,
+    /// No frame has the page, but a place of a store does: fetch it ([`crate::Fetch`]), then try again.
+    Stored {
+        /// The place.
+        slot: StoreSlot,
+    },
     /// Past the end of the object.
     Outside {
         /// The frame asked for.
@@ -75,6 +82,7 @@ impl fmt::Display for GrantError {
             Self::OutOfMemory => crate::OutOfMemory.fmt(f),
             Self::Shared => f.write_str("write: the page must be copied first"),
             Self::Forking => f.write_str("the object is being forked"),
+            Self::Stored { slot } => write!(f, "the page is not in memory, but in place {}", slot.index()),
             Self::ReadOnly => f.write_str("write: the object is read-only"),
             Self::Outside { frame, frames } => write!(f, "frame {frame:#x}: the object has {frames:#x} frames"),
         }

@@ -17,12 +17,16 @@
 //! copies what it needs ([`Object::own`]). What they differ in is found without looking at what they share
 //! ([`Object::differences`]). The tree's own chapter is in `tree`.
 //!
+//! A page of anonymous memory may be in no frame but in a place of a store ([`store`]): then there is no grant for it, not
+//! even for writing, until somebody has fetched it ([`Fetch`], [`Object::restore`]). It reads the same, before and after (D2),
+//! so relatives share what is stored as they share frames.
+//!
 //! Invariants: INV-7 (a frame is in exactly one of these states: free, cached, taken, deferred; giving one back twice
 //! is caught in release builds too), INV-11 (a fresh page is zeroed before its word is published), INV-13. Everything
 //! that can fail is undone before it is reported: out of memory leaves a vacant word and exact counts (D8). Nothing
 //! is allocated on the heap after creation.
 //!
-//! Lock order: objects → structure of one object → shared blocks → deferred → a CPU's cache → buddy. A fault on memory
+//! Lock order: objects → structure of one object → shared blocks → deferred → a CPU's cache → buddy; stores are a leaf. A fault on memory
 //! that is present takes none; a fresh page takes its own CPU's cache.
 //!
 //! Known holes: a node stays until its object is destroyed, so a 2 MiB span that was once backed by pages is not backed
@@ -38,10 +42,13 @@ extern crate std;
 mod grant;
 mod object;
 mod pool;
+mod store;
 mod tree;
 
 #[cfg(test)]
 mod fork_tests;
+#[cfg(test)]
+mod stored_tests;
 #[cfg(test)]
 mod tests;
 
@@ -52,10 +59,11 @@ use core::fmt;
 use entresol_machine::Machine;
 pub use grant::{Grant, GrantError, Memory};
 pub use object::{
-    AccessError, CreateError, DestroyError, Differences, ForkError, Frozen, Kind, MAX_OBJECTS, Object, ObjectHandle,
-    Objects, Policy, PopulateError, PunchError, Spec, TableError,
+    AccessError, CreateError, DestroyError, Differences, Fetch, ForkError, Frozen, Kind, MAX_OBJECTS, Object,
+    ObjectHandle, Objects, Policy, PopulateError, PunchError, PutError, Spec, TableError,
 };
 pub use pool::{AddError, FrameMeta, FramePool, Order};
+pub use store::{MAX_STORES, StoreError, StoreId, StoreSlot, Stores};
 pub use tree::Ahead;
 
 /// No free frame, or none of the size asked for.

@@ -2,7 +2,7 @@
 //! made, and no reference into guest memory exists.
 
 use entresol_addr::{Gpa, PAGE_SIZE};
-use entresol_backing::{AccessError, ObjectHandle};
+use entresol_backing::{AccessError, ObjectHandle, StoreSlot};
 use entresol_machine::Machine;
 use entresol_slot::Hint;
 use entresol_sync::Pin;
@@ -25,6 +25,13 @@ pub enum CopyError {
     },
     /// No frame for a page.
     OutOfMemory,
+    /// A page is not in memory: fetch it ([`crate::Vm::absent`]), then make the whole copy again.
+    Absent {
+        /// The first address that could not be copied.
+        gpa: Gpa,
+        /// The place of a store that has the page.
+        slot: StoreSlot,
+    },
     /// A write to memory that is being forked, or copied for this write while it is invalidated: unpin, then try again.
     Busy,
 }
@@ -99,6 +106,7 @@ fn stopped(gpa: Gpa, error: AccessError) -> CopyError {
         AccessError::OutOfMemory => CopyError::OutOfMemory,
         AccessError::Forking => CopyError::Busy,
         AccessError::ReadOnly => CopyError::ReadOnly { gpa },
-        _ => CopyError::Outside { gpa },
+        AccessError::Stored { slot, .. } => CopyError::Absent { gpa, slot },
+        AccessError::Outside { .. } | AccessError::Device => CopyError::Outside { gpa },
     }
 }

@@ -295,6 +295,10 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             GrantError::Shared => self.copy_on_write(pin, fault),
             GrantError::OutOfMemory => self.out_of_memory(pin.cpu()),
             GrantError::ReadOnly => self.read_only(pin, fault),
+            GrantError::Stored { slot } => {
+                self.stats.absent.bump();
+                self.refused(Outcome::Exit(Reason::Stored { slot }))
+            }
             GrantError::Outside { .. } => self.refused(Outcome::Exit(Reason::BadObject)),
         }
     }

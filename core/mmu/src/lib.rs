@@ -28,6 +28,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod absent;
 mod access;
 mod coalesced;
 mod completion;
@@ -54,6 +55,7 @@ mod fork_tests;
 #[cfg(test)]
 mod tests;
 
+pub use absent::Absent;
 pub use coalesced::{CoalescedRing, CoalescedWrite, Full};
 pub use completion::{Completion, Instruction};
 pub use create::CreateError;

@@ -1,5 +1,7 @@
 //! What the owner of a virtual machine is told about a fault (D11): exact reasons, no catch-all.
 
+use entresol_backing::StoreSlot;
+
 /// How a fault ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a fault that nobody acts on stops the guest"]
@@ -41,6 +43,12 @@ pub enum Reason {
     Unsupported {
         /// The raw syndrome.
         syndrome: u64,
+    },
+    /// The page is not in memory: whoever keeps the store fetches it ([`entresol_backing::Fetch`]). [`crate::Vm::absent`] says for
+    /// which object and frame.
+    Stored {
+        /// The place that has it.
+        slot: StoreSlot,
     },
     /// A slot names an object that does not exist or ends before the slot does: the owner's mistake.
     BadObject,

@@ -253,6 +253,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 Err(GrantError::OutOfMemory) => return Err(CopyError::OutOfMemory),
                 Err(GrantError::ReadOnly) => return Err(CopyError::ReadOnly { gpa }),
                 Err(GrantError::Outside { .. }) => return Err(CopyError::Outside { gpa }),
+                Err(GrantError::Stored { slot }) => return Err(CopyError::Absent { gpa, slot }),
                 Err(GrantError::Forking | GrantError::Shared) => return Err(CopyError::Busy),
             };
             return match self.show_own(pin, sample, slot.object, frame, &grant, None) {

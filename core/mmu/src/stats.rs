@@ -56,6 +56,8 @@ pub struct Stats {
     pub spurious: Counter,
     /// Accesses outside every slot, or stores to read-only memory, given to the VM's owner.
     pub outside: Counter,
+    /// Faults on pages that are not in memory, but in a store.
+    pub absent: Counter,
     /// Aborts put into the guest by the pipeline.
     pub injected: Counter,
     /// Pages of dirty logs that the owner took over and that were write-protected again.

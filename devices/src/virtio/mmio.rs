@@ -418,14 +418,15 @@ impl<D: VirtioDevice> State<D> {
         if queue.take_used() {
             match queue.wants_interrupt(memory) {
                 Ok(false) => {}
-                // A driver that cannot be asked for want of memory gets an interrupt that it may not need.
-                Ok(true) | Err(Stop::OutOfMemory) => self.interrupt_status |= registers::USED_BUFFER,
+                // A driver that cannot be asked now gets an interrupt that it may not need.
+                Ok(true) | Err(Stop::OutOfMemory | Stop::Absent) => self.interrupt_status |= registers::USED_BUFFER,
                 Err(stop @ Stop::Broken(_)) => outcome = outcome.and(Err(stop)),
             }
         }
         match outcome {
             Ok(work) => self.left[index] = work,
             Err(Stop::OutOfMemory) => self.left[index] = Work::Stalled,
+            Err(Stop::Absent) => self.left[index] = Work::Waiting,
             Err(Stop::Broken(broken)) => self.fail(broken),
         }
     }
@@ -437,6 +438,8 @@ impl<D: VirtioDevice> State<D> {
             Work::More
         } else if any(Work::Stalled) {
             Work::Stalled
+        } else if any(Work::Waiting) {
+            Work::Waiting
         } else {
             Work::Idle
         }

@@ -124,6 +124,8 @@ pub enum Stop {
     Broken(Broken),
     /// The machine has no memory for what the guest asked. Goes on later where it was.
     OutOfMemory,
+    /// A page of the guest's is not in memory now. Goes on where it was when the page has come.
+    Absent,
 }
 
 impl From<Broken> for Stop {
@@ -136,6 +138,7 @@ impl From<MemoryError> for Stop {
     fn from(error: MemoryError) -> Self {
         match error {
             MemoryError::OutOfMemory => Self::OutOfMemory,
+            MemoryError::Absent => Self::Absent,
             MemoryError::Outside { .. } | MemoryError::ReadOnly { .. } => Self::Broken(Broken::Memory(error)),
         }
     }

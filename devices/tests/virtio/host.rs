@@ -18,6 +18,8 @@ pub struct Memory {
     bytes: Mutex<Vec<u8>>,
     /// Copies that succeed before every further one is [`MemoryError::OutOfMemory`]; negative for no end.
     pub copies_left: AtomicI64,
+    /// They are [`MemoryError::Absent`] instead.
+    pub absent: AtomicBool,
     /// Copies so far.
     pub copies: AtomicUsize,
 }
@@ -27,6 +29,7 @@ impl Memory {
         Arc::new(Self {
             bytes: Mutex::new(vec![0; RAM_BYTES as usize]),
             copies_left: AtomicI64::new(-1),
+            absent: AtomicBool::new(false),
             copies: AtomicUsize::new(0),
         })
     }
@@ -44,6 +47,7 @@ impl Memory {
     fn spend(&self) -> Result<(), MemoryError> {
         self.copies.fetch_add(1, Ordering::Relaxed);
         match self.copies_left.load(Ordering::Relaxed) {
+            0 if self.absent.load(Ordering::Relaxed) => Err(MemoryError::Absent),
             0 => Err(MemoryError::OutOfMemory),
             left => {
                 self.copies_left.store(if left > 0 { left - 1 } else { left }, Ordering::Relaxed);

@@ -235,7 +235,7 @@ fn torture<D: VirtioDevice>(device: D, steps: &[Step], offer: impl Fn(&Driver<D>
 
 /// The torturer does not wait for what it started.
 fn drop_work(work: Work) {
-    assert!(matches!(work, Work::Idle | Work::More | Work::Stalled));
+    assert!(matches!(work, Work::Idle | Work::More | Work::Stalled | Work::Waiting));
 }
 
 proptest! {

@@ -198,5 +198,6 @@ fn number(outcome: Outcome) -> u32 {
         Outcome::Exit(Reason::Unsupported { .. }) => 8,
         Outcome::Exit(Reason::BadObject) => 9,
         Outcome::Unshare => 10,
+        Outcome::Exit(Reason::Stored { .. }) => 11,
     }
 }

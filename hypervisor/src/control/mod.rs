@@ -193,6 +193,7 @@ fn describe(status: Status) -> (State, Option<Reason>) {
         Status::Paused(Pause::Owner) => named(State::Paused, "Owner"),
         Status::Paused(Pause::OutOfMemory) => named(State::Paused, "OutOfMemory"),
         Status::Paused(Pause::CoalescedFull) => named(State::Paused, "CoalescedFull"),
+        Status::Paused(Pause::Storage) => named(State::Paused, "Storage"),
         Status::Stopped(Stop::PowerOff) => named(State::Stopped, "PowerOff"),
         Status::Stopped(Stop::Reset) => named(State::Stopped, "Reset"),
         Status::Stopped(Stop::Killed) => named(State::Stopped, "Killed"),

@@ -68,9 +68,17 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
             vcpu.vm.pause(Pause::OutOfMemory);
             Next::Leave(Leave::Park)
         }
+        Outcome::Exit(Reason::Stored { .. }) => absent(vcpu),
         Outcome::Exit(Reason::Unsupported { syndrome }) => crash(vcpu, Crash::Unsupported { syndrome }),
         Outcome::Exit(Reason::BadObject) => crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() }),
     }
+}
+
+/// A page is in a store, and no keeper of it can be asked: the access is made again when the owner lets the machine go on.
+#[cold]
+pub fn absent(vcpu: &VcpuRef) -> Next {
+    vcpu.vm.pause(Pause::Storage);
+    Next::Leave(Leave::Park)
 }
 
 fn crash(vcpu: &VcpuRef, crash: Crash) -> Next {

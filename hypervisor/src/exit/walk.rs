@@ -23,6 +23,8 @@ pub enum Untranslated {
     Fault(Status),
     /// No frame for a page of its tables.
     OutOfMemory,
+    /// A page of its tables is in a store.
+    Absent,
     /// Its tables left the second stage meanwhile.
     Again,
 }
@@ -98,6 +100,7 @@ fn bring(vcpu: &VcpuRef, state: &State, gpa: Gpa, level: i8) -> Result<[u8; 8], 
         Outcome::Resume => {}
         Outcome::Retry => return Err(Untranslated::Again),
         Outcome::Exit(Reason::OutOfMemory) => return Err(Untranslated::OutOfMemory),
+        Outcome::Exit(Reason::Stored { .. }) => return Err(Untranslated::Absent),
         // No memory is there.
         _ => return Err(Untranslated::Fault(Status::ExternalOnWalk(level))),
     }

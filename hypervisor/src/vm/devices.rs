@@ -378,6 +378,7 @@ impl Vm {
                 true
             }
             (Work::Stalled, Some(_)) => self.pause(Pause::OutOfMemory),
+            (Work::Waiting, Some(_)) => self.pause(Pause::Storage),
         }
     }
 

@@ -33,6 +33,7 @@ fn device_error(error: CopyError) -> Option<MemoryError> {
         CopyError::Outside { gpa } => Some(MemoryError::Outside { gpa }),
         CopyError::ReadOnly { gpa } => Some(MemoryError::ReadOnly { gpa }),
         CopyError::OutOfMemory => Some(MemoryError::OutOfMemory),
+        CopyError::Absent { .. } => Some(MemoryError::Absent),
         CopyError::Busy => None,
     }
 }

@@ -91,6 +91,8 @@ pub enum Pause {
     OutOfMemory,
     /// Its coalesced writes have filled their ring.
     CoalescedFull,
+    /// A page is in a store that cannot be read now.
+    Storage,
 }
 
 /// How a virtual machine ended by its own doing.

@@ -90,7 +90,7 @@ pub struct VmRow<'a> {
 pub enum State {
     /// Its vCPUs run when there is work for them.
     Running,
-    /// No vCPU runs until `resume`. Reasons: `NotStarted`, `Owner`, `OutOfMemory`, `CoalescedFull` and those of the core's exits.
+    /// No vCPU runs until `resume`. Reasons: `NotStarted`, `Owner`, `OutOfMemory`, `CoalescedFull`, `Storage` and those of the core's exits.
     Paused,
     /// It powered itself off or was killed; its memory is given back.
     Stopped,

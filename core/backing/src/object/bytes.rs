@@ -10,7 +10,8 @@ use entresol_addr::{Hpa, PAGE_SHIFT, PAGE_SIZE};
 use entresol_machine::Machine;
 
 use super::{Kind, Object};
-use crate::{Grant, GrantError, OutOfMemory, Supply};
+use crate::tree::Look;
+use crate::{Grant, GrantError, OutOfMemory, StoreSlot, Supply};
 
 /// Why no bytes moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,13 @@ pub enum AccessError {
     OutOfMemory,
     /// A write while the object is being forked: unpin, then try again.
     Forking,
+    /// A page is not in memory: fetch it ([`crate::Fetch`]), then make the whole access again.
+    Stored {
+        /// The object's frame.
+        frame: u64,
+        /// The place that has it.
+        slot: StoreSlot,
+    },
 }
 
 impl fmt::Display for AccessError {
@@ -44,6 +52,7 @@ impl fmt::Display for AccessError {
             Self::ReadOnly => f.write_str("write: the object is read-only"),
             Self::OutOfMemory => OutOfMemory.fmt(f),
             Self::Forking => GrantError::Forking.fmt(f),
+            Self::Stored { frame, slot } => write!(f, "frame {frame:#x}: {}", GrantError::Stored { slot: *slot }),
         }
     }
 }
@@ -83,14 +92,15 @@ impl Object {
     ///
     /// # Errors
     ///
-    /// [`AccessError::Outside`], [`AccessError::Device`].
+    /// [`AccessError::Outside`], [`AccessError::Device`], [`AccessError::Stored`].
     pub fn read<M: Machine>(&self, machine: &M, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
         self.check_bytes(offset, to.len())?;
         for piece in pieces(offset, to.len()) {
             let bytes = &mut to[piece.buffer.clone()];
-            match self.present(machine, piece.frame) {
-                Some(grant) => machine.read(piece.address(&grant), bytes),
-                None => bytes.fill(0),
+            match self.look(machine, piece.frame) {
+                Look::Present(grant) => machine.read(piece.address(&grant), bytes),
+                Look::Stored(slot) => return Err(AccessError::Stored { frame: piece.frame, slot }),
+                Look::Vacant => bytes.fill(0),
             }
         }
         Ok(())
@@ -101,14 +111,18 @@ impl Object {
     ///
     /// # Errors
     ///
-    /// [`AccessError`]; what the object reads as did not change.
+    /// [`AccessError`]; what the object reads as did not change, but by a page that is taken out of memory meanwhile, of which
+    /// there is nothing yet, but maybe of those before.
     pub fn write<M: Machine>(&self, supply: &Supply<'_, M>, offset: u64, from: &[u8]) -> Result<(), AccessError> {
         self.check_bytes(offset, from.len())?;
+        let granted = |piece: &Piece| {
+            self.grant_waiting(supply, piece.frame, true).map_err(|error| AccessError::of(error, piece.frame))
+        };
         for piece in pieces(offset, from.len()) {
-            self.grant_waiting(supply, piece.frame, true)?;
+            granted(&piece)?;
         }
         for piece in pieces(offset, from.len()) {
-            let grant = self.grant_waiting(supply, piece.frame, true)?;
+            let grant = granted(&piece)?;
             supply.machine.write(piece.address(&grant), &from[piece.buffer.clone()]);
         }
         Ok(())
@@ -126,9 +140,10 @@ impl Object {
     }
 }
 
-impl From<GrantError> for AccessError {
-    fn from(error: GrantError) -> Self {
+impl AccessError {
+    fn of(error: GrantError, frame: u64) -> Self {
         match error {
+            GrantError::Stored { slot } => Self::Stored { frame, slot },
             GrantError::OutOfMemory => Self::OutOfMemory,
             GrantError::ReadOnly => Self::ReadOnly,
             GrantError::Outside { .. } => unreachable!("the extent was checked"),

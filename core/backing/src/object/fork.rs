@@ -191,7 +191,7 @@ impl Object {
     /// [`ForkError::Kind`], [`ForkError::Shape`]: the two cannot be compared.
     pub fn differences<'a, M: Machine>(
         &'a self,
-        machine: &'a M,
+        supply: &Supply<'a, M>,
         base: &'a Self,
         from: u64,
     ) -> Result<Differences<'a, M>, ForkError> {
@@ -201,7 +201,8 @@ impl Object {
         if self.frames() != base.frames() || !self.tree.is_shaped_as(&base.tree) {
             return Err(ForkError::Shape { handle: ObjectHandle::from_raw(base.live.load(super::Ordering::Relaxed)) });
         }
-        Ok(Differences { object: self, base, machine, next: from })
+        let supply = Supply::new(supply.machine, supply.pool, supply.cpu);
+        Ok(Differences { object: self, base, supply, next: from })
     }
 }
 
@@ -210,14 +211,14 @@ impl Object {
 pub struct Differences<'a, M> {
     object: &'a Object,
     base: &'a Object,
-    machine: &'a M,
+    supply: Supply<'a, M>,
     next: u64,
 }
 
 impl<M: Machine> Differences<'_, M> {
     /// Whether they differ at the frame that is next, and where the answer ends.
     fn look(&self) -> (bool, u64) {
-        let (differs, until) = self.object.tree.differs(self.machine, &self.base.tree, self.next);
+        let (differs, until) = self.object.tree.differs(&self.supply, &self.base.tree, self.next);
         (differs, until.min(self.object.frames()))
     }
 }

@@ -9,6 +9,7 @@
 mod bytes;
 mod error;
 mod fork;
+mod stored;
 mod table;
 
 pub use bytes::AccessError;
@@ -18,9 +19,10 @@ use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
 pub use fork::{Differences, ForkError, Frozen};
+pub use stored::{Fetch, PutError};
 pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
 
-use crate::tree::{Ahead, Tree};
+use crate::tree::{Ahead, Look, Tree};
 use crate::{Grant, GrantError, Memory, OutOfMemory, Supply};
 
 /// What anonymous memory is made of.
@@ -155,7 +157,7 @@ impl Object {
             }
             Kind::Device | Kind::Rom { owned: false } => {}
         }
-        assert_eq!(self.resident_frames() + self.node_frames(), 0, "a destroyed object holds no frame");
+        assert_eq!(self.tree.content() + self.node_frames(), 0, "a destroyed object holds no frame");
     }
 
     /// What kind it is.
@@ -170,7 +172,8 @@ impl Object {
         self.frames.load(Ordering::Relaxed)
     }
 
-    /// Frames of content that were made for it. 0 for devices and ROM.
+    /// Frames of content that it has in memory. 0 for devices and ROM. Of an object that shares stored pages with relatives,
+    /// as far as its own doing goes.
     pub fn resident_frames(&self) -> u64 {
         self.tree.resident()
     }
@@ -253,10 +256,18 @@ impl Object {
     /// What backs frame `frame`, if something does: for mapping around a fault, and for looking without touching.
     pub fn present<M: Machine>(&self, machine: &M, frame: u64) -> Option<Grant> {
         self.check_inside(frame).ok()?;
+        match self.look(machine, frame) {
+            Look::Present(grant) => Some(grant),
+            Look::Stored(_) | Look::Vacant => None,
+        }
+    }
+
+    /// What there is for a frame inside.
+    fn look<M: Machine>(&self, machine: &M, frame: u64) -> Look {
         match self.kind() {
-            Kind::Anonymous(_) => self.tree.present(machine, frame),
-            Kind::Device => Some(self.fixed_grant(frame, Memory::Device)),
-            Kind::Rom { .. } => Some(self.fixed_grant(frame, Memory::Normal)),
+            Kind::Anonymous(_) => self.tree.look(machine, frame),
+            Kind::Device => Look::Present(self.fixed_grant(frame, Memory::Device)),
+            Kind::Rom { .. } => Look::Present(self.fixed_grant(frame, Memory::Normal)),
         }
     }
 
@@ -289,7 +300,7 @@ impl Object {
     }
 
     /// Makes the frames `start .. start + count` vacant: they read as zero. Their frames are deferred. Returns how many
-    /// went. The caller has removed the translations to them, and keeps new ones from being made meanwhile.
+    /// went. The caller is pinned, has removed the translations to them, and keeps new ones from being made meanwhile.
     ///
     /// # Errors
     ///
@@ -305,8 +316,12 @@ impl Object {
         self.tree.punch(supply, start, end).map_err(|error| match error {
             GrantError::Forking => PunchError::Forking,
             GrantError::OutOfMemory => PunchError::OutOfMemory,
-            GrantError::Busy | GrantError::Shared | GrantError::ReadOnly | GrantError::Outside { .. } => {
-                unreachable!("a tree waits for who is busy, and its extent was checked")
+            GrantError::Busy
+            | GrantError::Shared
+            | GrantError::ReadOnly
+            | GrantError::Stored { .. }
+            | GrantError::Outside { .. } => {
+                unreachable!("a tree waits for who is busy, needs no content for this, and its extent was checked")
             }
         })
     }

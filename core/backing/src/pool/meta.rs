@@ -10,7 +10,7 @@
 use alloc::boxed::Box;
 
 use entresol_addr::Pfn;
-use entresol_sync::atomic::{AtomicU32, Ordering};
+use entresol_sync::atomic::{AtomicU32, Ordering, fence};
 
 /// Base-two logarithm of a number of contiguous, naturally aligned frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,9 +72,13 @@ pub(crate) enum State {
     Taken(Order),
     /// Given back, waiting for a grace period.
     Deferred(Order),
+    /// A single frame that is given out, and a place of a store holds the same bytes: which one is in its links.
+    Kept,
+    /// A single frame whose last reference is gone: nobody shares it any more.
+    Leaving,
 }
 
-/// Bits 3:0 of the word: the order. Bits 7:4: the kind. Bits 31:8: references to a taken frame beyond the first.
+/// Bits 3:0 of the word: the order. Bits 7:4: the kind. Bits 31:8: references to a frame that is given out, beyond the first.
 const KIND_SHIFT: u32 = 4;
 const COUNT_SHIFT: u32 = 8;
 
@@ -88,6 +92,8 @@ impl State {
             Self::Cached => 3 << KIND_SHIFT,
             Self::Taken(order) => 4 << KIND_SHIFT | order.0 as u32,
             Self::Deferred(order) => 5 << KIND_SHIFT | order.0 as u32,
+            Self::Kept => 6 << KIND_SHIFT,
+            Self::Leaving => 7 << KIND_SHIFT,
         }
     }
 
@@ -100,8 +106,18 @@ impl State {
             3 => Self::Cached,
             4 => Self::Taken(order),
             5 => Self::Deferred(order),
+            6 => Self::Kept,
+            7 => Self::Leaving,
             _ => unreachable!("only encode writes states"),
         }
+    }
+
+    const fn is_given_out(self) -> bool {
+        matches!(self, Self::Taken(_) | Self::Kept)
+    }
+
+    fn is_page(self) -> bool {
+        self == Self::Taken(Order::PAGE) || self == Self::Kept
     }
 }
 
@@ -195,13 +211,13 @@ impl Frames {
     pub(crate) fn share(&self, index: u32) {
         let old = self.meta[index as usize].state.fetch_add(1 << COUNT_SHIFT, Ordering::Relaxed);
         let full = old >> COUNT_SHIFT == u32::MAX >> COUNT_SHIFT;
-        assert!(matches!(State::decode(old), State::Taken(_)) && !full, "only a taken frame is shared");
+        assert!(State::decode(old).is_given_out() && !full, "only a frame that is given out is shared");
     }
 
-    /// One reference more to a single frame, if it is taken still and not waiting for a grace period.
+    /// One reference more to a single frame, if it is given out still.
     pub(crate) fn share_if_held(&self, index: u32) -> bool {
         let one_more = |raw: u32| {
-            let held = State::decode(raw) == State::Taken(Order::PAGE) && raw >> COUNT_SHIFT != u32::MAX >> COUNT_SHIFT;
+            let held = State::decode(raw).is_page() && raw >> COUNT_SHIFT != u32::MAX >> COUNT_SHIFT;
             held.then(|| raw + (1 << COUNT_SHIFT))
         };
         let word = &self.meta[index as usize].state;
@@ -221,6 +237,52 @@ impl Frames {
         let raw = found.unwrap_or_else(|raw| raw);
         assert!(matches!(State::decode(raw), State::Taken(_)), "only a taken frame is released");
         found.is_err()
+    }
+
+    /// Gives one reference to a single frame back. `Some`: it was the last, the frame was in that state, and is the caller's
+    /// alone: nobody shares it any more. Its links are as they were.
+    ///
+    /// # Panics
+    ///
+    /// If the frame is not given out.
+    pub(crate) fn leave(&self, index: u32) -> Option<State> {
+        let next = |raw: u32| {
+            let last = raw >> COUNT_SHIFT == 0;
+            Some(if last { State::Leaving.encode() } else { raw - (1 << COUNT_SHIFT) })
+        };
+        // Whoever finds itself alone must see what the others did to the frame before they let go of it.
+        let found = self.meta[index as usize].state.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        let raw = found.unwrap_or_else(|raw| raw);
+        let state = State::decode(raw);
+        assert!(state.is_page(), "only a frame that is given out is released");
+        (raw >> COUNT_SHIFT == 0).then_some(state)
+    }
+
+    /// A single frame's state changes, its references stay. `alone`: only if there is but one. Whether it did.
+    pub(crate) fn turn(&self, index: u32, from: State, to: State, alone: bool) -> bool {
+        let turned = |raw: u32| {
+            let count = raw >> COUNT_SHIFT;
+            let fits = State::decode(raw) == from && !(alone && count != 0);
+            fits.then(|| to.encode() | count << COUNT_SHIFT)
+        };
+        self.meta[index as usize].state.fetch_update(Ordering::AcqRel, Ordering::Acquire, turned).is_ok()
+    }
+
+    /// The number of 64 bits that a frame's links hold, as long as it is kept.
+    pub(crate) fn note(&self, index: u32) -> Option<u64> {
+        let kept = || State::decode(self.meta[index as usize].state.load(Ordering::Acquire)) == State::Kept;
+        if !kept() {
+            return None;
+        }
+        let note = u64::from(self.prev(index)) << u32::BITS | u64::from(self.next(index));
+        // Who lets go of the frame meanwhile puts it on a list.
+        fence(Ordering::Acquire);
+        kept().then_some(note)
+    }
+
+    pub(crate) fn set_note(&self, index: u32, note: u64) {
+        self.set_next(index, note as u32);
+        self.set_prev(index, (note >> u32::BITS) as u32);
     }
 
     /// The first frame of a block that was taken whole, and its 511 others, become frames that were taken one by one,
@@ -270,7 +332,9 @@ mod tests {
     fn states_decode_to_what_was_encoded() {
         let orders = (0..Order::COUNT as u8).map(|order| Order::new(order).unwrap());
         let sized = orders.flat_map(|order| [State::Free(order), State::Taken(order), State::Deferred(order)]);
-        for state in [State::Absent, State::Interior, State::Cached].into_iter().chain(sized) {
+        for state in
+            [State::Absent, State::Interior, State::Cached, State::Kept, State::Leaving].into_iter().chain(sized)
+        {
             assert_eq!(State::decode(state.encode()), state);
         }
         assert_eq!(Order::new(10), None);

@@ -32,7 +32,7 @@ use entresol_sync::{Epoch, Mutex, trace};
 pub use meta::{FrameMeta, Order};
 use meta::{Frames, State};
 
-use crate::{OutOfHeap, OutOfMemory, try_boxed};
+use crate::{OutOfHeap, OutOfMemory, Stores, try_boxed};
 
 /// Frames that go between a cache and the buddy at once.
 const BATCH: usize = Order::BATCH.frames() as usize;
@@ -104,6 +104,7 @@ pub struct FramePool {
     waiting: AtomicU64,
     total: AtomicU64,
     shared: share::Shared,
+    stores: Stores,
 }
 
 impl FramePool {
@@ -125,7 +126,13 @@ impl FramePool {
             waiting: AtomicU64::new(0),
             total: AtomicU64::new(0),
             shared: share::Shared::new(),
+            stores: Stores::new(),
         })
+    }
+
+    /// Where pages are that no frame has.
+    pub fn stores(&self) -> &Stores {
+        &self.stores
     }
 
     /// Donates frames that nobody else uses.
@@ -279,8 +286,11 @@ impl FramePool {
     ///
     /// As [`Self::give`].
     pub fn defer(&self, pfn: Pfn, order: Order) {
-        let index = self.owned(pfn);
-        self.frames.pass(index, State::Taken(order), State::Deferred(order));
+        self.defer_from(self.owned(pfn), order, State::Taken(order));
+    }
+
+    fn defer_from(&self, index: u32, order: Order, from: State) {
+        self.frames.pass(index, from, State::Deferred(order));
         let mut deferred = self.deferred.lock();
         deferred.push(&self.frames, index, order);
         self.waiting.store(deferred.frames(), Ordering::Relaxed);

@@ -10,6 +10,9 @@
 //! say "block", which names the same frames; they hold one reference to each. The `blocks` lock makes "is it whole?" and
 //! the counting one step.
 //!
+//! A frame that is known to hold the same bytes as a place of a store is *kept*: it has a reference to the place, which goes
+//! back with the frame's last one, or before the frame is written. Who may write it has it alone.
+//!
 //! A node that nobody refers to any more waits on the list of the dead until somebody takes its own references back
 //! ([`crate::tree`]), a bounded number of nodes at a time. The list is linked through [`super::FrameMeta`], which is idle
 //! while a frame is taken.
@@ -26,7 +29,7 @@ use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use super::FramePool;
 use super::meta::{NONE, Order, State};
-use crate::OutOfMemory;
+use crate::{OutOfMemory, StoreSlot};
 
 /// What the pool keeps for trees that share.
 pub(super) struct Shared {
@@ -56,9 +59,46 @@ impl FramePool {
 
     /// Gives one reference to a single frame back; the last one defers it.
     pub(crate) fn release(&self, pfn: Pfn) {
-        if self.frames.release(self.owned(pfn)) {
-            self.defer(pfn, Order::PAGE);
+        self.release_page(self.owned(pfn));
+    }
+
+    fn release_page(&self, index: u32) {
+        let note = self.frames.note(index);
+        let Some(was) = self.frames.leave(index) else { return };
+        if let (State::Kept, Some(note)) = (was, note) {
+            self.stores.release(StoreSlot::from_raw(note));
         }
+        self.defer_from(index, Order::PAGE, State::Leaving);
+    }
+
+    /// From now on the frame, which is taken, is known to hold what `slot` does; the caller's reference to the place is the
+    /// frame's. `false` if it is known already: nothing changed.
+    pub(crate) fn keep(&self, pfn: Pfn, slot: StoreSlot) -> bool {
+        let index = self.owned(pfn);
+        if self.frames.state(index) == State::Kept {
+            return false;
+        }
+        // Nobody reads the note of a frame that is not kept, and the caller alone makes it so.
+        self.frames.set_note(index, slot.raw());
+        let kept = self.frames.turn(index, State::Taken(Order::PAGE), State::Kept, false);
+        assert!(kept, "a frame is kept by who has it alone, or filled it");
+        true
+    }
+
+    /// The frame is about to be written, by who has the only reference to it: it is not known any more to hold what a store
+    /// does. `false` if there are more references; then nothing changed.
+    pub(crate) fn stop_keeping(&self, pfn: Pfn) -> bool {
+        let Some(slot) = self.kept_at(pfn) else { return false };
+        let alone = self.frames.turn(self.owned(pfn), State::Kept, State::Taken(Order::PAGE), true);
+        if alone {
+            self.stores.release(slot);
+        }
+        alone
+    }
+
+    /// The place that holds the same as the frame, if that is known. The caller is pinned, or has the frame.
+    pub(crate) fn kept_at(&self, pfn: Pfn) -> Option<StoreSlot> {
+        self.frames.note(self.frames.index(pfn)?).map(StoreSlot::from_raw)
     }
 
     /// Gives one reference to a node back; the last one buries it.
@@ -85,10 +125,10 @@ impl FramePool {
         let _blocks = self.shared.blocks.lock();
         let first = self.owned(pfn);
         let order = self.order(first);
-        for index in self.counted(first) {
-            if self.frames.release(index) {
-                self.defer(self.frames.pfn(index), order);
-            }
+        if order == Order::PAGE {
+            self.counted(first).for_each(|index| self.release_page(index));
+        } else if self.frames.release(first) {
+            self.defer(pfn, order);
         }
     }
 
@@ -110,6 +150,7 @@ impl FramePool {
     fn order(&self, index: u32) -> Order {
         match self.frames.state(index) {
             State::Taken(order) => order,
+            State::Kept => Order::PAGE,
             state => panic!("frame {:#x} is {state:?}, and some tree refers to it", self.frames.pfn(index)),
         }
     }

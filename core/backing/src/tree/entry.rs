@@ -1,9 +1,11 @@
 //! One word of a tree's node.
 //!
-//! Shape: bits 2:0 say what it is, bits 7:3 are flags, bits 63:8 say which frame. Zero is vacant, so a zeroed frame is an
-//! empty node. A word with a flag always names a frame.
+//! Shape: bits 2:0 say what it is, bits 7:3 are flags, bits 63:8 say which frame, or which place of a store. Zero is vacant,
+//! so a zeroed frame is an empty node. A word with a flag always names something.
 
 use entresol_addr::Pfn;
+
+use crate::StoreSlot;
 
 /// What a word of a node says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +20,8 @@ pub(crate) enum Entry {
     Block(Pfn),
     /// A node of the level below.
     Node(Pfn),
+    /// A page that no frame has (level 0).
+    Stored(StoreSlot),
 }
 
 const TAG_BITS: u32 = 8;
@@ -28,18 +32,21 @@ pub(crate) const SHARED: u64 = 1 << 3;
 pub(crate) const COPYING: u64 = 1 << 4;
 /// With `SHARED`, of a root: nothing is made and nothing taken away until the fork is done.
 pub(crate) const FROZEN: u64 = 1 << 5;
+/// Of a page: a place of a store may hold the same. Who would write the page lets go of the place first.
+pub(crate) const CLEAN: u64 = 1 << 6;
 
 impl Entry {
     #[inline]
     pub(crate) const fn encode(self) -> u64 {
-        let (tag, pfn) = match self {
-            Self::Vacant => (0, Pfn::new(0)),
-            Self::Filling => (1, Pfn::new(0)),
-            Self::Page(pfn) => (2, pfn),
-            Self::Block(pfn) => (3, pfn),
-            Self::Node(pfn) => (4, pfn),
+        let (tag, name) = match self {
+            Self::Vacant => (0, 0),
+            Self::Filling => (1, 0),
+            Self::Page(pfn) => (2, pfn.get()),
+            Self::Block(pfn) => (3, pfn.get()),
+            Self::Node(pfn) => (4, pfn.get()),
+            Self::Stored(slot) => (5, slot.raw()),
         };
-        pfn.get() << TAG_BITS | tag
+        name << TAG_BITS | tag
     }
 
     #[inline]
@@ -51,6 +58,7 @@ impl Entry {
             2 => Self::Page(pfn),
             3 => Self::Block(pfn),
             4 => Self::Node(pfn),
+            5 => Self::Stored(StoreSlot::from_raw(raw >> TAG_BITS)),
             _ => unreachable!("nodes are written through encode only, and no guest reaches them"),
         }
     }
@@ -86,7 +94,7 @@ pub(crate) const fn frame(raw: u64) -> Pfn {
     Pfn::new(raw >> TAG_BITS)
 }
 
-const _: () = assert!(Entry::Vacant.encode() == 0);
+const _: () = assert!(Entry::Vacant.encode() == 0 && StoreSlot::BITS + TAG_BITS <= u64::BITS);
 
 #[cfg(test)]
 mod tests {
@@ -97,10 +105,11 @@ mod tests {
     proptest! {
         #[test]
         fn decode_undoes_encode(raw in 0u64..1 << 40) {
-            let pfn = Pfn::new(raw);
-            for entry in [Entry::Vacant, Entry::Filling, Entry::Page(pfn), Entry::Block(pfn), Entry::Node(pfn)] {
+            let (pfn, slot) = (Pfn::new(raw), StoreSlot::from_raw(raw << 16));
+            let named = [Entry::Page(pfn), Entry::Block(pfn), Entry::Node(pfn), Entry::Stored(slot)];
+            for entry in named.into_iter().chain([Entry::Vacant, Entry::Filling]) {
                 prop_assert_eq!(Entry::decode(entry.encode()), entry);
-                prop_assert_eq!(Entry::decode(entry.encode() | SHARED | COPYING | FROZEN), entry);
+                prop_assert_eq!(Entry::decode(entry.encode() | SHARED | COPYING | FROZEN | CLEAN), entry);
             }
         }
     }

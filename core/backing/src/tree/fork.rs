@@ -53,6 +53,7 @@ impl Tree {
         supply.pool.share(root);
         self.forked.store(true, Ordering::Relaxed);
         self.resident.store(other.resident.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.stored.store(other.stored.load(Ordering::Relaxed), Ordering::Relaxed);
         self.nodes.store(other.nodes.load(Ordering::Relaxed), Ordering::Relaxed);
         let empty = self.root.swap(Entry::Node(root).encode() | SHARED, Ordering::AcqRel);
         supply.pool.give(supply.cpu, entry::frame(empty), Order::PAGE);
@@ -65,14 +66,14 @@ impl Tree {
 
     /// Whether nothing was ever put into it.
     pub(crate) fn is_untouched(&self) -> bool {
-        !self.forked.load(Ordering::Relaxed) && self.resident() == 0 && self.nodes() == 1
+        !self.forked.load(Ordering::Relaxed) && self.content() == 0 && self.nodes() == 1
     }
 }
 
 /// At most four nodes deep.
 fn visit_below<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(Pfn)) {
     match Entry::decode(raw) {
-        Entry::Vacant | Entry::Filling => {}
+        Entry::Vacant | Entry::Filling | Entry::Stored(_) => {}
         Entry::Page(pfn) => visit(pfn),
         Entry::Block(pfn) => (0..BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index))),
         Entry::Node(node) => {

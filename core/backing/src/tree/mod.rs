@@ -19,7 +19,7 @@
 //!
 //! A fork gives another tree the same root, whatever hangs from it. A word that is marked *shared* says that others may
 //! refer to what it names, and to all that is reached through it, whatever the words below say. What is reached through
-//! a shared word never changes: it is read, copied, and in the end freed. So a tree's own part is a cap of words without
+//! a shared word never changes but to what reads the same: it is read, copied, and in the end freed. So a tree's own part is a cap of words without
 //! the mark above what it shares, all changes happen in that cap, and readers need to know no more than whether they met
 //! the mark ([`GrantError::Shared`]).
 //!
@@ -34,6 +34,12 @@
 //! Untouched memory of a tree that was ever forked reads as the zero page, so reading makes nothing, and the difference
 //! of two relatives ([`difference`]) is what was written.
 //!
+//! # Stored pages
+//!
+//! A word of level 0 may name a place of a store instead of a frame. It reads the same, so it may change in place, even below a
+//! shared word ([`stored`]): one exchange, from exactly what was there, by a caller that is pinned. All who copy or take away
+//! words count with that: they look again after they have counted, or take the word by an exchange.
+//!
 //! Invariants: INV-7, INV-11 (zeroed before stored; the store is a release; what is shared is never written again). Nodes
 //! of the tree's own part never go away before the object does, and shared ones only after a grace period, so a pinned
 //! walker needs no lock. A walk is at most four words.
@@ -42,6 +48,7 @@ mod difference;
 mod entry;
 mod fork;
 mod own;
+mod stored;
 mod structure;
 
 use entresol_addr::{PageSize, Pfn, PfnRange};
@@ -49,11 +56,11 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use entresol_sync::tally;
 pub(crate) use entry::Entry;
-use entry::SHARED;
+use entry::{CLEAN, SHARED};
 pub use own::Ahead;
 pub(crate) use own::reclaim;
 
-use crate::{Grant, GrantError, Memory, Order, OutOfMemory, Policy, Supply};
+use crate::{Grant, GrantError, Memory, Order, OutOfMemory, Policy, StoreSlot, Supply};
 
 /// Base-two logarithm of the words in a node.
 const NODE_SHIFT: u32 = 9;
@@ -81,10 +88,23 @@ pub(crate) struct Tree {
     copies_blocks: AtomicBool,
     /// Whether it shares, or ever did.
     forked: AtomicBool,
-    /// Frames of content that the tree reads.
+    /// Pages of content that the tree reads.
     resident: tally::AtomicU64,
     /// Frames of nodes that the tree reaches.
     nodes: tally::AtomicU64,
+    /// How many of `resident` no frame has, as far as this tree's own doing goes: a relative may have fetched or stored what
+    /// both share. Two's complement.
+    stored: tally::AtomicU64,
+}
+
+/// What a tree has for a frame.
+pub(crate) enum Look {
+    /// It is in memory.
+    Present(Grant),
+    /// A store has it.
+    Stored(StoreSlot),
+    /// Nothing yet: it reads as zero.
+    Vacant,
 }
 
 /// Levels that a tree of `frames` (at most [`MAX_FRAMES`]) needs.
@@ -125,10 +145,10 @@ struct Located {
 }
 
 impl Located {
-    /// Whether the way led through a shared word.
+    /// Whether the way led through a shared word, or to what may not be written for another reason.
     #[inline]
     const fn is_shared(&self) -> bool {
-        self.marks & SHARED != 0
+        self.marks & (SHARED | CLEAN) != 0
     }
 }
 
@@ -149,6 +169,7 @@ impl Tree {
             forked: AtomicBool::new(false),
             resident: tally::AtomicU64::new(0),
             nodes: tally::AtomicU64::new(0),
+            stored: tally::AtomicU64::new(0),
         }
     }
 
@@ -167,14 +188,21 @@ impl Tree {
         self.root.store(Entry::Node(root).encode(), Ordering::Relaxed);
         self.copies_blocks.store(policy == Policy::WholeBlocks, Ordering::Relaxed);
         self.forked.store(false, Ordering::Relaxed);
+        self.stored.store(0, Ordering::Relaxed);
         self.levels.store(levels(frames, policy), Ordering::Relaxed);
         self.blocks_below.store(blocks_below, Ordering::Relaxed);
         Ok(())
     }
 
+    /// Pages of content, in memory or not.
+    pub(crate) fn content(&self) -> u64 {
+        self.resident.load(Ordering::Relaxed)
+    }
+
     /// Frames of content.
     pub(crate) fn resident(&self) -> u64 {
-        self.resident.load(Ordering::Relaxed)
+        let stored = self.stored.load(Ordering::Relaxed) as i64;
+        self.content().saturating_sub(stored.max(0) as u64)
     }
 
     /// Frames of nodes.
@@ -220,6 +248,7 @@ impl Tree {
             Entry::Page(_) | Entry::Block(_) if write & shared => Err(GrantError::Shared),
             Entry::Page(pfn) => Ok(page(pfn, frame, !shared, false)),
             Entry::Block(pfn) => Ok(block(pfn, frame, !shared, false)),
+            Entry::Stored(slot) => Err(GrantError::Stored { slot }),
             Entry::Vacant => self.touch(supply, found.word, found.level, frame, write),
             Entry::Filling | Entry::Node(_) => Err(GrantError::Busy),
         }
@@ -245,13 +274,14 @@ impl Tree {
         Ok(page(supply.pool.zero_page(supply.machine, supply.cpu)?, frame, false, false))
     }
 
-    /// What backs `frame`, which lies inside, if something does.
-    pub(crate) fn present<M: Machine>(&self, machine: &M, frame: u64) -> Option<Grant> {
+    /// What there is for `frame`, which lies inside.
+    pub(crate) fn look<M: Machine>(&self, machine: &M, frame: u64) -> Look {
         let found = self.locate(machine, frame);
         match found.entry {
-            Entry::Page(pfn) => Some(page(pfn, frame, !found.is_shared(), false)),
-            Entry::Block(pfn) => Some(block(pfn, frame, !found.is_shared(), false)),
-            Entry::Vacant | Entry::Filling | Entry::Node(_) => None,
+            Entry::Page(pfn) => Look::Present(page(pfn, frame, !found.is_shared(), false)),
+            Entry::Block(pfn) => Look::Present(block(pfn, frame, !found.is_shared(), false)),
+            Entry::Stored(slot) => Look::Stored(slot),
+            Entry::Vacant | Entry::Filling | Entry::Node(_) => Look::Vacant,
         }
     }
 

@@ -16,7 +16,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 use entresol_sync::planted;
 
-use super::entry::{self, COPYING, FROZEN, SHARED};
+use super::entry::{self, CLEAN, COPYING, FROZEN, SHARED};
 use super::{BLOCK_FRAMES, Entry, Tree, block, page, place};
 use crate::{Grant, GrantError, Order, OutOfMemory, Supply};
 
@@ -87,7 +87,10 @@ impl Tree {
             match Entry::decode(raw) {
                 Entry::Node(below) if !shared || planted!(ZG1) => (node, level) = (below, level - 1),
                 Entry::Node(below) => self.copy_node(supply, word, raw, below)?,
-                Entry::Page(pfn) if shared => return self.copy_page(supply, word, raw, pfn, frame, ahead),
+                Entry::Stored(slot) => return Err(GrantError::Stored { slot }),
+                Entry::Page(pfn) if raw & (SHARED | CLEAN) != 0 => {
+                    return self.copy_page(supply, word, raw, pfn, frame, ahead);
+                }
                 Entry::Page(pfn) => return Ok(page(pfn, frame, true, false)),
                 Entry::Block(pfn) if shared => {
                     if let Some(grant) = self.copy_block(supply, word, raw, pfn, frame)? {
@@ -145,6 +148,10 @@ impl Tree {
         ahead: &mut Ahead,
     ) -> Result<Grant, GrantError> {
         claim_copy(supply, word, raw)?;
+        if raw & SHARED == 0 && supply.pool.stop_keeping(pfn) {
+            supply.machine.store(word, Entry::Page(pfn).encode());
+            return Ok(page(pfn, frame, true, false));
+        }
         let copy = match ahead.take(supply, pfn) {
             Some(copy) => copy,
             None => {
@@ -203,7 +210,7 @@ impl Tree {
     }
 }
 
-/// Claims a shared word that held `raw`.
+/// Claims a word that held `raw`, of what is shared or clean.
 fn claim_copy<M: Machine>(supply: &Supply<'_, M>, word: Word, raw: u64) -> Result<(), GrantError> {
     let claimed = supply.machine.compare_exchange(word, raw & !COPYING, raw | COPYING);
     claimed.map(drop).map_err(|_| GrantError::Busy)
@@ -213,24 +220,41 @@ fn claim_copy<M: Machine>(supply: &Supply<'_, M>, word: Word, raw: u64) -> Resul
 fn copied<M: Machine>(supply: &Supply<'_, M>, node: Pfn) -> Result<Pfn, OutOfMemory> {
     let copy = supply.pool.take(supply.cpu, Order::PAGE)?;
     for index in 0..Word::PER_FRAME {
-        let raw = supply.machine.load(Word::new(node, index));
-        let mark = match Entry::decode(raw) {
-            Entry::Vacant => 0,
-            Entry::Page(pfn) | Entry::Node(pfn) => {
-                supply.pool.share(pfn);
-                SHARED
+        let raw = retained(supply, Word::new(node, index));
+        let mark = if raw == Entry::Vacant.encode() { 0 } else { SHARED };
+        supply.machine.store(Word::new(copy, index), raw | mark);
+    }
+    Ok(copy)
+}
+
+/// What a shared node's word says, with one reference more to what it names. A page may come or go in place meanwhile, so
+/// the word is looked at again; the caller is pinned, so that a frame that has gone is nobody else's yet.
+fn retained<M: Machine>(supply: &Supply<'_, M>, word: Word) -> u64 {
+    loop {
+        let raw = supply.machine.load(word);
+        let counted = match Entry::decode(raw) {
+            Entry::Vacant => return raw,
+            Entry::Node(node) => {
+                supply.pool.share(node);
+                return raw;
             }
             Entry::Block(pfn) => {
                 supply.pool.share_block(pfn);
-                SHARED
+                return raw;
             }
+            Entry::Page(pfn) => supply.pool.share_if_held(pfn),
+            Entry::Stored(slot) => supply.pool.stores().retain(slot),
             Entry::Filling => {
                 unreachable!("who filled was pinned, and a grace period went by before the node was shared")
             }
         };
-        supply.machine.store(Word::new(copy, index), raw | mark);
+        if counted {
+            if supply.machine.load(word) == raw {
+                return raw;
+            }
+            let_go(supply, raw);
+        }
     }
-    Ok(copy)
 }
 
 /// Copies frames that nobody writes. Without forced write-back the guest may have written them past the caches, and a
@@ -249,6 +273,7 @@ pub(super) fn let_go<M: Machine>(supply: &Supply<'_, M>, raw: u64) {
         Entry::Page(pfn) => supply.pool.release(pfn),
         Entry::Block(pfn) => supply.pool.release_block(pfn),
         Entry::Node(node) => supply.pool.release_node(node),
+        Entry::Stored(slot) => supply.pool.stores().release(slot),
         Entry::Vacant | Entry::Filling => {}
     }
 }
@@ -263,9 +288,25 @@ pub(crate) fn reclaim<M: Machine>(supply: &Supply<'_, M>, limit: usize) -> usize
     for done in 0..limit {
         let Some(node) = supply.pool.exhume() else { return done };
         for index in 0..Word::PER_FRAME {
-            let_go(supply, supply.machine.load(Word::new(node, index)));
+            let_go(supply, sealed(supply.machine, Word::new(node, index)));
         }
         supply.pool.defer(node, Order::PAGE);
     }
     limit
+}
+
+/// What a dead node's word says, from now on for good: who reads through it still does, and who would change a page of it in
+/// place does not find the word any more that it saw.
+fn sealed<M: Machine>(machine: &M, word: Word) -> u64 {
+    loop {
+        let raw = machine.load(word);
+        match Entry::decode(raw) {
+            Entry::Page(_) | Entry::Stored(_) => {
+                if machine.compare_exchange(word, raw, raw | COPYING).is_ok() {
+                    return raw;
+                }
+            }
+            Entry::Vacant | Entry::Filling | Entry::Block(_) | Entry::Node(_) => return raw,
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Taking content away: punching holes, splitting blocks, destroying the tree.
 //!
 //! Protocol: the caller holds the object's structure lock, so words that hold something stay what they are but for what
-//! happens here and for shared ones, which a fault may make the tree's own; claims and exchanges of vacant words go on
+//! happens here, for shared ones, which a fault may make the tree's own, and for pages that come from a store; claims and exchanges of vacant words go on
 //! meanwhile. What is unpublished is deferred, because pinned readers may still use it. Destroying is different: nobody
 //! can reach the object any more, but others may hold what it shares.
 //!
@@ -13,7 +13,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 use entresol_sync::hint::spin_loop;
 
-use super::entry::{self, COPYING, SHARED};
+use super::entry::{self, CLEAN, COPYING, SHARED};
 use super::own::{let_go, reclaim};
 use super::{BLOCK_FRAMES, Entry, NODE_SHIFT, Tree, place};
 use crate::{GrantError, Order, OutOfMemory, Supply};
@@ -48,10 +48,11 @@ impl Tree {
                 Entry::Vacant | Entry::Filling => 0,
                 // A block that appeared across an edge since is zero.
                 _ if !whole => 0,
-                _ if raw & SHARED != 0 => match self.cut_off(supply, word, raw) {
+                entry if changes_in_place(entry, raw) => match self.cut_off(supply, word, raw) {
                     Some(count) => count,
                     None => continue,
                 },
+                Entry::Stored(_) => unreachable!("it changes in place"),
                 Entry::Page(pfn) => self.unpublish(supply, word, pfn, Order::PAGE),
                 Entry::Block(pfn) => self.unpublish(supply, word, pfn, Order::BLOCK),
                 Entry::Node(_) => unreachable!("the walk goes through nodes of the tree's own"),
@@ -73,7 +74,7 @@ impl Tree {
             node = loop {
                 let raw = supply.machine.load(word);
                 match Entry::decode(raw) {
-                    Entry::Vacant | Entry::Filling | Entry::Page(_) => return Ok(()),
+                    Entry::Vacant | Entry::Filling | Entry::Page(_) | Entry::Stored(_) => return Ok(()),
                     Entry::Node(below) if raw & SHARED == 0 => break below,
                     Entry::Node(below) => waited_once(self.copy_node(supply, word, raw, below))?,
                     Entry::Block(pfn) if raw & SHARED == 0 => self.split_block(supply, word, pfn)?,
@@ -98,17 +99,19 @@ impl Tree {
         unreachable!("a word of level 0 never holds a node")
     }
 
-    /// Makes a shared word vacant; `None` if it is another by now, or is being copied. Returns the frames of content that
+    /// Makes a word vacant that others may change; `None` if it is another by now, or is being copied. Returns the frames of content that
     /// went.
     fn cut_off<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, raw: u64) -> Option<u64> {
         let raw = raw & !COPYING;
         // Counted first: what a word names stays as long as the word holds it.
         let (content, nodes) = held(supply.machine, raw);
+        let stored = u64::from(matches!(Entry::decode(raw), Entry::Stored(_)));
         if supply.machine.compare_exchange(word, raw, Entry::Vacant.encode()).is_err() {
             spin_loop();
             return None;
         }
         self.resident.fetch_sub(content, Ordering::Relaxed);
+        self.stored.fetch_sub(stored, Ordering::Relaxed);
         self.nodes.fetch_sub(nodes, Ordering::Relaxed);
         let_go(supply, raw);
         reclaim(supply, 1);
@@ -161,6 +164,11 @@ impl Tree {
                 Entry::Vacant => {}
                 Entry::Filling => unreachable!("whoever fills is pinned, and a grace period has passed"),
                 _ if raw & SHARED != 0 => let_go(supply, raw),
+                Entry::Stored(_) | Entry::Page(_) if changes_in_place(Entry::decode(raw), raw) => {
+                    self.resident.fetch_sub(1, Ordering::Relaxed);
+                    let_go(supply, raw);
+                }
+                Entry::Stored(_) => unreachable!("it changes in place"),
                 Entry::Page(pfn) => give(pfn, Order::PAGE),
                 Entry::Block(pfn) => give(pfn, Order::BLOCK),
                 Entry::Node(child) => self.destroy_node(supply, child),
@@ -170,11 +178,16 @@ impl Tree {
     }
 }
 
-/// Frames of content and of nodes that a shared word leads to. At most four words deep.
+/// Whether another than who holds the structure lock may change a word that says `entry`: with an exchange only.
+fn changes_in_place(entry: Entry, raw: u64) -> bool {
+    raw & (SHARED | CLEAN) != 0 || matches!(entry, Entry::Stored(_))
+}
+
+/// Pages of content and frames of nodes that a shared word leads to. At most four words deep.
 fn held<M: Machine>(machine: &M, raw: u64) -> (u64, u64) {
     match Entry::decode(raw) {
         Entry::Vacant | Entry::Filling => (0, 0),
-        Entry::Page(_) => (1, 0),
+        Entry::Page(_) | Entry::Stored(_) => (1, 0),
         Entry::Block(_) => (BLOCK_FRAMES, 0),
         Entry::Node(node) => (0..Word::PER_FRAME).fold((0, 1), |(content, nodes), index| {
             let (more, below) = held(machine, machine.load(Word::new(node, index)));

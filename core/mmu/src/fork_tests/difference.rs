@@ -39,7 +39,7 @@ fn the_log_and_the_difference_name_the_same_pages() {
         let copy = child_object(&child);
         let pin = host.epoch.pin(CPU);
         let get = |handle| host.objects.get(&pin, handle).unwrap();
-        let parts = get(copy).differences(&host.machine, get(object), 0).unwrap();
+        let parts = get(copy).differences(&host.supply(0), get(object), 0).unwrap();
         let differing: Vec<_> = parts.flat_map(|(start, count)| start..start + count).collect();
         match policy {
             Policy::Pages => assert_eq!(differing, logged),
@@ -65,7 +65,7 @@ fn a_difference_that_misses_a_page_is_noticed() {
     let differing = || {
         let pin = host.epoch.pin(CPU);
         let get = |handle| host.objects.get(&pin, handle).unwrap();
-        get(copy).differences(&host.machine, get(object), 0).unwrap().collect::<Vec<_>>()
+        get(copy).differences(&host.supply(0), get(object), 0).unwrap().collect::<Vec<_>>()
     };
     assert_eq!(differing(), [(5, 1)]);
     entresol_sync::zoo::plant(&[entresol_sync::zoo::Bug::ZG2]);

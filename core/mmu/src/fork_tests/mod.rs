@@ -1,8 +1,10 @@
 //! Forked virtual machines on a flat machine: what each reads and writes, what is mapped, and what it costs.
 //!
-//! Here is what all of them need; [`family`] is whole machines, [`copies`] one page on its way, [`difference`] what two
+//! Here is what all of them need; [`family`] is whole machines, [`copies`] one page on its way, [`absent`] one that is not in
+//! memory, [`difference`] what two
 //! relatives do not share.
 
+mod absent;
 mod copies;
 mod difference;
 mod family;

@@ -12,7 +12,7 @@ use crate::tests::{CPUS, Host};
 use crate::*;
 
 /// Long enough for two levels below the root, a tail shorter than a block, and blocks.
-const FRAMES: u64 = 3 * 512 + 100;
+pub(crate) const FRAMES: u64 = 3 * 512 + 100;
 
 impl Host {
     pub(crate) fn fork(&self, handle: ObjectHandle) -> ObjectHandle {

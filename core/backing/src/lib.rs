@@ -48,6 +48,8 @@ mod tree;
 #[cfg(test)]
 mod fork_tests;
 #[cfg(test)]
+mod merge_tests;
+#[cfg(test)]
 mod stored_tests;
 #[cfg(test)]
 mod tests;
@@ -64,7 +66,7 @@ pub use object::{
 };
 pub use pool::{AddError, FrameMeta, FramePool, Order};
 pub use store::{MAX_STORES, StoreError, StoreId, StoreSlot, Stores};
-pub use tree::Ahead;
+pub use tree::{Ahead, Merged, Offered, Span, Standing};
 
 /// No free frame, or none of the size asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -303,10 +303,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         }
     }
 
-    /// Frames whose grace period is over may be there yet.
+    /// Frames whose grace period is over may be there yet, and frames that hold mere hints.
     #[cold]
     pub(crate) fn out_of_memory(&self, cpu: usize) -> Outcome {
         if self.host.pool.reap(&self.host.epoch, cpu, usize::MAX) != 0 {
+            return self.retry();
+        }
+        if self.host.merging.shed(&self.host.pool, cpu) != 0 {
             return self.retry();
         }
         self.refused(Outcome::Exit(Reason::OutOfMemory))

@@ -4,7 +4,7 @@ use entresol_backing::{FramePool, Objects, Supply};
 use entresol_machine::{Features, Machine};
 use entresol_sync::Epoch;
 
-use crate::{OutOfHeap, Vmids};
+use crate::{Merging, OutOfHeap, Vmids};
 
 /// The machine, its frames, its objects, its VMIDs, its grace periods.
 pub struct Host<M> {
@@ -16,6 +16,8 @@ pub struct Host<M> {
     pub objects: Objects,
     /// VMIDs.
     pub vmids: Vmids,
+    /// Which pages are equal.
+    pub merging: Merging,
     /// Grace periods: pinned while a fault is handled.
     pub epoch: Epoch,
     /// The machine's constants.
@@ -31,7 +33,7 @@ impl<M: Machine> Host<M> {
     pub fn new(machine: M, pool: FramePool, objects: Objects) -> Result<Self, OutOfHeap> {
         let vmids = Vmids::new(machine.features().vmid_bits)?;
         let features = machine.features();
-        Ok(Self { machine, pool, objects, vmids, epoch: Epoch::new(), features })
+        Ok(Self { machine, pool, objects, vmids, merging: Merging::new(), epoch: Epoch::new(), features })
     }
 
     /// The machine's constants.

@@ -190,6 +190,11 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// objects are their owner's.
     pub fn destroy(self, cpu: usize) {
         self.reclaim_all(cpu);
+        let shown = |handle: ObjectHandle| {
+            let pin = self.host.epoch.pin(cpu);
+            self.slots.iter(&pin).any(|slot| slot.object.get() == handle.raw())
+        };
+        self.host.merging.leave(&self.host.pool, cpu, shown);
         let Self { host, table, stats, vmid, slots, logs, .. } = self;
         {
             let pin = host.epoch.pin(cpu);

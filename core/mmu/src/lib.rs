@@ -12,10 +12,11 @@
 //! grace period makes step 5 and 6 one: a fault that asked before `start` has published before the unmap begins, and one
 //! that asks later sees it in progress (INV-3).
 //!
-//! Memory that relatives share has its own chapter, `share`; the fork of a machine is in `fork`.
+//! Memory that relatives share has its own chapter, `share`; the fork of a machine is in `fork`; equal pages of strangers
+//! become one in `merge`.
 //!
 //! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
-//! Lock order: fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
+//! Lock order: merging → fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
 //!
 //! An access that lies outside every slot leaves the pin with that answer: whoever emulates it looks again in the pin in which it
 //! answers, and has the guest try again if a slot is there by then (INV-9).
@@ -41,6 +42,7 @@ mod host;
 mod invalidate;
 mod maintain;
 mod mapping;
+mod merge;
 mod notifier;
 mod outcome;
 mod share;
@@ -65,6 +67,7 @@ pub use guest::CopyError;
 pub use host::Host;
 pub use invalidate::InvalidateError;
 pub use maintain::{Maintenance, ReadOnlyIvac};
+pub use merge::{MergeError, MergeRefusal, Merging, Scan};
 pub use notifier::{Invalidation, Notifier, Sample, TooMany};
 pub use outcome::{Abort, Outcome, Reason};
 pub use stats::{Counter, Stats};

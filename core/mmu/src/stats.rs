@@ -62,6 +62,18 @@ pub struct Stats {
     pub injected: Counter,
     /// Pages of dirty logs that the owner took over and that were write-protected again.
     pub reprotected: Counter,
+    /// Pages that a scan for equal ones has read.
+    pub merge_scanned: Counter,
+    /// Pages that are never written again, so that equal ones may join them.
+    pub merge_offered: Counter,
+    /// Pages that joined an equal one: each gave a frame back.
+    pub merge_joined: Counter,
+    /// Pages of zeros that became vacant: likewise.
+    pub merge_vacated: Counter,
+    /// Blocks that were broken up for that.
+    pub merge_broken: Counter,
+    /// Pages that were found to differ when they were compared.
+    pub merge_differed: Counter,
     /// Invalidations through the notifier.
     pub invalidations: Counter,
     /// TLB invalidations of one address.

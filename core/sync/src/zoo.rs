@@ -48,6 +48,8 @@ pub enum Bug {
     ZG1,
     /// Z-G2: the difference of two relatives passes over what was written in one part of a shared block.
     ZG2,
+    /// Z-G3: two pages are compared before writes to them are kept out, and then become one.
+    ZG3,
     /// Z-F1: the generation moves, and the update goes on, before the grace period is over.
     ZF1,
     /// Z-F2: an update that is given up leaves its slot invalid.

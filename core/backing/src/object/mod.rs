@@ -9,6 +9,7 @@
 mod bytes;
 mod error;
 mod fork;
+mod merge;
 mod stored;
 mod table;
 

@@ -216,8 +216,13 @@ impl Frames {
 
     /// One reference more to a single frame, if it is given out still.
     pub(crate) fn share_if_held(&self, index: u32) -> bool {
+        self.share_if_below(index, u32::MAX >> COUNT_SHIFT)
+    }
+
+    /// The same, if it has at most `most` references, which can be counted.
+    pub(crate) fn share_if_below(&self, index: u32, most: u32) -> bool {
         let one_more = |raw: u32| {
-            let held = State::decode(raw).is_page() && raw >> COUNT_SHIFT != u32::MAX >> COUNT_SHIFT;
+            let held = State::decode(raw).is_page() && raw >> COUNT_SHIFT < most;
             held.then(|| raw + (1 << COUNT_SHIFT))
         };
         let word = &self.meta[index as usize].state;

@@ -57,6 +57,12 @@ impl FramePool {
         self.frames.share_if_held(self.owned(pfn))
     }
 
+    /// One reference more to a single frame that has fewer than `most`, of which somebody else may be giving the last one
+    /// back.
+    pub(crate) fn share_if_below(&self, pfn: Pfn, most: u32) -> bool {
+        self.frames.share_if_below(self.owned(pfn), most)
+    }
+
     /// Gives one reference to a single frame back; the last one defers it.
     pub(crate) fn release(&self, pfn: Pfn) {
         self.release_page(self.owned(pfn));

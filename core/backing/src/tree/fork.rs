@@ -41,6 +41,11 @@ impl Tree {
         assert!(was & FROZEN != 0, "a tree is thawed once");
     }
 
+    /// Pages may be shared from now on, as after a fork.
+    pub(crate) fn take_part(&self) {
+        self.forked.store(true, Ordering::Relaxed);
+    }
+
     /// Whether it shares, or did once.
     pub(crate) fn is_forked(&self) -> bool {
         self.forked.load(Ordering::Relaxed)

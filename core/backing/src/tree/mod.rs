@@ -31,7 +31,9 @@
 //! the root is *frozen* first, then a grace period goes by, translations are taken away, and only then the root is
 //! shared and thawed ([`fork`]). A frozen tree is read; who would write it gets [`GrantError::Forking`].
 //!
-//! Untouched memory of a tree that was ever forked reads as the zero page, so reading makes nothing, and the difference
+//! Pages of equal content may become one frame ([`merge`]): that frame is shared too, by trees that need not be relatives.
+//!
+//! Untouched memory of a tree that was ever forked, or takes part in merging, reads as the zero page, so reading makes nothing, and the difference
 //! of two relatives ([`difference`]) is what was written.
 //!
 //! # Stored pages
@@ -47,6 +49,7 @@
 mod difference;
 mod entry;
 mod fork;
+mod merge;
 mod own;
 mod stored;
 mod structure;
@@ -57,6 +60,7 @@ use entresol_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use entresol_sync::tally;
 pub(crate) use entry::Entry;
 use entry::{CLEAN, SHARED};
+pub use merge::{Merged, Offered, Span, Standing};
 pub use own::Ahead;
 pub(crate) use own::reclaim;
 

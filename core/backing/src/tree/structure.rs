@@ -19,7 +19,7 @@ use super::{BLOCK_FRAMES, Entry, NODE_SHIFT, Tree, place};
 use crate::{GrantError, Order, OutOfMemory, Supply};
 
 /// The first frame after the part that a word of `level` stands for, seen from a frame in it.
-fn after(frame: u64, level: u32) -> u64 {
+pub(super) fn after(frame: u64, level: u32) -> u64 {
     (frame | (span(level) - 1)) + 1
 }
 
@@ -86,7 +86,7 @@ impl Tree {
     }
 
     /// The first word on the way to `frame` that does not lead to a node of the tree's own.
-    fn locate_own<M: Machine>(&self, machine: &M, frame: u64) -> (Word, u64, u32) {
+    pub(super) fn locate_own<M: Machine>(&self, machine: &M, frame: u64) -> (Word, u64, u32) {
         let mut node = entry::frame(self.root.load(Ordering::Acquire));
         for level in (0..self.levels.load(Ordering::Relaxed)).rev() {
             let word = place(node, level, frame);
@@ -126,7 +126,12 @@ impl Tree {
     }
 
     /// The same frames back the block at `word`, the tree's own, from now on page by page.
-    fn split_block<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, pfn: Pfn) -> Result<(), OutOfMemory> {
+    pub(super) fn split_block<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        word: Word,
+        pfn: Pfn,
+    ) -> Result<(), OutOfMemory> {
         let node = self.new_node(supply)?;
         for index in 0..Word::PER_FRAME {
             supply.machine.store(Word::new(node, index), Entry::Page(pfn.offset(index.into())).encode());

@@ -22,13 +22,13 @@ use crate::tests::{CPU, RAM, TestVm, fault, memory, slot, vm};
 use crate::{Host, Outcome};
 
 /// Frames of the memory of most machines here.
-const FRAMES: u64 = 1024;
+pub(crate) const FRAMES: u64 = 1024;
 
-fn gpa(frame: u64) -> u64 {
+pub(crate) fn gpa(frame: u64) -> u64 {
     RAM + frame * PAGE_SIZE
 }
 
-fn leaf(vm: &TestVm<'_>, gpa: u64) -> Option<Leaf> {
+pub(crate) fn leaf(vm: &TestVm<'_>, gpa: u64) -> Option<Leaf> {
     match vm.table().walk(&vm.host().machine, Gpa::new(gpa).frame()).unwrap().entry {
         Entry::Leaf(leaf) => Some(leaf),
         _ => None,
@@ -37,7 +37,7 @@ fn leaf(vm: &TestVm<'_>, gpa: u64) -> Option<Leaf> {
 
 /// Makes one access as a CPU does: faults with what the tables say, until it is served. Returns the traps it took and the
 /// frame that it reached.
-fn access(vm: &TestVm<'_>, gpa: u64, kind: Access) -> (usize, Pfn) {
+pub(crate) fn access(vm: &TestVm<'_>, gpa: u64, kind: Access) -> (usize, Pfn) {
     for traps in 0..20 {
         let cause = match leaf(vm, gpa) {
             Some(leaf) if leaf.permissions.write || kind != Access::Write => {
@@ -57,7 +57,7 @@ fn access(vm: &TestVm<'_>, gpa: u64, kind: Access) -> (usize, Pfn) {
 }
 
 /// A guest's store of one byte.
-fn store(vm: &TestVm<'_>, gpa: u64, byte: u8) -> usize {
+pub(crate) fn store(vm: &TestVm<'_>, gpa: u64, byte: u8) -> usize {
     use entresol_machine::Machine;
     let (traps, pfn) = access(vm, gpa, Access::Write);
     vm.host().machine.write(entresol_addr::Hpa::new(pfn.base().get() + gpa % PAGE_SIZE), &[byte]);
@@ -65,7 +65,7 @@ fn store(vm: &TestVm<'_>, gpa: u64, byte: u8) -> usize {
 }
 
 /// A guest's load of one byte.
-fn load(vm: &TestVm<'_>, gpa: u64) -> u8 {
+pub(crate) fn load(vm: &TestVm<'_>, gpa: u64) -> u8 {
     use entresol_machine::Machine;
     let (_, pfn) = access(vm, gpa, Access::Read);
     let mut byte = [0];
@@ -73,7 +73,7 @@ fn load(vm: &TestVm<'_>, gpa: u64) -> u8 {
     byte[0]
 }
 
-fn with_memory<'h>(host: &'h Host<FlatMachine>, policy: Policy) -> (TestVm<'h>, ObjectHandle) {
+pub(crate) fn with_memory<'h>(host: &'h Host<FlatMachine>, policy: Policy) -> (TestVm<'h>, ObjectHandle) {
     let vm = vm(host);
     let object = memory(host, FRAMES, policy);
     vm.set_slot(CPU, &slot(0, RAM, FRAMES, object, SlotFlags::empty())).unwrap();
@@ -81,7 +81,7 @@ fn with_memory<'h>(host: &'h Host<FlatMachine>, policy: Policy) -> (TestVm<'h>, 
 }
 
 /// Ends a machine and its memory.
-fn end(vm: TestVm<'_>) {
+pub(crate) fn end(vm: TestVm<'_>) {
     let host = vm.host();
     let objects: Vec<_> = {
         let pin = host.epoch.pin(CPU);
@@ -94,12 +94,12 @@ fn end(vm: TestVm<'_>) {
     }
 }
 
-fn settled(host: &Host<FlatMachine>) -> u64 {
+pub(crate) fn settled(host: &Host<FlatMachine>) -> u64 {
     while host.supply(CPU).reclaim(64) + host.pool.reap(&host.epoch, CPU, usize::MAX) as usize != 0 {}
     host.pool.total_frames() - host.pool.free_frames()
 }
 
-fn child_object(vm: &TestVm<'_>) -> ObjectHandle {
+pub(crate) fn child_object(vm: &TestVm<'_>) -> ObjectHandle {
     let pin = vm.host().epoch.pin(CPU);
     ObjectHandle::from_raw(vm.slots().iter(&pin).next().unwrap().object.get())
 }

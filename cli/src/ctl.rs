@@ -101,6 +101,13 @@ pub enum Command {
         /// Its name
         vm: String,
     },
+    /// List the files of the machine's store
+    Files,
+    /// Take a file out of the machine's store
+    RemoveFile {
+        /// Its name
+        file: String,
+    },
     /// End everything and power the outer machine off
     Shutdown,
 }
@@ -179,6 +186,11 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
             done(&mut client, Op::Fork { vm: vm.into(), name: name.into(), count }, &out)?
         }
         Command::Console { vm } => return Ok(left(console::attach(&mut client, &vm)?)),
+        Command::Files => match client.call(Op::Files)? {
+            Answer::Files(files) => out.answer(&files, || table::files(&files))?,
+            other => return Err(unexpected(&Op::Files, &other).into()),
+        },
+        Command::RemoveFile { file } => done(&mut client, Op::RemoveFile { file: file.into() }, &out)?,
         Command::Shutdown => match done(&mut client, Op::Shutdown, &out) {
             // The machine may be gone before its answer is out.
             Err(Failure::Client(ClientError::Closed)) => out.answer(&Answer::Done, String::new)?,

@@ -22,6 +22,7 @@ pub mod console;
 pub mod ctl;
 pub mod lab;
 pub mod socket;
+pub mod store;
 pub mod table;
 
 use std::io::{self, ErrorKind, Write};

@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use entresol_cli::config::{self, ConfigError};
 use entresol_cli::ctl::{self, Ctl};
 use entresol_cli::lab::{self, Lab};
+use entresol_cli::store::{self, Store};
 use entresol_cli::{Exit, bundle};
 use entresol_wire::config::format_size;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -40,6 +41,9 @@ enum Command {
         #[arg(short, long, value_name = "FILE")]
         output: PathBuf,
     },
+    /// Make, read and change a store's image while no machine has it
+    #[command(subcommand)]
+    Store(Store),
     /// Speak with a running hypervisor
     Ctl(Ctl),
     /// Explore the core on a model of the machine
@@ -49,6 +53,7 @@ enum Command {
 fn main() -> ExitCode {
     let exit = match Arguments::parse().command {
         Command::Ctl(ctl) => ctl::run(ctl),
+        Command::Store(store) => store::run(&store),
         Command::Lab(lab) => lab::run(&lab),
         Command::Check { config } => report(check(&config)),
         Command::Bundle { config, output } => report(pack(&config, &output)),

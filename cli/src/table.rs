@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use entresol_wire::config::format_size;
-use entresol_wire::control::{Posted, SlotRow, Stats, VmRow};
+use entresol_wire::control::{Files, Posted, SlotRow, Stats, VmRow};
 
 /// Columns whose numbers are easier to compare with their last digits above each other.
 fn table(header: &[&str], right: &[usize]) -> Table {
@@ -91,6 +91,15 @@ pub fn slots(rows: &[SlotRow<'_>]) -> String {
         table.add_row([id.as_str(), &base, &size, &object, row.kind.as_ref(), &flags]);
     }
     text(&table)
+}
+
+/// `files`.
+pub fn files(files: &Files<'_>) -> String {
+    let mut table = table(&["FILE", "BYTES", "BASE"], &[1]);
+    for row in &files.rows {
+        table.add_row([row.name.as_ref(), &row.length.to_string(), row.base.as_deref().unwrap_or("-")]);
+    }
+    format!("{}{} of {} free\n", text(&table), in_kib(files.free), format_size(files.size))
 }
 
 /// Resident memory changes by pages: whole KiB, so that numbers compare.

@@ -8,7 +8,7 @@ use entresol_metal_arm64::{cpu, gic};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::sched::KICK;
-use crate::{console, control, host, registry};
+use crate::{console, control, host, registry, store};
 
 /// The CPU that does it.
 pub const CPU: usize = 0;
@@ -24,6 +24,8 @@ pub enum Work {
     Lifecycle = 1 << 2,
     /// A fork has left tables to take apart.
     Reclaim = 1 << 3,
+    /// The disk of the store has finished something, or a task of the store goes on.
+    Store = 1 << 4,
 }
 
 static PENDING: AtomicU64 = AtomicU64::new(0);
@@ -59,6 +61,9 @@ pub fn run(cpu: usize) {
     }
     if has(Work::Control) {
         control::serve();
+    }
+    if has(Work::Store) {
+        store::serve();
     }
     if has(Work::Lifecycle) {
         registry::settle();

@@ -7,7 +7,7 @@ use crate::exit::{Next, interrupts, timers};
 use crate::host_work::{self, Work};
 use crate::sched::{self, VcpuRef};
 use crate::vcpu::State;
-use crate::{console, control};
+use crate::{block, console, control};
 
 /// Takes every interrupt that is pending on CPU `cpu`; `guest` is the loaded vCPU, if one is.
 pub fn take(cpu: usize, mut guest: Option<(&VcpuRef, &mut State)>) -> Next {
@@ -47,6 +47,7 @@ fn handle(cpu: usize, intid: u32, guest: Option<(&VcpuRef, &mut State)>) {
             control::acknowledge();
             host_work::raise(Work::Control);
         }
+        (intid, _) if block::owns(intid) => block::acknowledge(intid),
         (intid, _) => {
             log::warn!("interrupt {intid} is nobody's: disabled");
             silence(intid);

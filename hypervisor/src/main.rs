@@ -13,6 +13,7 @@
 //! | [`irq`], [`host_work`] | what does the hypervisor do for itself? |
 //! | [`console`], [`control`] | how do people reach guests, and the hypervisor? |
 //! | [`registry`] | which virtual machines are there? |
+//! | [`block`], [`store`] | what is kept on the outer machine's disks? |
 //!
 //! Invariants: a guest is hostile. Nothing it does may panic here, allocate on the heap, or wait without bound.
 //!
@@ -26,10 +27,12 @@
 
 extern crate alloc;
 
+mod block;
 mod clock;
 mod console;
 mod control;
 mod counters;
+mod dma;
 mod entropy;
 mod exit;
 mod heap;
@@ -42,6 +45,7 @@ mod report;
 mod run;
 mod sched;
 mod service;
+mod store;
 mod vcpu;
 mod vm;
 
@@ -144,6 +148,7 @@ fn start_guests(info: &'static BootInfo) {
         refuse(format_args!("the heap has no room for consoles and the control channel"));
     }
     drop(names);
+    block::init(info);
     vm::pass_through::init(info);
     if let Err((name, error)) = registry::init(bundle) {
         refuse(format_args!("vm {name}: {error}"));

@@ -9,6 +9,8 @@
 //! | [`config`] | which virtual machines there are | TOML on the host, JSON in the bundle |
 //! | [`bundle`] | configuration and files, at boot | one flat image with a checksum |
 //! | [`control`] | requests, responses, events, while it runs | lines of JSON |
+//! | [`store`] | named files on the outer machine's disk | blocks, two directories |
+//! | [`snapshot`] | a virtual machine in a file of the store | pages, JSON, a trailer |
 //!
 //! Trust: neither side believes the other. The hypervisor checks a bundle's bytes and its configuration by the same
 //! functions as the host did, and reads a request as if it came from a stranger; the host tool does so with answers.
@@ -28,5 +30,6 @@ pub mod bundle;
 pub mod config;
 pub mod control;
 mod refusal;
+pub mod store;
 
 pub use refusal::Refusal;

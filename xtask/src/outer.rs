@@ -20,6 +20,8 @@ pub struct Outer {
     pub append: Option<String>,
     /// Unix socket of the control channel.
     pub control: Option<PathBuf>,
+    /// A disk image that is the hypervisor's store.
+    pub store: Option<PathBuf>,
     /// Arguments of one command only.
     pub extra: Vec<String>,
 }
@@ -28,7 +30,16 @@ impl Outer {
     /// A machine of the usual size for `kernel`: 2 CPUs, 4 GiB.
     pub fn new(kernel: &Path) -> Self {
         let kernel = kernel.to_owned();
-        Self { cpus: 2, memory: 4 << 30, kernel, initrd: None, append: None, control: None, extra: Vec::new() }
+        Self {
+            cpus: 2,
+            memory: 4 << 30,
+            kernel,
+            initrd: None,
+            append: None,
+            control: None,
+            store: None,
+            extra: Vec::new(),
+        }
     }
 
     /// The command, with piped standard input and output; it is killed by whoever waits for it.
@@ -56,8 +67,19 @@ impl Outer {
             command.args(["-chardev", &format!("socket,id=control,path={path},server=on,wait=off")]);
             command.args(["-device", "virtserialport,chardev=control,nr=1,name=entresol.control"]);
         }
+        if let Some(store) = &self.store {
+            command.args(disk(store, "entresol-store"));
+        }
         command.args(&self.extra);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command
     }
+}
+
+/// Arguments for a virtio disk of its own, which is told by its serial number. Its errors are the guest's to see: else QEMU
+/// would stop the machine when the host's disk is full.
+pub fn disk(image: &Path, serial: &str) -> [String; 4] {
+    let file = image.to_string_lossy().replace(',', ",,");
+    let drive = format!("file={file},if=none,id={serial},format=raw,cache=writeback,werror=report,rerror=report");
+    ["-drive".to_owned(), drive, "-device".to_owned(), format!("virtio-blk-device,drive={serial},serial={serial}")]
 }

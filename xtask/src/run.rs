@@ -55,6 +55,9 @@ pub struct Options {
     /// What the guest's flash holds, a power of two of bytes. Writes are kept until the machine stops
     #[arg(long)]
     flash: Option<PathBuf>,
+    /// A store's image, made by `entresol store create`: where snapshots go
+    #[arg(long, conflicts_with = "bare")]
+    store: Option<PathBuf>,
     /// CPUs of the machine that the hypervisor runs on
     #[arg(long, default_value_t = 2)]
     cpus: u32,
@@ -81,7 +84,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let socket = control_socket()?;
     free_socket(&socket)?;
     let qemu = fetch::qemu_only()?;
-    let outer = Outer { control: Some(socket.clone()), ..outer };
+    let store = options.store.as_deref().map(found).transpose()?;
+    let outer = Outer { control: Some(socket.clone()), store, ..outer };
     let ended = console::attend(outer.command(&qemu), feed_after);
     // Nobody answers there any more; a socket that is left behind is only in the next user's way.
     if let Err(error) = fs::remove_file(&socket)

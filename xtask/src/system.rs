@@ -21,6 +21,7 @@ mod page;
 mod posted;
 mod programs;
 mod slots;
+mod store;
 pub mod transcript;
 
 use std::collections::VecDeque;
@@ -111,6 +112,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "linux_lives_on_its_virtio_console",
         about: "a guest whose only console is its virtio port, in both directions",
         run: linux::linux_lives_on_its_virtio_console,
+    },
+    SystemTest {
+        name: "files_outlive_the_machine",
+        about: "a store made on the host is listed and changed by the hypervisor, and read on the host after it",
+        run: store::files_outlive_the_machine,
     },
     SystemTest {
         name: "two_guests_run_side_by_side",

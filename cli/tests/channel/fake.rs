@@ -158,7 +158,9 @@ impl Guest {
                 let refusal = Refusal::text("name", name, "must be copy");
                 self.respond(id, Err(Error::refused(Code::BadField, refusal)));
             }
+            Op::Files => self.respond(id, Ok(Answer::Files(files()))),
             Op::SetSlot { .. }
+            | Op::RemoveFile { .. }
             | Op::Fork { .. }
             | Op::Pause { .. }
             | Op::Resume { .. }
@@ -229,4 +231,13 @@ fn page(from: u32) -> SlotPage<'static> {
     let rows: Vec<_> = (from..3).take(2).map(row).collect();
     let next = (from + 2 < 3).then_some(from + 2);
     SlotPage { rows, next }
+}
+
+pub fn files() -> Files<'static> {
+    let row = |name: &'static str, base: Option<&'static str>| FileRow {
+        name: name.into(),
+        length: 8192,
+        base: base.map(Into::into),
+    };
+    Files { size: 1 << 30, free: 1 << 20, rows: vec![row("old", None), row("new", Some("old"))] }
 }

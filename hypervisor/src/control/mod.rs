@@ -7,7 +7,8 @@
 //! | [`ring`], [`ports`], [`channel`] | move bytes through the outer machine's virtio console, never waiting |
 //! | [`stream`] | cuts them into lines, and holds a bounded amount of lines that wait |
 //! | [`session`] | one request after the other, and events of the attached console |
-//! | [`ops`] | what each request does |
+//! | [`ops`], [`stored`] | what each request does |
+//! | [`later`] | an answer that a task gives |
 //!
 //! Protocol: everything is done in [`serve`], the host's work, on the boot CPU with no vCPU loaded and no grace period
 //! pinned. [`printed`], [`input_wanted`] and [`state_changed`] are called from exits on any CPU and only raise that work, and
@@ -22,10 +23,12 @@
 //! `virtconsole`, which has no flow control, a client that reads slowly finds torn lines.
 
 mod channel;
+mod later;
 mod ops;
 mod ports;
 mod ring;
 mod session;
+mod stored;
 mod stream;
 
 use core::fmt::{self, Write};

@@ -24,7 +24,9 @@ use entresol_wire::control::{
     SLOTS_PER_ANSWER, SlotPage, SlotRow, Stats, Tlb, VmRow,
 };
 
+use super::later::Later;
 use super::session::Attached;
+use super::stored;
 use super::{ATTACHED, NOBODY, ROOM, describe};
 use crate::registry::{self, ForkRefusal, Row};
 use crate::vm::{Alias, ForkError, Pause, Status, Stop, Vm};
@@ -36,6 +38,8 @@ pub enum Outcome {
     Done(Answer<'static>),
     /// With [`Answer::Done`], when what has ended is taken apart.
     WhenSettled,
+    /// With what a task says in the end.
+    Later(Later),
 }
 
 impl From<Answer<'static>> for Outcome {
@@ -73,6 +77,8 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
             Answer::Done.into()
         }
         Op::Input { vm, data } => Answer::Accepted(input(vm, &data.0, attached)?).into(),
+        Op::Files => Answer::Files(stored::files()?).into(),
+        Op::RemoveFile { file } => Outcome::Later(stored::remove(file)?),
         Op::Shutdown => {
             every_row().filter_map(|row| row.vm).for_each(|vm| vm.stop(Stop::Killed));
             Outcome::WhenSettled

@@ -22,6 +22,7 @@ use entresol_sync::atomic::Ordering;
 use entresol_wire::control::{Answer, Bytes, CONSOLE_CHUNK, Code, Error, Event, Malformed, Request, Response};
 
 use super::channel::{Channel, Received};
+use super::later::Later;
 use super::ops::{self, Outcome};
 use super::stream::{self, Reader, Writer};
 use super::{PRINTED, ROOM, describe};
@@ -69,13 +70,21 @@ pub enum Then {
     Settle,
 }
 
+/// When a request is answered.
+enum When {
+    /// When what has ended is taken apart.
+    Settled,
+    /// When a task says so.
+    Later(Later),
+}
+
 /// A session, whether somebody is there or not.
 pub struct Session {
     reader: Reader,
     writer: Writer,
     attached: Option<Attached>,
-    /// The request that is answered when what has ended is taken apart.
-    unanswered: Option<u64>,
+    /// The request that is answered later, and when.
+    unanswered: Option<(u64, When)>,
     output: Box<[u8]>,
 }
 
@@ -120,9 +129,18 @@ impl Session {
     }
 
     fn answer_unanswered(&mut self) {
-        // There is room: it was kept when the request was read, and nothing was written since.
-        if let Some(id) = self.unanswered.take() {
-            self.writer.respond(Some(id), Response { id: Some(id), result: Ok(Answer::Done) });
+        if !self.writer.has_room() {
+            return;
+        }
+        let result = match &self.unanswered {
+            Some((_, When::Settled)) => Some(Ok(Answer::Done)),
+            Some((_, When::Later(later))) => later.take(),
+            None => None,
+        };
+        if let Some(result) = result
+            && let Some((id, _)) = self.unanswered.take()
+        {
+            self.writer.respond(Some(id), Response { id: Some(id), result });
         }
     }
 
@@ -130,7 +148,8 @@ impl Session {
     fn hear(&mut self, channel: &Mutex<Channel>) -> Then {
         for _ in 0..AT_ONCE {
             self.writer.push(channel);
-            if !self.writer.has_room() {
+            // Answers come in the order of the requests.
+            if !self.writer.has_room() || self.unanswered.is_some() {
                 return Then::Return;
             }
             let Some(line) = self.reader.line() else {
@@ -152,8 +171,12 @@ impl Session {
                 Ok(Ok(Request { id, op })) => match ops::carry_out(&op, &mut self.attached) {
                     Ok(Outcome::Done(answer)) => Response { id: Some(id), result: Ok(answer) },
                     Ok(Outcome::WhenSettled) => {
-                        self.unanswered = Some(id);
+                        self.unanswered = Some((id, When::Settled));
                         return Then::Settle;
+                    }
+                    Ok(Outcome::Later(later)) => {
+                        self.unanswered = Some((id, When::Later(later)));
+                        continue;
                     }
                     Err(error) => Response { id: Some(id), result: Err(error) },
                 },
@@ -168,6 +191,8 @@ impl Session {
     fn reset(&mut self) {
         self.reader.reset();
         self.writer.reset();
+        // What was asked for is done all the same; nobody is there to be told.
+        self.unanswered = None;
         ops::detach(&mut self.attached);
     }
 

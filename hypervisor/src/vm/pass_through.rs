@@ -1,6 +1,6 @@
 //! Devices of the outer machine that a virtual machine reaches by a slot of its own: Device memory, never executable.
 //!
-//! Protocol: only pages of virtio-mmio transports are given away, and none that has the control channel's. A device is reset
+//! Protocol: only pages of virtio-mmio transports are given away, and none that has the control channel's or a disk of the hypervisor's. A device is reset
 //! when it is given, and when its virtual machine ends, before any memory of that one is free.
 //!
 //! Trust: there is no SMMU. What the device is told to read or write it reads or writes in the machine's own addresses, so
@@ -22,7 +22,7 @@ use entresol_sync::Once;
 use entresol_wire::config::{MAX_PASS_THROUGH, PassThrough};
 
 use super::OutOfHeap;
-use crate::{control, host};
+use crate::{block, control, host};
 
 /// The first slot of these; the ones below are the memory's.
 pub const FIRST_SLOT: u32 = super::build::SLOTS - MAX_PASS_THROUGH as u32;
@@ -52,7 +52,7 @@ impl Passed {
         for (index, it) in wanted.iter().enumerate() {
             let named = |rule: &str| alloc::format!("pass_through[{index}].machine = {:#x}: {rule}", it.machine);
             if !(it.machine..it.machine + it.size).step_by(PAGE_SIZE as usize).all(may_be_given) {
-                return Err(named("must be pages of virtio-mmio transports, without the control channel's"));
+                return Err(named("must be pages of virtio-mmio transports, without the hypervisor's own"));
             }
             let spec = Spec::Device { first: Pfn::new(it.machine / PAGE_SIZE), frames: it.size / PAGE_SIZE };
             let object = host::get().objects.create(&host::get().supply(cpu::index()), spec);
@@ -125,7 +125,7 @@ fn may_be_given(page: u64) -> bool {
     let (mut some, mut ours) = (false, false);
     for slot in transports.by_ref().filter(|slot| overlaps(slot, page, PAGE_SIZE)) {
         some = true;
-        ours |= control::owns(slot.intid);
+        ours |= control::owns(slot.intid) || block::owns(slot.intid);
     }
     some && !ours
 }

@@ -31,6 +31,7 @@
 //! - `posted` takes what the guest stored in zones of coalesced MMIO and how often its doorbells rang. While its console is
 //!   attached, [`Event::Doorbell`] tells once that some doorbell rang since `posted` was asked last.
 //! - `fork` makes a copy called `name`, or with a `count` so many, called `name`-1 and so on: all of them or none.
+//! - `files` lists the store; `remove-file` takes a file out of it, and is answered when the store is changed on the disk.
 //! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
 //!
 //! Memory: what a guest causes (events) is encoded into a buffer that exists already. Reading a request takes heap of at
@@ -40,6 +41,7 @@ mod bytes;
 mod encode;
 mod event;
 mod fields;
+mod files;
 mod lines;
 mod posted;
 mod request;
@@ -51,6 +53,7 @@ mod tests;
 pub use bytes::Bytes;
 pub use encode::{Message, TooLong};
 pub use event::Event;
+pub use files::{FileRow, Files};
 pub use lines::{LineTooLong, Lines};
 pub use posted::{Hex, Posted, PostedWrite, Rings};
 pub use request::{Alias, Malformed, Op, Request};

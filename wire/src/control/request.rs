@@ -102,6 +102,13 @@ pub enum Op<'a> {
         /// At most [`CONSOLE_CHUNK`](super::CONSOLE_CHUNK) bytes.
         data: Bytes<'a>,
     },
+    /// What is in the store.
+    Files,
+    /// Takes a file out of the store.
+    RemoveFile {
+        /// Its name.
+        file: Cow<'a, str>,
+    },
     /// Everything stops and the outer machine powers off.
     Shutdown,
 }
@@ -138,6 +145,8 @@ impl<'a> Op<'a> {
             Self::Console { .. } => "console",
             Self::Detach => "detach",
             Self::Input { .. } => "input",
+            Self::Files => "files",
+            Self::RemoveFile { .. } => "remove-file",
             Self::Shutdown => "shutdown",
         }
     }
@@ -145,7 +154,7 @@ impl<'a> Op<'a> {
     /// The virtual machine that it is about, if it is about one.
     pub fn vm(&self) -> Option<&str> {
         match self {
-            Self::Hello | Self::Ps | Self::Detach | Self::Shutdown => None,
+            Self::Hello | Self::Ps | Self::Detach | Self::Files | Self::RemoveFile { .. } | Self::Shutdown => None,
             Self::Stats { vm }
             | Self::Slots { vm, .. }
             | Self::SetSlot { vm, .. }
@@ -186,6 +195,8 @@ impl<'a> Op<'a> {
             "console" => Self::Console { vm: fields.text("vm")? },
             "detach" => Self::Detach,
             "input" => Self::Input { vm: fields.text("vm")?, data: fields.bytes("data")? },
+            "files" => Self::Files,
+            "remove-file" => Self::RemoveFile { file: fields.text("file")? },
             "shutdown" => Self::Shutdown,
             unknown => {
                 let rule = "must be an operation that this hypervisor knows";
@@ -232,6 +243,7 @@ impl Serialize for Request<'_> {
                     map.serialize_entry("count", count)?;
                 }
             }
+            Op::RemoveFile { file } => map.serialize_entry("file", file)?,
             Op::Input { data, .. } => map.serialize_entry("data", data)?,
             _ => (),
         }

@@ -8,7 +8,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{PROTOCOL, Posted, Stats};
+use super::{Files, PROTOCOL, Posted, Stats};
 use crate::Refusal;
 use crate::refusal::shorten;
 
@@ -43,6 +43,9 @@ pub enum Answer<'a> {
     Posted(Posted),
     /// How many bytes of input the guest's console took.
     Accepted(u32),
+    /// What is in the store.
+    #[serde(borrow)]
+    Files(Files<'a>),
 }
 
 /// Who answers.
@@ -184,6 +187,8 @@ pub enum Code {
     NotAttached,
     /// The hypervisor has not the memory for it.
     OutOfMemory,
+    /// The store cannot be used, or was not changed.
+    StoreFailed,
     /// The answer does not fit into a line.
     AnswerTooLong,
     /// A refusal that this reader does not know.
@@ -235,6 +240,7 @@ impl Answer<'_> {
             }),
             Self::Posted(posted) => Answer::Posted(posted),
             Self::Accepted(bytes) => Answer::Accepted(bytes),
+            Self::Files(files) => Answer::Files(files.into_owned()),
         }
     }
 }

@@ -29,6 +29,7 @@ pub struct Builder<'a> {
     folder: PathBuf,
     outer_memory: String,
     outer_cpus: u32,
+    store: Option<PathBuf>,
     extra: Vec<String>,
 }
 
@@ -40,13 +41,19 @@ impl<'a> Builder<'a> {
     pub fn new(context: &'a Context, name: &str) -> Result<Self> {
         let folder = context.work.join(name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        Ok(Self { context, folder, outer_memory: "4G".to_owned(), outer_cpus: 2, extra: Vec::new() })
+        Ok(Self { context, folder, outer_memory: "4G".to_owned(), outer_cpus: 2, store: None, extra: Vec::new() })
     }
 
     /// Gives the outer machine another size.
     pub fn outer(mut self, memory: &str, cpus: u32) -> Self {
         memory.clone_into(&mut self.outer_memory);
         self.outer_cpus = cpus;
+        self
+    }
+
+    /// Gives the hypervisor a store.
+    pub fn store(mut self, image: &Path) -> Self {
+        self.store = Some(image.to_owned());
         self
     }
 
@@ -131,7 +138,7 @@ impl Machine {
     fn start(builder: Builder<'_>, outer: Outer) -> Result<Self> {
         let sockets = tempfile::tempdir().context("cannot make a folder for the control channel")?;
         let socket = sockets.path().join("ctl.sock");
-        let outer = Outer { control: Some(socket.clone()), extra: builder.extra, ..outer };
+        let outer = Outer { control: Some(socket.clone()), store: builder.store, extra: builder.extra, ..outer };
         let mut command = outer.command(&builder.context.qemu);
         let log = builder.folder.join("console.log");
         fs::write(builder.folder.join("command"), workspace::shown(&command)).context("cannot note the command")?;

@@ -132,6 +132,16 @@ impl Reference {
         self.words.retain(|(of, frame), _| *of != object || !(start..start + count).contains(frame));
     }
 
+    /// A frame of an object was given back through some slot: who shows it sees that it was written.
+    pub fn discard(&mut self, object: u32, frame: u64) {
+        if self.words.remove(&(object, frame)).is_none_or(|word| word == 0) {
+            return;
+        }
+        let shows = |slot: &Slot| slot.object == object && (slot.offset..slot.offset + slot.count).contains(&frame);
+        let logging = self.slots.iter().filter(|(_, slot)| slot.logs() && shows(slot));
+        self.dirty.extend(logging.map(|(id, slot)| (*id, frame - slot.offset)));
+    }
+
     /// The slots after an update, if it is one that the owner may ask for.
     pub fn updated(&self, request: &SlotRequest, capacity: u32) -> Option<BTreeMap<u16, Slot>> {
         let id = request.id as u16;

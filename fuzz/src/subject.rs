@@ -1,6 +1,7 @@
 //! One run: operations on the core and on the reference, judged after each.
 
 mod audit;
+mod discard;
 mod fork;
 mod guest;
 mod mistakes;

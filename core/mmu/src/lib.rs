@@ -13,7 +13,7 @@
 //! that asks later sees it in progress (INV-3).
 //!
 //! Memory that relatives share has its own chapter, `share`; the fork of a machine is in `fork`; equal pages of strangers
-//! become one in `merge`.
+//! become one in `merge`; what a guest gives back is `discard`'s.
 //!
 //! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
 //! Lock order: merging → fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
@@ -35,6 +35,7 @@ mod coalesced;
 mod completion;
 mod create;
 mod dirty;
+mod discard;
 mod fork;
 mod guest;
 mod handle;
@@ -53,6 +54,8 @@ mod vmid;
 mod young;
 
 #[cfg(test)]
+mod discard_tests;
+#[cfg(test)]
 mod fork_tests;
 #[cfg(test)]
 mod tests;
@@ -62,6 +65,7 @@ pub use coalesced::{CoalescedRing, CoalescedWrite, Full};
 pub use completion::{Completion, Instruction};
 pub use create::CreateError;
 pub use dirty::{LogError, RESERVE, Ring, RingEntry, RingFull, RingState, RingsError};
+pub use discard::{Busy, Discarded};
 pub use fork::ForkError;
 pub use guest::CopyError;
 pub use host::Host;

@@ -74,6 +74,8 @@ pub struct Stats {
     pub merge_broken: Counter,
     /// Pages that were found to differ when they were compared.
     pub merge_differed: Counter,
+    /// Frames of content that the guest gave back.
+    pub discarded: Counter,
     /// Invalidations through the notifier.
     pub invalidations: Counter,
     /// TLB invalidations of one address.

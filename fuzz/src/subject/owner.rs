@@ -147,8 +147,11 @@ impl Subject<'_> {
         Ok(())
     }
 
-    /// Takes content away: translations first.
+    /// Takes content away: translations first. Or the guest gives it back.
     pub(super) fn punch(&mut self, input: &mut Input<'_>) -> Result<(), String> {
+        if input.bit() {
+            return self.discard(input);
+        }
         let place = input.below(self.reference.objects.len() as u64) as usize;
         let object = self.reference.objects[place];
         let (start, count) = (input.one_of(&[0, 1, 8, 511]), input.one_of(&[1, 4, 40, 512, 520]));

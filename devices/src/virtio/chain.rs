@@ -57,6 +57,11 @@ impl Chain {
         self.writable_bytes
     }
 
+    /// Address and bytes of every segment, for requests that are about the memory itself and not about what it holds.
+    pub fn segments(&self) -> impl Iterator<Item = (Gpa, u32)> {
+        self.segments.iter().map(|segment| (segment.gpa, segment.len))
+    }
+
     /// Descriptors that were read to learn this.
     pub fn descriptors(&self) -> usize {
         self.descriptors

@@ -244,6 +244,7 @@ impl<D: VirtioDevice> State<D> {
         self.left = [Work::Idle; QUEUES_MAX];
         self.interrupt_status = 0;
         self.broken = None;
+        self.device.reset();
     }
 
     fn load(&self, register: u64) -> u32 {
@@ -396,7 +397,7 @@ impl<D: VirtioDevice> State<D> {
     }
 
     /// Lets the device take buffers from queue `index`.
-    fn serve(&mut self, memory: &dyn GuestMemory, index: usize) {
+    pub(super) fn serve(&mut self, memory: &dyn GuestMemory, index: usize) {
         self.serve_with(memory, index, |device, queue, service| device.serve(index, queue, service));
     }
 

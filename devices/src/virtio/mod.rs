@@ -1,11 +1,11 @@
 //! Virtio devices over MMIO (Virtual I/O Device, version 1.2; "virtio" below).
 //!
-//! Purpose: disk, console and entropy for guests, by the modern register layout (version 2, virtio 4.2) with split
-//! virtqueues (2.7). Drivers that speak only the legacy layout see a version that they refuse.
+//! Purpose: disk, console, entropy and a memory balloon for guests, by the modern register layout (version 2, virtio 4.2)
+//! with split virtqueues (2.7). Drivers that speak only the legacy layout see a version that they refuse.
 //!
 //! Rooms: [`mmio`] is the register file and the life of a device; [`queue`] takes buffers from the driver and gives
-//! them back; [`chain`] is one buffer, a list of segments; [`block`], [`console`] and [`entropy`] say what a buffer
-//! means; [`empty`] answers where the map has a slot and nobody is home.
+//! them back; [`chain`] is one buffer, a list of segments; [`block`], [`console`], [`entropy`] and [`balloon`] say what
+//! a buffer means; [`empty`] answers where the map has a slot and nobody is home.
 //!
 //! Protocol: a store to QueueNotify processes that queue in the exit that the store caused. A part of the work is
 //! bounded ([`Service::spend`]); what remains is announced as [`crate::bus::Work`] and done by later calls. A request
@@ -22,6 +22,7 @@
 //!
 //! Lock order: the device's lock, then guest memory, the disk, the terminal's `put`, or the line.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod console;
@@ -46,7 +47,7 @@ use crate::bus::{GuestMemory, MemoryError, Terminal, Work};
 pub const QUEUE_SIZE_MAX: u16 = 256;
 
 /// The most virtqueues of one device.
-pub const QUEUES_MAX: usize = 2;
+pub const QUEUES_MAX: usize = 5;
 
 /// Bytes of guest address space that a device takes: QEMU's `virt` puts one every 512 bytes.
 pub const SIZE: u64 = 0x200;
@@ -216,6 +217,9 @@ pub trait VirtioDevice: Send {
 
     /// A driver's store to the configuration space, `offset` bytes from its start.
     fn write_config(&mut self, _offset: u64, _size: u8, _value: u64) {}
+
+    /// The device was reset: what its type keeps for a driver is forgotten.
+    fn reset(&mut self) {}
 
     /// The terminal to call because input that it offered and was refused is wanted now; asked after every access.
     fn input_wanted(&mut self) -> Option<Arc<dyn Terminal>> {

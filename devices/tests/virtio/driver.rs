@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use entresol_devices::bus::{Device, Work};
-use entresol_devices::virtio::{VirtioDevice, VirtioMmio};
+use entresol_devices::virtio::{QUEUES_MAX, VirtioDevice, VirtioMmio};
 
 use crate::host::{Line, Memory, RAM};
 
@@ -49,8 +49,8 @@ pub struct Driver<D> {
     pub memory: Arc<Memory>,
     pub line: Arc<Line>,
     pub size: u16,
-    available: [u16; 2],
-    seen: [u16; 2],
+    available: [u16; QUEUES_MAX],
+    seen: [u16; QUEUES_MAX],
 }
 
 impl<D: VirtioDevice> Driver<D> {
@@ -58,7 +58,7 @@ impl<D: VirtioDevice> Driver<D> {
     pub fn cold(device: D) -> Self {
         let (memory, line) = (Memory::new(), Arc::new(Line::default()));
         let device = VirtioMmio::new(device, memory.clone(), line.clone()).expect("the host has memory");
-        Self { device, memory, line, size: 256, available: [0; 2], seen: [0; 2] }
+        Self { device, memory, line, size: 256, available: [0; QUEUES_MAX], seen: [0; QUEUES_MAX] }
     }
 
     /// A device brought up with `features` and queues of 256.

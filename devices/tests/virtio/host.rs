@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use entresol_addr::Gpa;
+use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_devices::bus::{GuestMemory, Interrupt, MemoryError, Terminal};
+use entresol_devices::virtio::balloon::{Busy, GiveBack, Given};
 use entresol_devices::virtio::block::{Disk, DiskError};
 use entresol_devices::virtio::entropy::Entropy;
 
@@ -186,5 +187,57 @@ impl Entropy for Counter {
             *byte = (*next % 255) as u8 + 1;
             *next += 1;
         }
+    }
+}
+
+/// Takes what a guest gives back: pages of [`RAM`] that were there, each once.
+pub struct Taker {
+    /// Whether each page of memory is there.
+    pub there: Mutex<Vec<bool>>,
+    /// Calls that are [`Busy`] before the next is served.
+    pub busy: AtomicUsize,
+    /// The most pages that one call has named.
+    pub most: AtomicUsize,
+    /// Calls so far.
+    pub calls: AtomicUsize,
+}
+
+impl Taker {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            there: Mutex::new(vec![true; (RAM_BYTES / PAGE_SIZE) as usize]),
+            busy: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
+            calls: AtomicUsize::new(0),
+        })
+    }
+
+    /// Pages that are not there, by number from the start of memory.
+    pub fn gone(&self) -> Vec<usize> {
+        let there = self.there.lock().unwrap();
+        (0..there.len()).filter(|page| !there[*page]).collect()
+    }
+}
+
+impl GiveBack for Taker {
+    fn give_back(&self, ranges: &[GfnRange]) -> Result<Given, Busy> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if self.busy.load(Ordering::Relaxed) != 0 {
+            self.busy.fetch_sub(1, Ordering::Relaxed);
+            return Err(Busy);
+        }
+        assert!(ranges.windows(2).all(|pair| pair[0].end() < pair[1].start()), "sorted, and apart: {ranges:x?}");
+        let named: u64 = ranges.iter().map(|range| range.count()).sum();
+        self.most.fetch_max(named as usize, Ordering::Relaxed);
+        let mut there = self.there.lock().unwrap();
+        let mut given = Given::default();
+        for page in ranges.iter().flat_map(|range| range.start().get()..range.end().get()) {
+            let place = page.checked_sub(RAM / PAGE_SIZE).and_then(|page| there.get_mut(page as usize));
+            match place {
+                Some(there) => given.frames += u64::from(std::mem::take(there)),
+                None => given.refused += 1,
+            }
+        }
+        Ok(given)
     }
 }

@@ -1,9 +1,11 @@
 //! Drivers that mean harm: each rule broken by name, and then everything at random.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use entresol_devices::bus::{Device, Work};
+use entresol_devices::virtio::balloon::Balloon;
 use entresol_devices::virtio::block::Block;
 use entresol_devices::virtio::console::Console;
 use entresol_devices::virtio::entropy::EntropySource;
@@ -11,7 +13,7 @@ use entresol_devices::virtio::{Broken, VirtioDevice};
 use proptest::prelude::*;
 
 use crate::driver::{BUFFERS, Desc, Driver, INDIRECT, INDIRECT_DESC, NEEDS_RESET, NEXT, RING_RESET, STATUS, WRITE};
-use crate::host::{Counter, RAM, RAM_BYTES, RamDisk, Screen};
+use crate::host::{Counter, RAM, RAM_BYTES, RamDisk, Screen, Taker};
 
 fn bench(features: u64) -> Driver<Block<Arc<RamDisk>>> {
     Driver::new(Block::new(Arc::new(RamDisk::new(64)), b"").unwrap(), features)
@@ -188,7 +190,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0u64..0x7f00, bytes).prop_map(|(offset, bytes)| Step::Poke(RAM + 0x1_0000 + offset, bytes)),
         8 => (0u8..16, descriptor()).prop_map(|(at, desc)| Step::Descriptor(at, desc)),
         6 => (0u8..18).prop_map(Step::Available),
-        6 => (0u8..3).prop_map(Step::Notify),
+        6 => (0u8..6).prop_map(Step::Notify),
         1 => prop_oneof![Just(-1), 0i64..30].prop_map(Step::OutOfMemory),
         2 => Just(Step::Run),
         1 => Just(Step::Reset),
@@ -258,5 +260,21 @@ proptest! {
     #[test]
     fn an_entropy_device_survives_anything(steps in prop::collection::vec(step(), 0..120)) {
         torture(EntropySource::new(Arc::new(Counter::default())).unwrap(), &steps, |_| {});
+    }
+    #[test]
+    fn a_balloon_survives_anything(
+        steps in prop::collection::vec(step(), 0..120),
+        busy in prop::collection::vec(0usize..3, 1..8),
+    ) {
+        let taker = Taker::new();
+        let next = Cell::new(0);
+        torture(Balloon::new(taker.clone()).unwrap(), &steps, |driver| {
+            next.set(next.get() + 1);
+            taker.busy.store(busy[next.get() % busy.len()], Ordering::Relaxed);
+            driver.device.set_target(next.get() as u32 % 7);
+            driver.device.ask_statistics();
+            assert!(taker.most.load(Ordering::Relaxed) <= 512, "one step is bounded");
+            assert!(taker.calls.swap(0, Ordering::Relaxed) < COPIES_PER_PART);
+        });
     }
 }

@@ -3,6 +3,7 @@
 //! [`host`] is the VM around a device: memory, line, disk, terminal. [`driver`] is a driver in miniature that follows
 //! virtio 3.1.1. The rest are tests, a file for each concern.
 
+mod balloon;
 mod block;
 mod console;
 mod driver;

@@ -71,6 +71,14 @@ pub enum Command {
         /// Its name
         vm: String,
     },
+    /// Ask a virtual machine to put so much of its memory into its balloon; what is in it, `stats` shows
+    Balloon {
+        /// Its name
+        vm: String,
+        /// Bytes, or a size like 64M; 0 gives it all back
+        #[arg(value_name = "SIZE", value_parser = number)]
+        size: u64,
+    },
     /// Stop a virtual machine's vCPUs until `resume`
     Pause {
         /// Its name
@@ -179,6 +187,7 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
                 other => return Err(unexpected(&op, &other).into()),
             }
         }
+        Command::Balloon { vm, size } => done(&mut client, Op::Balloon { vm: vm.into(), size }, &out)?,
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
         Command::Kill { vm } => done(&mut client, Op::Kill { vm: vm.into() }, &out)?,

@@ -62,7 +62,21 @@ pub fn stats(stats: &Stats<'_>) -> String {
         ("mmio", "unclaimed", stats.unclaimed_mmio),
     ];
     let exits = stats.exits.iter().map(|(reason, count)| ("exits", reason.as_ref(), *count));
-    for (what, kind, count) in fixed.into_iter().chain(exits) {
+    let balloon = stats.balloon.as_ref().map(|balloon| {
+        [
+            ("balloon", "target", balloon.target),
+            ("balloon", "actual", balloon.actual),
+            ("balloon", "inflated", balloon.inflated),
+            ("balloon", "deflated", balloon.deflated),
+            ("balloon", "reported", balloon.reported),
+            ("balloon", "refused", balloon.refused),
+            ("balloon", "kept", balloon.kept),
+            ("balloon", "updates", balloon.updates),
+        ]
+    });
+    let guest = stats.balloon.iter().flat_map(|balloon| &balloon.guest);
+    let guest = guest.map(|(name, count)| ("guest", name.as_ref(), *count));
+    for (what, kind, count) in fixed.into_iter().chain(balloon.into_iter().flatten()).chain(guest).chain(exits) {
         table.add_row([what, kind, &count.to_string()]);
     }
     text(&table)
@@ -110,7 +124,7 @@ fn in_kib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use entresol_wire::control::{Faults, State};
+    use entresol_wire::control::{Balloon, Faults, State};
 
     #[test]
     fn virtual_machines_line_up() {
@@ -157,5 +171,17 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         let line = |what: &str| shown.lines().find(|line| line.contains(what)).expect(what).split_whitespace().last();
         assert_eq!((line("translation"), line("injected"), line("wfi")), (Some("11"), Some("99"), Some("77")));
         assert_eq!(shown.lines().count(), 1 + 20 + 1);
+    }
+
+    #[test]
+    fn a_balloon_is_shown_where_there_is_one() {
+        let guest = [("free-memory".into(), 4096)].into();
+        let balloon = Balloon { target: 5, actual: 3, guest, ..Balloon::default() };
+        let shown = super::stats(&Stats { balloon: Some(balloon), ..Stats::default() });
+        let shown: Vec<Vec<&str>> = shown.lines().map(|line| line.split_whitespace().collect()).collect();
+        for line in [["balloon", "target", "5"], ["balloon", "actual", "3"], ["guest", "free-memory", "4096"]] {
+            assert!(shown.contains(&line.to_vec()), "{line:?}");
+        }
+        assert_eq!(shown.len(), 1 + 20 + 8 + 1);
     }
 }

@@ -7,6 +7,7 @@
 //! A failure prints what was expected, the end of the console's log, where the whole log is, and the command that runs
 //! this test alone.
 
+mod balloon;
 mod boot;
 mod boot_loaders;
 mod control;
@@ -57,6 +58,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "live_forks_answer_diverge_and_end",
         about: "a working guest is forked ten times: all answer, diverge, and give every frame back in any order",
         run: fork::live_forks_answer_diverge_and_end,
+    },
+    SystemTest {
+        name: "balloon_gives_memory_back",
+        about: "a guest's free pages come back by reports and by its balloon, and go again; a copy has its own; frames exact",
+        run: balloon::balloon_gives_memory_back,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

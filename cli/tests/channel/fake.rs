@@ -96,6 +96,7 @@ impl Guest {
                     Op::Input { data, .. } => format!(" {}", String::from_utf8_lossy(&data.0)),
                     Op::SetSlot { slot, .. } => format!(" {slot:?}"),
                     Op::Slots { from, .. } => format!(" {from}"),
+                    Op::Balloon { size, .. } => format!(" {size}"),
                     _ => String::new(),
                 };
                 let said = format!("{}{data}", request.op.name());
@@ -161,6 +162,7 @@ impl Guest {
             Op::Files => self.respond(id, Ok(Answer::Files(files()))),
             Op::SetSlot { .. }
             | Op::RemoveFile { .. }
+            | Op::Balloon { .. }
             | Op::Fork { .. }
             | Op::Pause { .. }
             | Op::Resume { .. }

@@ -64,6 +64,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Slots { vm, from } => Answer::Slots(slots(&*alive(vm)?, *from)?).into(),
         Op::SetSlot { vm, slot } => set_slot(vm, slot)?.into(),
         Op::Posted { vm } => Answer::Posted(posted(&*alive(vm)?)?).into(),
+        Op::Balloon { vm, size } => balloon(vm, *size)?.into(),
         Op::Pause { vm } => pause(vm)?.into(),
         Op::Resume { vm } => resume(vm, attached)?.into(),
         Op::Kill { vm } => {
@@ -162,6 +163,7 @@ fn stats(vm: &Vm) -> Stats<'static> {
         resident_frames: vm.resident_frames(),
         free_frames: host.pool.free_frames(),
         unclaimed_mmio: vm.unclaimed.get(),
+        balloon: vm.balloon(),
     }
 }
 
@@ -233,6 +235,12 @@ fn posted(vm: &Vm) -> Result<Posted, Error> {
     }));
     doorbells.extend(vm.posted.take_rings().map(|(address, rings)| Rings { address, rings }));
     Ok(Posted { writes, doorbells })
+}
+
+/// Answered when the guest is told; what it does about it, its statistics say.
+fn balloon(name: &str, size: u64) -> Result<Answer<'static>, Error> {
+    let set = alive(name)?.set_balloon(size);
+    set.map(|()| Answer::Done).map_err(|refusal| Error::refused(Code::BadField, refusal))
 }
 
 /// Answered when no vCPU runs any more.

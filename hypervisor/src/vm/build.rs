@@ -111,7 +111,7 @@ fn assemble(
     let vcpus = config.vcpus as usize;
     let gic = Vgic::new(GicConfig { vcpus, spis: SPIS }).map_err(|error| because("interrupts")(&error))?;
     let (gic, link) = (Arc::new(gic), Link::default());
-    let devices = Devices::new(&link, &gic, terminal, media)?;
+    let devices = Devices::new(&link, &gic, terminal, media, config.balloon)?;
     let mut all = Vec::new();
     all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
     all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));

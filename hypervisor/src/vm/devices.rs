@@ -1,7 +1,7 @@
 //! The guest's map: which device answers at which address.
 //!
 //! Addresses are those of QEMU's `virt` machine ([`entresol_loader::virt`]). Disks come first among the virtio transports, then
-//! the console, then entropy; the others exist and are empty. The page with the machine's generation is ours.
+//! the console, then entropy, then the balloon; the others exist and are empty. The page with the machine's generation is ours.
 //!
 //! Work that a device could not finish within one exit is remembered in a bit for each transport, and carried on before
 //! some vCPU enters the guest again.
@@ -16,6 +16,7 @@ use entresol_devices::flash::{Flash, FlashError};
 use entresol_devices::gic::{GicError, REDISTRIBUTOR_SIZE, Vgic};
 use entresol_devices::pl011::Pl011;
 use entresol_devices::pl031::Pl031;
+use entresol_devices::virtio::balloon::Balloon;
 use entresol_devices::virtio::block::Block;
 use entresol_devices::virtio::console::Console as VirtioConsole;
 use entresol_devices::virtio::entropy::EntropySource;
@@ -27,6 +28,7 @@ use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicU32, Ordering};
 use entresol_wire::config::{ReadOnlyStore, UnclaimedMmio};
 
+use super::balloon::GuestPages;
 use super::flash::Window;
 use super::lines::{Line, Link};
 use super::memory::DeviceMemory;
@@ -61,6 +63,7 @@ type SerialPort = Pl011<Arc<Terminal>, Line>;
 type VirtioPort = VirtioMmio<VirtioConsole, DeviceMemory, Line>;
 type VirtioDisk = VirtioMmio<Block<Arc<Overlay>>, DeviceMemory, Line>;
 type VirtioEntropy = VirtioMmio<EntropySource<MachineEntropy>, DeviceMemory, Line>;
+type VirtioBalloon = VirtioMmio<Balloon<GuestPages>, DeviceMemory, Line>;
 
 /// The devices of one virtual machine.
 pub struct Devices {
@@ -72,6 +75,7 @@ pub struct Devices {
     disks: Box<[Arc<VirtioDisk>]>,
     port: Arc<VirtioPort>,
     entropy: Option<Arc<VirtioEntropy>>,
+    balloon: Option<Arc<VirtioBalloon>>,
     unfinished: AtomicU32,
 }
 
@@ -96,17 +100,19 @@ impl Wires<'_> {
     }
 }
 
-/// The transports in their order: disks, console, entropy, and empty ones.
+/// The transports in their order: disks, console, entropy, balloon, and empty ones.
 fn in_order(
     disks: &[Arc<VirtioDisk>],
     port: &Arc<VirtioPort>,
     entropy: Option<&Arc<VirtioEntropy>>,
+    balloon: Option<&Arc<VirtioBalloon>>,
 ) -> Result<Box<[Arc<dyn Device>]>, OutOfHeap> {
     let mut transports: Vec<Arc<dyn Device>> = Vec::new();
     transports.try_reserve_exact(virt::VIRTIO_SLOTS as usize).map_err(|_| OutOfHeap)?;
     transports.extend(disks.iter().map(|disk| disk.clone() as Arc<dyn Device>));
     transports.push(port.clone());
     transports.extend(entropy.map(|entropy| entropy.clone() as Arc<dyn Device>));
+    transports.extend(balloon.map(|balloon| balloon.clone() as Arc<dyn Device>));
     let empty: Arc<dyn Device> = Arc::new(EmptySlot);
     transports.resize(virt::VIRTIO_SLOTS as usize, empty);
     Ok(transports.into_boxed_slice())
@@ -131,12 +137,19 @@ impl From<virtio::OutOfMemory> for OutOfHeap {
 }
 
 impl Devices {
-    /// The devices of the virtual machine at the end of `link`, with these media, on `terminal`.
+    /// The devices of the virtual machine at the end of `link`, with these media, on `terminal`, and a balloon if it is to have
+    /// one.
     ///
     /// # Errors
     ///
     /// [`OutOfHeap`].
-    pub fn new(link: &Link, gic: &Arc<Vgic>, terminal: &Arc<Terminal>, media: &Media) -> Result<Self, OutOfHeap> {
+    pub fn new(
+        link: &Link,
+        gic: &Arc<Vgic>,
+        terminal: &Arc<Terminal>,
+        media: &Media,
+        balloon: bool,
+    ) -> Result<Self, OutOfHeap> {
         let wires = Wires { link, gic };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(media.disks.len()).map_err(|_| OutOfHeap)?;
@@ -155,6 +168,13 @@ impl Devices {
             }
             None => None,
         };
+        let balloon = if balloon {
+            let balloon = Balloon::new(GuestPages::new(link.clone()))?;
+            let line = wires.transport(slot + 1 + usize::from(entropy.is_some()))?;
+            Some(Arc::new(VirtioMmio::new(balloon, wires.memory(), line)?))
+        } else {
+            None
+        };
         let window = |memory: &Arc<FlashMemory>| Flash::new(Window::new(memory.clone(), link.clone()));
         let flash = media.flash.as_ref().map(window).transpose()?;
         Ok(Self {
@@ -162,10 +182,11 @@ impl Devices {
             clock: Pl031::new(WallClock, wires.line(virt::RTC_SPI)?),
             flash,
             generation: VmGenId::new(entropy::generation(), wires.line(virt::VMGENID_SPI)?),
-            transports: in_order(&blocks, &port, entropy.as_ref())?,
+            transports: in_order(&blocks, &port, entropy.as_ref(), balloon.as_ref())?,
             disks: blocks.into_boxed_slice(),
             port,
             entropy,
+            balloon,
             unfinished: AtomicU32::new(0),
         })
     }
@@ -201,15 +222,24 @@ impl Devices {
             }
             _ => None,
         };
+        let balloon = match &self.balloon {
+            Some(balloon) => {
+                let pages = GuestPages::new(link.clone());
+                let line = wires.transport(slot + 1 + usize::from(entropy.is_some()))?;
+                Some(Arc::new(balloon.fork(|balloon| balloon.fork(pages), wires.memory(), line)?))
+            }
+            None => None,
+        };
         Ok(Self {
             serial: self.serial.fork(terminal.clone(), wires.line(virt::UART_SPI)?),
             clock: self.clock.fork(WallClock, wires.line(virt::RTC_SPI)?),
             flash: None,
             generation: VmGenId::new(self.generation.id(), wires.line(virt::VMGENID_SPI)?),
-            transports: in_order(&blocks, &port, entropy.as_ref())?,
+            transports: in_order(&blocks, &port, entropy.as_ref(), balloon.as_ref())?,
             disks: blocks.into_boxed_slice(),
             port,
             entropy,
+            balloon,
             unfinished: AtomicU32::new(self.unfinished.load(Ordering::Acquire)),
         })
     }
@@ -224,6 +254,11 @@ impl Devices {
     pub fn offer(&self, bytes: &[u8]) -> usize {
         let taken = self.serial.offer(bytes);
         if taken == 0 && !self.serial.is_heard() { self.port.offer(bytes) } else { taken }
+    }
+
+    /// Its balloon, if it has one.
+    pub fn balloon(&self) -> Option<&VirtioBalloon> {
+        self.balloon.as_deref()
     }
 
     /// Work that was stalled goes on.

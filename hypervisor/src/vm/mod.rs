@@ -11,6 +11,7 @@
 //! Lock order: status → scheduler.
 
 mod aliases;
+mod balloon;
 pub mod build;
 mod devices;
 mod flash;

@@ -25,6 +25,7 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
         coalesced_mmio: Vec::new(),
         doorbells: Vec::new(),
         pass_through: Vec::new(),
+        balloon: true,
         policies: Default::default(),
         autostart: true,
     }

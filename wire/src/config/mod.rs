@@ -144,6 +144,9 @@ pub struct Vm<F> {
     /// Devices of the outer machine that are its own.
     #[serde(default)]
     pub pass_through: Vec<PassThrough>,
+    /// Whether it has a balloon, through which it gives memory back that it can do without.
+    #[serde(default)]
+    pub balloon: bool,
     /// What the owner decided where the architecture leaves a choice.
     pub policies: Policies,
     /// Whether it starts with the hypervisor; else it waits, paused, for a `resume`.
@@ -448,6 +451,7 @@ impl<F> Vm<F> {
             coalesced_mmio: self.coalesced_mmio,
             doorbells: self.doorbells,
             pass_through: self.pass_through,
+            balloon: self.balloon,
             policies: self.policies,
             autostart: self.autostart,
         })

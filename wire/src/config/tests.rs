@@ -61,6 +61,7 @@ fn defaults_are_as_documented() {
         coalesced_mmio: [].into(),
         doorbells: [].into(),
         pass_through: [].into(),
+        balloon: false,
         policies: Policies { console: Console::Foreground, ..Policies::default() },
         autostart: true,
     };

@@ -71,6 +71,9 @@ pub struct WrittenVm {
     /// Devices of the outer machine.
     #[serde(default)]
     pub pass_through: Vec<PassThrough>,
+    /// Whether it has a balloon; no if absent.
+    #[serde(default)]
+    pub balloon: bool,
     /// Policies.
     #[serde(default)]
     pub policies: WrittenPolicies,
@@ -187,6 +190,7 @@ impl WrittenVm {
             coalesced_mmio: self.coalesced_mmio,
             doorbells: self.doorbells,
             pass_through: self.pass_through,
+            balloon: self.balloon,
             name: self.name,
             kernel: self.kernel,
             initrd: self.initrd,

@@ -58,7 +58,7 @@ pub use lines::{LineTooLong, Lines};
 pub use posted::{Hex, Posted, PostedWrite, Rings};
 pub use request::{Alias, Malformed, Op, Request};
 pub use response::{Answer, Code, Error, Hello, Response, SlotPage, SlotRow, State, VmRow};
-pub use stats::{Entries, Faults, Stats, Tlb};
+pub use stats::{Balloon, Entries, Faults, Stats, Tlb};
 
 /// Longest line, in bytes, its newline included.
 pub const MAX_LINE: usize = 64 << 10;

@@ -64,6 +64,13 @@ pub enum Op<'a> {
         /// Who.
         vm: Cow<'a, str>,
     },
+    /// Its balloon shall have so much of its memory.
+    Balloon {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// Bytes: whole pages.
+        size: u64,
+    },
     /// Its vCPUs stop running.
     Pause {
         /// Whose.
@@ -138,6 +145,7 @@ impl<'a> Op<'a> {
             Self::Slots { .. } => "slots",
             Self::SetSlot { .. } => "set-slot",
             Self::Posted { .. } => "posted",
+            Self::Balloon { .. } => "balloon",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
             Self::Kill { .. } => "kill",
@@ -159,6 +167,7 @@ impl<'a> Op<'a> {
             | Self::Slots { vm, .. }
             | Self::SetSlot { vm, .. }
             | Self::Posted { vm }
+            | Self::Balloon { vm, .. }
             | Self::Pause { vm }
             | Self::Resume { vm }
             | Self::Kill { vm }
@@ -186,6 +195,7 @@ impl<'a> Op<'a> {
                 },
             },
             "posted" => Self::Posted { vm: fields.text("vm")? },
+            "balloon" => Self::Balloon { vm: fields.text("vm")?, size: fields.number("size")? },
             "pause" => Self::Pause { vm: fields.text("vm")? },
             "resume" => Self::Resume { vm: fields.text("vm")? },
             "kill" => Self::Kill { vm: fields.text("vm")? },
@@ -237,6 +247,7 @@ impl Serialize for Request<'_> {
                 map.serialize_entry("offset", &slot.offset)?;
                 map.serialize_entry("read_only", &slot.read_only)?;
             }
+            Op::Balloon { size, .. } => map.serialize_entry("size", size)?,
             Op::Fork { name, count, .. } => {
                 map.serialize_entry("name", name)?;
                 if let Some(count) = count {

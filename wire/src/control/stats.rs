@@ -27,13 +27,46 @@ pub struct Stats<'a> {
     pub free_frames: u64,
     /// Accesses to addresses that no device claims.
     pub unclaimed_mmio: u64,
+    /// Its balloon, if it has one.
+    #[serde(default, borrow, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon<'a>>,
 }
 
 impl Stats<'_> {
     /// The same, borrowing nothing.
     pub fn into_owned(self) -> Stats<'static> {
         let exits = self.exits.into_iter().map(|(reason, count)| (owned(reason), count)).collect();
-        Stats { exits, ..self }
+        Stats { exits, balloon: self.balloon.map(Balloon::into_owned), ..self }
+    }
+}
+
+/// What is in a balloon, and what went through it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balloon<'a> {
+    /// Pages that its owner wants in it.
+    pub target: u64,
+    /// Pages that the guest says are in it.
+    pub actual: u64,
+    /// Frames that came back by inflating it.
+    pub inflated: u64,
+    /// Pages that the guest took out.
+    pub deflated: u64,
+    /// Frames that came back because the guest reported them free.
+    pub reported: u64,
+    /// Pages that the guest named and that are not its to give.
+    pub refused: u64,
+    /// Pages that stayed because giving them back needs memory first.
+    pub kept: u64,
+    /// How often the guest has told its own counts. Each question asks it for newer ones.
+    pub updates: u64,
+    /// The guest's own counts, as it told them last.
+    #[serde(borrow)]
+    pub guest: BTreeMap<Cow<'a, str>, u64>,
+}
+
+impl Balloon<'_> {
+    fn into_owned(self) -> Balloon<'static> {
+        Balloon { guest: self.guest.into_iter().map(|(name, count)| (owned(name), count)).collect(), ..self }
     }
 }
 

@@ -55,6 +55,7 @@ fn requests_look_as_documented() {
             r#"{"id":7,"op":"set-slot","vm":"web","slot":5,"base":68719476736,"size":4096,"offset":8192,"read_only":true}"#,
         ),
         (Op::Posted { vm: vm() }, r#"{"id":7,"op":"posted","vm":"web"}"#),
+        (Op::Balloon { vm: vm(), size: 4096 }, r#"{"id":7,"op":"balloon","vm":"web","size":4096}"#),
         (Op::Pause { vm: vm() }, r#"{"id":7,"op":"pause","vm":"web"}"#),
         (Op::Resume { vm: vm() }, r#"{"id":7,"op":"resume","vm":"web"}"#),
         (Op::Kill { vm: vm() }, r#"{"id":7,"op":"kill","vm":"web"}"#),
@@ -184,6 +185,7 @@ fn responses_and_events_look_as_documented() {
 
 #[test]
 fn stats_read_back() {
+    let guest = [("free-memory".into(), 18)].into();
     let stats = Stats {
         faults: Faults { translation: 1, permission: 2, access_flag: 3, fresh: 4, populated: 5, ..Faults::default() },
         entries: Entries { size_4k: 6, size_2m: 7, size_1g: u64::MAX },
@@ -193,6 +195,7 @@ fn stats_read_back() {
         resident_frames: 15,
         free_frames: 16,
         unclaimed_mmio: 17,
+        balloon: Some(Balloon { target: 19, actual: 20, updates: 21, guest, ..Balloon::default() }),
     };
     let answer = Answer::Stats(Box::new(stats));
     let message = Message::Response(Response { id: Some(0), result: Ok(answer) });

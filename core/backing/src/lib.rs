@@ -50,6 +50,8 @@ mod fork_tests;
 #[cfg(test)]
 mod merge_tests;
 #[cfg(test)]
+mod out_tests;
+#[cfg(test)]
 mod stored_tests;
 #[cfg(test)]
 mod tests;
@@ -62,7 +64,7 @@ use entresol_machine::Machine;
 pub use grant::{Grant, GrantError, Memory};
 pub use object::{
     AccessError, CreateError, DestroyError, Differences, Fetch, ForkError, Frozen, Kind, MAX_OBJECTS, Object,
-    ObjectHandle, Objects, Policy, PopulateError, PunchError, PutError, Spec, TableError,
+    ObjectHandle, Objects, Out, OutError, Policy, PopulateError, PunchError, PutError, Spec, TableError,
 };
 pub use pool::{AddError, FrameMeta, FramePool, Order};
 pub use store::{MAX_STORES, StoreError, StoreId, StoreSlot, Stores};

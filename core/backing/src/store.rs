@@ -4,19 +4,31 @@
 //! snapshot's file, for example. This crate moves no bytes to or from there. It says which place is wanted
 //! ([`crate::GrantError::Stored`]), takes the frame that somebody else has filled ([`crate::Object::restore`]), and counts.
 //!
-//! Protocol for whoever restores lazily: [`Stores::open`] the file; [`crate::Object::put_stored`] for each page of a fresh
-//! object; [`Stores::close`], which is refused as long as a page is still there, or a frame is known to hold the same.
+//! Two kinds of store. A *plain* one ([`Stores::open`]) is a file: every place holds a page, and none changes while it is open.
+//! Whoever restores lazily opens one, and calls [`crate::Object::put_stored`] for each page of a fresh object. Of a *counted* one
+//! ([`Stores::open_counted`]), a swap device, places are free until a page is written there ([`crate::Object::begin_out`]), and again when
+//! nobody refers to them; a record of 8 bytes is kept for each. [`Stores::close`] is refused as long as a page is still there, or
+//! a frame is known to hold the same.
 //!
 //! References: a word that names a place is one; a frame that is known to hold the same bytes is one (such a frame is *kept*,
 //! see [`crate::FramePool`]); whoever reads the place has one. Whoever copies a word retains the place first and looks at
 //! the word again after; whoever takes a word away releases the place.
 //!
-//! Invariants: INV-7 (a release without a reference stops the machine, in release builds too); what an open store holds does
-//! not change, so whoever reads it gets what the page was. Lock order: the one lock here is a leaf.
+//! A place that is being written is not *valid* yet: no word names it before it is, so whoever reads a place gets what the page
+//! was.
+//!
+//! Invariants: INV-7 (a release without a reference stops the machine, in release builds too). Nothing is allocated after
+//! [`Stores::open_counted`]. Lock order: the one lock here is a leaf.
+//!
+//! Known hole: a free place is looked for from behind the last one that was taken; in a store that is nearly full that looks
+//! at many.
 
+use alloc::boxed::Box;
 use core::fmt;
 
 use entresol_sync::Mutex;
+
+use crate::{OutOfHeap, try_boxed};
 
 /// Stores that may be open at once.
 pub const MAX_STORES: usize = 64;
@@ -86,6 +98,13 @@ pub enum StoreError {
         /// Places of the store.
         slots: u64,
     },
+    /// The heap has no room for the records.
+    OutOfHeap,
+    /// Every place is taken, or it is no store whose places are taken.
+    Full {
+        /// The store.
+        store: StoreId,
+    },
     /// Words, frames or readers still refer to it.
     InUse {
         /// How many.
@@ -100,6 +119,8 @@ impl fmt::Display for StoreError {
             Self::Slots { value, limit } => write!(f, "places = {value}: must be from 1 to {limit}"),
             Self::Unknown { store } => write!(f, "store {}: must be open", store.0),
             Self::Outside { slot, slots } => write!(f, "place {}: the store has {slots}", slot.index()),
+            Self::OutOfHeap => OutOfHeap.fmt(f),
+            Self::Full { store } => write!(f, "store {}: no place is free", store.0),
             Self::InUse { references } => write!(f, "store: {references} references to it are left"),
         }
     }
@@ -107,10 +128,48 @@ impl fmt::Display for StoreError {
 
 impl core::error::Error for StoreError {}
 
-#[derive(Clone, Copy)]
+impl From<OutOfHeap> for StoreError {
+    fn from(OutOfHeap: OutOfHeap) -> Self {
+        Self::OutOfHeap
+    }
+}
+
+/// What is known of a place of a counted store. Zero: it is free.
+#[derive(Clone, Copy, Default)]
+struct Record {
+    /// References, and in bit 31 whether the place is valid.
+    references: u32,
+    /// A frame that is kept for it, as its index in the pool plus one; 0 if none is known.
+    frame: u32,
+}
+
+const VALID: u32 = 1 << 31;
+
+// With the word in the tree, all that is in memory of a page that is not.
+const _: () = assert!(size_of::<Record>() == 8);
+
+impl Record {
+    const fn count(self) -> u32 {
+        self.references & !VALID
+    }
+}
+
 struct Store {
     slots: u64,
     references: u64,
+    /// Of a counted one.
+    records: Option<Box<[Record]>>,
+    taken: u64,
+    /// Where the search for a free place begins.
+    next: usize,
+}
+
+impl Store {
+    /// The record of a place, if it has one and somebody refers to it.
+    fn held(&mut self, slot: StoreSlot) -> Option<&mut Record> {
+        let index = usize::try_from(slot.index()).ok()?;
+        self.records.as_mut()?.get_mut(index).filter(|record| record.count() != 0)
+    }
 }
 
 /// The open stores of a machine.
@@ -118,7 +177,7 @@ pub struct Stores(Mutex<[Option<Store>; MAX_STORES]>);
 
 impl Stores {
     pub(crate) const fn new() -> Self {
-        Self(Mutex::new([None; MAX_STORES]))
+        Self(Mutex::new([const { None }; MAX_STORES]))
     }
 
     /// Opens a store of `slots` places that all hold a page, and do not change while it is open.
@@ -130,9 +189,27 @@ impl Stores {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(StoreError::Slots { value: slots, limit: MAX_SLOTS });
         }
+        self.add(slots, None)
+    }
+
+    /// Opens a store of `slots` places, at most 2^31, that are free.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::TooMany`], [`StoreError::Slots`], [`StoreError::OutOfHeap`].
+    pub fn open_counted(&self, slots: u64) -> Result<StoreId, StoreError> {
+        const LIMIT: u64 = 1 << 31;
+        if slots == 0 || slots > LIMIT {
+            return Err(StoreError::Slots { value: slots, limit: LIMIT });
+        }
+        let records = try_boxed(slots as usize, Record::default)?;
+        self.add(slots, Some(records))
+    }
+
+    fn add(&self, slots: u64, records: Option<Box<[Record]>>) -> Result<StoreId, StoreError> {
         let mut stores = self.0.lock();
         let place = stores.iter().position(Option::is_none).ok_or(StoreError::TooMany)?;
-        stores[place] = Some(Store { slots, references: 0 });
+        stores[place] = Some(Store { slots, references: 0, records, taken: 0, next: 0 });
         Ok(StoreId(place as u8))
     }
 
@@ -144,19 +221,24 @@ impl Stores {
     pub fn close(&self, store: StoreId) -> Result<(), StoreError> {
         let mut stores = self.0.lock();
         let place = stores.get_mut(usize::from(store.0)).ok_or(StoreError::Unknown { store })?;
-        match *place {
+        match place.as_ref().map(|store| store.references) {
             None => Err(StoreError::Unknown { store }),
-            Some(Store { references: 0, .. }) => {
+            Some(0) => {
                 *place = None;
                 Ok(())
             }
-            Some(Store { references, .. }) => Err(StoreError::InUse { references }),
+            Some(references) => Err(StoreError::InUse { references }),
         }
     }
 
     /// References to places of a store, all together; `None` if it is not open.
     pub fn references(&self, store: StoreId) -> Option<u64> {
-        self.0.lock().get(usize::from(store.0))?.map(|store| store.references)
+        self.0.lock().get(usize::from(store.0))?.as_ref().map(|store| store.references)
+    }
+
+    /// Places of a counted store that are taken; `None` if it is not open.
+    pub fn taken(&self, store: StoreId) -> Option<u64> {
+        self.0.lock().get(usize::from(store.0))?.as_ref().map(|store| store.taken)
     }
 
     /// One reference more, for a place that an owner names.
@@ -165,11 +247,75 @@ impl Stores {
         let store = slot.store();
         let open = stores.get_mut(usize::from(store.0)).and_then(Option::as_mut);
         let open = open.ok_or(StoreError::Unknown { store })?;
-        if slot.index() >= open.slots {
-            return Err(StoreError::Outside { slot, slots: open.slots });
+        // Places of a counted store are never an owner's to name: they would be beyond its end.
+        let slots = if open.records.is_some() { 0 } else { open.slots };
+        if slot.index() >= slots {
+            return Err(StoreError::Outside { slot, slots });
         }
         open.references += 1;
         Ok(())
+    }
+
+    /// Takes a free place, not valid yet, with one reference.
+    pub(crate) fn take(&self, store: StoreId) -> Result<StoreSlot, StoreError> {
+        let mut stores = self.0.lock();
+        let full = StoreError::Full { store };
+        let open =
+            stores.get_mut(usize::from(store.0)).and_then(Option::as_mut).ok_or(StoreError::Unknown { store })?;
+        let records = open.records.as_mut().filter(|_| open.taken < open.slots).ok_or(full)?;
+        let (before, after) = records.split_at(open.next);
+        let found = after.iter().chain(before).position(|record| record.count() == 0).ok_or(full)?;
+        let index = (open.next + found) % records.len();
+        records[index] = Record { references: 1, frame: 0 };
+        open.next = (index + 1) % records.len();
+        open.taken += 1;
+        open.references += 1;
+        Ok(StoreSlot::new(store, index as u64))
+    }
+
+    /// The place holds the page from now on.
+    pub(crate) fn set_valid(&self, slot: StoreSlot) {
+        let mut stores = self.0.lock();
+        let store = stores.get_mut(usize::from(slot.store().0)).and_then(Option::as_mut);
+        if let Some(record) = store.and_then(|store| store.held(slot)) {
+            record.references |= VALID;
+        }
+    }
+
+    /// Whether the place, which somebody refers to, holds the page already; then one reference more.
+    pub(crate) fn retain_valid(&self, slot: StoreSlot) -> bool {
+        let mut stores = self.0.lock();
+        let Some(Some(store)) = stores.get_mut(usize::from(slot.store().0)) else { return false };
+        let valid = match &store.records {
+            Some(_) => store.held(slot).is_some_and(|record| record.references & VALID != 0),
+            None => store.references != 0,
+        };
+        if valid {
+            store.references += 1;
+            if let Some(record) = store.held(slot) {
+                record.references += 1;
+            }
+        }
+        valid
+    }
+
+    /// Notes, or forgets, that the frame of that index holds the same.
+    pub(crate) fn set_frame(&self, slot: StoreSlot, index: u32, holds: bool) {
+        let mut stores = self.0.lock();
+        let store = stores.get_mut(usize::from(slot.store().0)).and_then(Option::as_mut);
+        let Some(record) = store.and_then(|store| store.held(slot)) else { return };
+        if holds {
+            record.frame = index + 1;
+        } else if record.frame == index + 1 {
+            record.frame = 0;
+        }
+    }
+
+    /// The index of a frame that held the same a moment ago.
+    pub(crate) fn frame(&self, slot: StoreSlot) -> Option<u32> {
+        let mut stores = self.0.lock();
+        let store = stores.get_mut(usize::from(slot.store().0)).and_then(Option::as_mut)?;
+        store.held(slot)?.frame.checked_sub(1)
     }
 
     /// One reference more to a place that a word names, or named a moment ago: then the caller looks again, and releases.
@@ -178,6 +324,10 @@ impl Stores {
         let mut stores = self.0.lock();
         match stores.get_mut(usize::from(slot.store().0)) {
             Some(Some(store)) if store.references != 0 => {
+                if store.records.is_some() {
+                    let Some(record) = store.held(slot) else { return false };
+                    record.references += 1;
+                }
                 store.references += 1;
                 true
             }
@@ -195,6 +345,14 @@ impl Stores {
         let store = stores.get_mut(usize::from(slot.store().0)).and_then(Option::as_mut);
         let left = store.and_then(|store| {
             store.references = store.references.checked_sub(1)?;
+            if store.records.is_some() {
+                let record = store.held(slot)?;
+                record.references -= 1;
+                if record.count() == 0 {
+                    *record = Record::default();
+                    store.taken -= 1;
+                }
+            }
             Some(())
         });
         left.expect("a reference to a place is given back once");

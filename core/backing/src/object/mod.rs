@@ -20,7 +20,7 @@ use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
 pub use fork::{Differences, ForkError, Frozen};
-pub use stored::{Fetch, PutError};
+pub use stored::{Fetch, Out, OutError, PutError};
 pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
 
 use crate::tree::{Ahead, Look, Tree};

@@ -3,6 +3,10 @@
 //! Protocol of bringing one in: whoever needs the page is told its place ([`GrantError::Stored`]); [`Fetch::new`] takes a frame;
 //! the store's keeper fills the frame; [`Fetch::filled`]; [`Object::restore`] for every object and frame that waits for this place, which
 //! then share the frame; [`Fetch::give_back`]. What fails is given back without being filled, and whoever waited asks again.
+//! Protocol of taking one out: with its translations gone, and none made meanwhile, [`Object::begin_out`]; a grace period, so that
+//! nobody writes the frame who was granted it before; whoever keeps the store writes the frame there; [`Out::finish`]; and later, again
+//! with its translations gone, [`Object::discard`].
+//!
 //! Nothing is locked meanwhile: if the page has come by another way, was punched, or its object is gone, the frame is given
 //! back like any other.
 
@@ -13,7 +17,7 @@ use entresol_machine::Machine;
 
 use super::{Kind, Object};
 use crate::tree::Look;
-use crate::{GrantError, Order, OutOfMemory, StoreError, StoreSlot, Supply};
+use crate::{GrantError, Order, OutOfMemory, StoreError, StoreId, StoreSlot, Supply};
 
 /// A frame for what a place of a store holds. It has a reference to each.
 #[must_use = "the frame and the reference are lost if it is dropped"]
@@ -22,6 +26,69 @@ pub struct Fetch {
     pfn: Pfn,
     slot: StoreSlot,
     filled: bool,
+}
+
+/// A page that is being written to a store. It has a reference to the frame and one to the place.
+#[must_use = "the references are lost if it is dropped"]
+#[derive(Debug)]
+pub struct Out {
+    pfn: Pfn,
+    slot: StoreSlot,
+}
+
+impl Out {
+    /// The frame; nobody writes it once a grace period has passed.
+    pub fn pfn(&self) -> Pfn {
+        self.pfn
+    }
+
+    /// Where it is to be written.
+    pub fn slot(&self) -> StoreSlot {
+        self.slot
+    }
+
+    /// It was written, and reads so from now on; or it was not, and stays in memory.
+    pub fn finish<M: Machine>(self, supply: &Supply<'_, M>, written: bool) {
+        if written {
+            supply.pool.stores().set_valid(self.slot);
+        } else {
+            supply.pool.stop_keeping_at(self.pfn, self.slot);
+        }
+        supply.pool.release(self.pfn);
+        supply.pool.stores().release(self.slot);
+    }
+}
+
+/// Why a page was not prepared to leave memory. What the object reads as did not change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutError {
+    /// No place for it.
+    Store(StoreError),
+    /// No frame for the node that a block is split into.
+    OutOfMemory,
+}
+
+impl fmt::Display for OutError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Store(error) => error.fmt(f),
+            Self::OutOfMemory => OutOfMemory.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for OutError {}
+
+impl From<StoreError> for OutError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<OutOfMemory> for OutError {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfMemory
+    }
 }
 
 /// Why a page was not put into a store's place. What the object reads as did not change.
@@ -75,6 +142,12 @@ impl Fetch {
             return Ok(None);
         }
         Ok(Some(Self { pfn, slot, filled: false }))
+    }
+
+    /// The frame that holds the same already, if there is one: it needs no filling. The caller is pinned.
+    pub fn cached<M: Machine>(supply: &Supply<'_, M>, slot: StoreSlot) -> Option<Self> {
+        let pfn = supply.pool.share_kept(slot)?;
+        Some(Self { pfn, slot, filled: true })
     }
 
     /// The frame to fill.
@@ -131,6 +204,33 @@ impl Object {
             Kind::Anonymous(_) if frame < self.frames() => self.tree.restore(supply, frame, fetch),
             _ => false,
         }
+    }
+
+    /// Frame `frame` is to leave memory for `store`: if its page is in none yet, it becomes clean, and must be written. `None`:
+    /// there is nothing to write. The caller is pinned, has removed every translation to the page, of relatives too, and keeps new
+    /// ones from being made meanwhile. A block of the object's own becomes pages; a shared one stays.
+    ///
+    /// # Errors
+    ///
+    /// [`OutError`].
+    pub fn begin_out<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        frame: u64,
+        store: StoreId,
+    ) -> Result<Option<Out>, OutError> {
+        if !matches!(self.kind(), Kind::Anonymous(_)) || frame >= self.frames() {
+            return Ok(None);
+        }
+        let _structure = self.structure.lock();
+        let leaving = self.tree.begin_out(supply, frame, store)?;
+        Ok(leaving.map(|(pfn, slot)| Out { pfn, slot }))
+    }
+
+    /// Frame `frame` leaves memory, if its page is clean and where it was to be written is valid. Whether it left. The caller is as in
+    /// [`Self::begin_out`].
+    pub fn discard<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> bool {
+        matches!(self.kind(), Kind::Anonymous(_)) && frame < self.frames() && self.tree.discard(supply, frame)
     }
 
     /// The place where frame `frame` is stored, if no frame has it. The caller is pinned.

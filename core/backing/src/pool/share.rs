@@ -72,34 +72,69 @@ impl FramePool {
         let note = self.frames.note(index);
         let Some(was) = self.frames.leave(index) else { return };
         if let (State::Kept, Some(note)) = (was, note) {
-            self.stores.release(StoreSlot::from_raw(note));
+            self.forget(StoreSlot::from_raw(note), index);
         }
         self.defer_from(index, Order::PAGE, State::Leaving);
     }
 
-    /// From now on the frame, which is taken, is known to hold what `slot` does; the caller's reference to the place is the
+    /// From now on the frame, to which the caller has a reference, is known to hold what `slot` does; the caller's reference to the place is the
     /// frame's. `false` if it is known already: nothing changed.
     pub(crate) fn keep(&self, pfn: Pfn, slot: StoreSlot) -> bool {
         let index = self.owned(pfn);
+        // Two who share it may both want to.
+        let _blocks = self.shared.blocks.lock();
         if self.frames.state(index) == State::Kept {
             return false;
         }
-        // Nobody reads the note of a frame that is not kept, and the caller alone makes it so.
+        // Nobody reads the note of a frame that is not kept.
         self.frames.set_note(index, slot.raw());
         let kept = self.frames.turn(index, State::Taken(Order::PAGE), State::Kept, false);
-        assert!(kept, "a frame is kept by who has it alone, or filled it");
+        assert!(kept, "a frame is kept by who has a reference to it");
+        self.stores.set_frame(slot, index, true);
         true
+    }
+
+    /// Gives back a frame's reference to a place.
+    fn forget(&self, slot: StoreSlot, index: u32) {
+        self.stores.set_frame(slot, index, false);
+        self.stores.release(slot);
     }
 
     /// The frame is about to be written, by who has the only reference to it: it is not known any more to hold what a store
     /// does. `false` if there are more references; then nothing changed.
     pub(crate) fn stop_keeping(&self, pfn: Pfn) -> bool {
-        let Some(slot) = self.kept_at(pfn) else { return false };
-        let alone = self.frames.turn(self.owned(pfn), State::Kept, State::Taken(Order::PAGE), true);
+        let (index, page) = (self.owned(pfn), State::Taken(Order::PAGE));
+        let Some(slot) = self.kept_at(pfn) else {
+            // What was to be written to the place has failed.
+            return self.frames.turn(index, page, page, true);
+        };
+        let alone = self.frames.turn(index, State::Kept, page, true);
         if alone {
-            self.stores.release(slot);
+            self.forget(slot, index);
         }
         alone
+    }
+
+    /// The frame is not known to hold what `slot` does: it was not written there. The caller has a reference to both.
+    pub(crate) fn stop_keeping_at(&self, pfn: Pfn, slot: StoreSlot) {
+        let index = self.owned(pfn);
+        let kept = self.kept_at(pfn) == Some(slot);
+        if kept && self.frames.turn(index, State::Kept, State::Taken(Order::PAGE), false) {
+            self.forget(slot, index);
+        }
+    }
+
+    /// One reference more to a frame that is kept for `slot`, if one is in memory. The caller is pinned.
+    pub(crate) fn share_kept(&self, slot: StoreSlot) -> Option<Pfn> {
+        let pfn = self.frames.pfn(self.stores.frame(slot)?);
+        if !self.share_if_held(pfn) {
+            return None;
+        }
+        if self.kept_at(pfn) == Some(slot) {
+            return Some(pfn);
+        }
+        self.release(pfn);
+        None
     }
 
     /// The place that holds the same as the frame, if that is known. The caller is pinned, or has the frame.

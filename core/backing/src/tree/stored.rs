@@ -9,19 +9,28 @@
 //!
 //! ```text
 //! Vacant ─put→ Stored ─restore→ Page + clean ─own→ Page       Stored | Page + clean ─punch→ Vacant (exchange)
+//!                 ↑                │   ↑             │
+//!                 └────discard─────┘   └──begin_out──┘
 //! ```
+//!
+//! A page leaves memory in two steps, each with its translations gone. First it becomes clean, with a place taken for it that is
+//! not valid yet, and somebody writes it there: nobody changes it meanwhile, because who would write gets a copy as long as
+//! the writer has the frame. Then, when the place is valid, the word names it instead of the frame. Touched in between, the page
+//! is simply there; so it is never both out and in, nor neither. The tree's own pages become clean under the structure
+//! lock, because only its holder may change words that are not marked.
 //!
 //! The caller is pinned. The node of the word may be shared, or may be dead by now: a dead node's words are sealed before
 //! their references go back, so an exchange there comes before that, or fails.
 //!
 //! Invariants: INV-7: the word's reference to the frame is counted before the exchange, the one to the place goes back after.
 
+use entresol_addr::Pfn;
 use entresol_machine::Machine;
 use entresol_sync::atomic::Ordering;
 
-use super::entry::{CLEAN, SHARED};
+use super::entry::{CLEAN, COPYING, SHARED};
 use super::{Entry, Tree, place};
-use crate::{Fetch, GrantError, PutError, StoreSlot, Supply};
+use crate::{Fetch, GrantError, OutError, PutError, StoreId, StoreSlot, Supply};
 
 impl Tree {
     /// `frame`, which lies inside and was never touched, reads as the place does from now on.
@@ -69,6 +78,75 @@ impl Tree {
         }
         supply.pool.stores().release(fetch.slot());
         self.stored.fetch_sub(1, Ordering::Relaxed);
+        true
+    }
+}
+
+impl Tree {
+    /// The first step for `frame`, which lies inside: the frame and the place that it is to be written to, with a reference to
+    /// each, if it is in memory and in no store yet. The caller holds the structure lock, and no translation to the page is left,
+    /// nor comes meanwhile.
+    pub(crate) fn begin_out<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        frame: u64,
+        store: StoreId,
+    ) -> Result<Option<(Pfn, StoreSlot)>, OutError> {
+        loop {
+            let found = self.locate(supply.machine, frame);
+            let raw = supply.machine.load(found.word);
+            let pfn = match Entry::decode(raw) {
+                Entry::Page(pfn) if raw & COPYING == 0 => pfn,
+                // Only the tree's own block is split: the words of a shared one are not its to change.
+                Entry::Block(pfn) if !found.is_shared() && raw & SHARED == 0 => {
+                    self.split_block(supply, found.word, pfn)?;
+                    continue;
+                }
+                _ => return Ok(None),
+            };
+            if supply.pool.kept_at(pfn).is_some() {
+                return Ok(None);
+            }
+            // Others have it under words that no translation of the caller's stands for.
+            if !supply.pool.share_if_held(pfn) {
+                return Ok(None);
+            }
+            let slot = supply.pool.stores().take(store).inspect_err(|_| supply.pool.release(pfn))?;
+            if supply.machine.compare_exchange(found.word, raw, raw | CLEAN).is_err() {
+                supply.pool.release(pfn);
+                supply.pool.stores().release(slot);
+                continue;
+            }
+            // The writer's reference; the one that was taken becomes the frame's.
+            supply.pool.stores().retain(slot);
+            if !supply.pool.keep(pfn, slot) {
+                supply.pool.stores().release(slot);
+                supply.pool.stores().release(slot);
+                supply.pool.release(pfn);
+                return Ok(None);
+            }
+            return Ok(Some((pfn, slot)));
+        }
+    }
+
+    /// The second step for `frame`, which lies inside, if its page is clean and the place valid. Whether it left.
+    /// No translation to it is left, nor comes meanwhile.
+    pub(crate) fn discard<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> bool {
+        let word = self.locate(supply.machine, frame).word;
+        let raw = supply.machine.load(word);
+        let Entry::Page(pfn) = Entry::decode(raw) else { return false };
+        let Some(slot) = supply.pool.kept_at(pfn).filter(|_| raw & COPYING == 0) else { return false };
+        // The word's reference, before the word names the place.
+        if !supply.pool.stores().retain_valid(slot) {
+            return false;
+        }
+        let stored = Entry::Stored(slot).encode() | raw & SHARED;
+        if supply.machine.compare_exchange(word, raw, stored).is_err() {
+            supply.pool.stores().release(slot);
+            return false;
+        }
+        self.stored.fetch_add(1, Ordering::Relaxed);
+        supply.pool.release(pfn);
         true
     }
 }

@@ -8,6 +8,7 @@ mod absent;
 mod copies;
 mod difference;
 mod family;
+mod out;
 
 use std::vec::Vec;
 

@@ -165,6 +165,6 @@ pub fn discard<M: Machine, F: Format>(
         object.map_or(0, |object| all.filter(|frame| object.discard(&host.supply(cpu), *frame)).count())
     };
     gone.end(shown);
-    vm.stats.discarded.add(left as u64);
+    vm.stats.stored.add(left as u64);
     Ok(left as u64)
 }

@@ -58,8 +58,8 @@ pub struct Stats {
     pub outside: Counter,
     /// Faults on pages that are not in memory, but in a store.
     pub absent: Counter,
-    /// Pages that left memory.
-    pub discarded: Counter,
+    /// Pages that left memory for a store.
+    pub stored: Counter,
     /// Aborts put into the guest by the pipeline.
     pub injected: Counter,
     /// Pages of dirty logs that the owner took over and that were write-protected again.

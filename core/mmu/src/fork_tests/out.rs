@@ -94,7 +94,7 @@ fn what_leaves_is_not_mapped_and_reads_the_same_after() {
         device.holds.retain(|_, page| page[0] != 0);
         assert_eq!(device.put_out(&shown, frames(77, 1)), 1, "written again");
         assert_eq!(device.load(&vm, gpa(77)), 1);
-        assert_eq!(vm.stats.discarded.get(), left + 2);
+        assert_eq!(vm.stats.stored.get(), left + 2);
         end(vm);
         assert_eq!(settled(&host), 0);
         assert_eq!(host.pool.stores().close(device.store), Ok(()));

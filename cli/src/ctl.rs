@@ -13,6 +13,9 @@ use crate::client::{Client, ClientError, unexpected};
 use crate::console::{self, End};
 use crate::{Exit, socket, table};
 
+/// Seconds that a snapshot or a restore may take at least.
+const SLOW_SECONDS: u64 = 3600;
+
 /// Options of `entresol ctl`.
 #[derive(Clone, Debug, Args)]
 pub struct Ctl {
@@ -109,6 +112,23 @@ pub enum Command {
         /// Its name
         vm: String,
     },
+    /// Write a virtual machine, as it is at one moment, into a file of the machine's store; it goes on meanwhile
+    Snapshot {
+        /// Its name
+        vm: String,
+        /// The file's name
+        file: String,
+        /// Write only what differs from this file: the machine's last snapshot, or the one that it was made from
+        #[arg(long, value_name = "FILE")]
+        base: Option<String>,
+    },
+    /// Make a virtual machine from a file of the machine's store; it goes on where it was
+    Restore {
+        /// The file's name
+        file: String,
+        /// The machine's name, if not as it was called
+        name: Option<String>,
+    },
     /// List the files of the machine's store
     Files,
     /// Take a file out of the machine's store
@@ -158,7 +178,10 @@ impl Failure {
 
 fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
     let socket = ctl.socket.map_or_else(socket::default_path, Ok)?;
-    let mut client = Client::connect(&socket, Duration::from_secs(ctl.timeout))?;
+    // A whole memory goes to the disk, or comes from there.
+    let slow = matches!(ctl.command, Command::Snapshot { .. } | Command::Restore { .. });
+    let seconds = if slow { ctl.timeout.max(SLOW_SECONDS) } else { ctl.timeout };
+    let mut client = Client::connect(&socket, Duration::from_secs(seconds))?;
     let out = Out { json: ctl.json };
     match ctl.command {
         Command::Ps => match client.call(Op::Ps)? {
@@ -195,6 +218,13 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
             done(&mut client, Op::Fork { vm: vm.into(), name: name.into(), count }, &out)?
         }
         Command::Console { vm } => return Ok(left(console::attach(&mut client, &vm)?)),
+        Command::Snapshot { vm, file, base } => {
+            let base = base.map(Into::into);
+            done(&mut client, Op::Snapshot { vm: vm.into(), file: file.into(), base }, &out)?
+        }
+        Command::Restore { file, name } => {
+            done(&mut client, Op::Restore { file: file.into(), name: name.map(Into::into) }, &out)?
+        }
         Command::Files => match client.call(Op::Files)? {
             Answer::Files(files) => out.answer(&files, || table::files(&files))?,
             other => return Err(unexpected(&Op::Files, &other).into()),

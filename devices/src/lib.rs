@@ -24,5 +24,6 @@ pub mod gic;
 pub mod pl011;
 pub mod pl031;
 mod primecell;
+pub mod saved;
 pub mod virtio;
 pub mod vmgenid;

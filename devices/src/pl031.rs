@@ -16,6 +16,7 @@
 //! by as much.
 
 use entresol_sync::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Interrupt, Work};
 use crate::primecell;
@@ -65,6 +66,19 @@ pub struct Pl031<C, L> {
     line: L,
 }
 
+/// The registers of a clock, outside of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    /// The counter.
+    counter: u32,
+    load: u32,
+    compare: u32,
+    raw: bool,
+    mask: bool,
+    high: bool,
+}
+
 /// The register file. All times are the host's, in seconds.
 #[derive(Clone)]
 struct State {
@@ -90,6 +104,28 @@ impl<C: Clock, L: Interrupt> Pl031<C, L> {
     /// A clock in the same state for a copy of the virtual machine. `line` is as high as this one's.
     pub fn fork(&self, clock: C, line: L) -> Self {
         Self { state: Mutex::new(self.state.lock().clone()), clock, line }
+    }
+
+    /// Its registers at this moment.
+    pub fn save(&self) -> Saved {
+        let state = self.state.lock();
+        let counter = state.counter(self.clock.unix_seconds());
+        let State { load, compare, raw, mask, high, .. } = *state;
+        Saved { counter, load, compare, raw, mask, high }
+    }
+
+    /// Takes over registers that were saved: the counter goes on from where it was, whatever the host's time is by now.
+    pub fn load(&self, saved: &Saved) {
+        let now = self.clock.unix_seconds();
+        let Saved { counter, load, compare, raw, mask, high } = *saved;
+        let offset = counter.wrapping_sub(now as u32);
+        let mut state = State { offset, load, compare, deadline: 0, raw, mask, high };
+        state.deadline = state.next_match(now);
+        // A match of this very second was seen before.
+        if state.deadline == now {
+            state.deadline = now.saturating_add(PERIOD);
+        }
+        *self.state.lock() = state;
     }
 
     /// The host's time, in Unix seconds, at which [`Self::check`] must be called; `None` while no interrupt can come of

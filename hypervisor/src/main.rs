@@ -14,6 +14,7 @@
 //! | [`console`], [`control`] | how do people reach guests, and the hypervisor? |
 //! | [`registry`] | which virtual machines are there? |
 //! | [`block`], [`store`] | what is kept on the outer machine's disks? |
+//! | [`snapshot`] | how does a virtual machine become a file, and a file one? |
 //!
 //! Invariants: a guest is hostile. Nothing it does may panic here, allocate on the heap, or wait without bound.
 //!
@@ -45,6 +46,7 @@ mod report;
 mod run;
 mod sched;
 mod service;
+mod snapshot;
 mod store;
 mod vcpu;
 mod vm;

@@ -13,7 +13,8 @@ const MASKED: u64 = 1 << 1;
 const STATUS: u64 = 1 << 2;
 
 /// The timer's registers.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PhysicalTimer {
     control: u64,
     compare: u64,
@@ -28,6 +29,12 @@ impl PhysicalTimer {
     /// Writes CNTP_CTL_EL0.
     pub fn set_control(&mut self, value: u64) {
         self.control = value & (ENABLE | MASKED);
+    }
+
+    /// The same after the physical count has jumped by `counts`: as far from its match as before. Bits that the register has
+    /// not are left out.
+    pub fn moved(self, counts: u64) -> Self {
+        Self { control: self.control & (ENABLE | MASKED), compare: self.compare.wrapping_add(counts) }
     }
 
     /// CNTP_CVAL_EL0.

@@ -9,7 +9,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use entresol_metal_arm64::power;
+use entresol_metal_arm64::{power, timer};
 use entresol_sync::{Mutex, Once};
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, MAX_VMS};
@@ -18,7 +18,7 @@ use crate::console::Terminal;
 use crate::host_work::{self, Work};
 use crate::vm::build::{self, Built};
 use crate::vm::{BuildError, FlashMemory, ForkError, Hold, Media, OutOfHeap, Overlay, Status, Stop, Vm};
-use crate::{console, control, report, sched};
+use crate::{console, control, report, sched, snapshot};
 
 /// A place for a virtual machine.
 struct Place {
@@ -118,18 +118,99 @@ pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
     }
     host_work::raise(Work::Reclaim);
     for (number, Child { vm, disks, terminal }) in children {
-        console::set(vm.config.name.clone(), terminal);
-        let media = Media { disks, flash: None };
-        let place = Place { config: vm.config.clone(), media, vm: Some(vm.clone()), ended: None, forked: true };
-        let mut places = PLACES.lock();
-        match places.get_mut(number) {
-            Some(before) => *before = place,
-            None => places.push(place),
-        }
-        drop(places);
-        vm.follow(status);
+        settle_in(number, vm, terminal, Media { disks, flash: None }, status);
     }
     Ok(())
+}
+
+/// A copy of a virtual machine that is in no place: for its state.
+pub struct Copy {
+    /// It; it never runs.
+    pub vm: Arc<Vm>,
+    /// Its disks.
+    pub disks: Vec<Arc<Overlay>>,
+    /// Where the original was in its life.
+    pub status: Status,
+    /// How long the original stood still, in counts.
+    pub pause: u64,
+}
+
+impl Copy {
+    /// Gives it back: the machine before its disks.
+    pub fn discard(self) {
+        drop(self.vm);
+        drop(self.disks);
+    }
+}
+
+/// Copies virtual machine `number` as it is now.
+///
+/// # Errors
+///
+/// [`ForkRefusal`]; nothing changed.
+pub fn copy(number: usize) -> Result<Copy, ForkRefusal> {
+    let ended = || ForkRefusal::Status(status(number).unwrap_or(Status::Stopped(Stop::Killed)));
+    let original = find(number).ok_or_else(ended)?;
+    let begun = timer::now();
+    let held = original.hold();
+    let status = original.status();
+    if !matches!(status, Status::Running | Status::Paused(_)) {
+        return Err(ForkRefusal::Status(status));
+    }
+    let Child { vm, disks, .. } = Child::of(&held, &original, number, &original.config.name, number)?;
+    drop(held);
+    let pause = timer::now() - begun;
+    host_work::raise(Work::Reclaim);
+    Ok(Copy { vm, disks, status, pause })
+}
+
+/// The bundle that this machine was started with.
+pub fn bundle() -> Option<&'static Bundle<'static>> {
+    BUNDLE.get()
+}
+
+/// That a virtual machine called `name` could be made now.
+///
+/// # Errors
+///
+/// [`ForkRefusal`].
+pub fn check_free(name: &str) -> Result<(), ForkRefusal> {
+    places_for(&[String::from(name)]).map(drop)
+}
+
+/// Takes in the virtual machine that `make` makes on a terminal of its own, as `config` says and with these media, and lets it go
+/// on. Its number.
+///
+/// # Errors
+///
+/// Why there is no place for it, or what `make` says; nothing changed.
+pub fn adopt(
+    config: &config::Vm<FileIndex>,
+    media: &Media,
+    make: impl FnOnce(&Arc<Terminal>) -> Result<(Arc<Vm>, Status), String>,
+) -> Result<usize, Result<ForkRefusal, String>> {
+    let numbers = places_for(core::slice::from_ref(&config.name)).map_err(Ok)?;
+    let number = numbers.first().copied().ok_or(Ok(ForkRefusal::Full))?;
+    let no_room = |_| Ok(ForkRefusal::from(OutOfHeap));
+    PLACES.lock().try_reserve(1).map_err(|_| no_room(()))?;
+    console::reserve(1).map_err(|OutOfHeap| no_room(()))?;
+    let terminal = Terminal::new(number).map_err(|OutOfHeap| no_room(()))?;
+    let (vm, status) = make(&terminal).map_err(Err)?;
+    settle_in(number, vm, terminal, media.clone(), status);
+    Ok(number)
+}
+
+/// Gives a virtual machine that was just made its place, and lets it follow `status`.
+fn settle_in(number: usize, vm: Arc<Vm>, terminal: Arc<Terminal>, media: Media, status: Status) {
+    console::set(vm.config.name.clone(), terminal);
+    let place = Place { config: vm.config.clone(), media, vm: Some(vm.clone()), ended: None, forked: true };
+    let mut places = PLACES.lock();
+    match places.get_mut(number) {
+        Some(before) => *before = place,
+        None => places.push(place),
+    }
+    drop(places);
+    vm.follow(status);
 }
 
 /// Why nothing was forked.
@@ -253,6 +334,7 @@ pub fn settle() {
 fn remove(number: usize, vm: Arc<Vm>, status: Status) {
     sched::withdraw(&vm);
     report::ended(&vm, status);
+    snapshot::kept::forget(number);
     control::state_changed(&vm);
     let mut media = Media::default();
     {

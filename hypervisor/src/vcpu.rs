@@ -11,6 +11,7 @@
 //! Lock order: state → scheduler; the boot registers are a leaf.
 
 use entresol_arch_arm64::mpidr::Affinity;
+use entresol_arch_arm64::policy::MDSCR_GUEST;
 use entresol_arch_arm64::syndrome;
 use entresol_devices::gic::ListRegisters;
 use entresol_metal_arm64::switch::gic::{self, GicState};
@@ -18,6 +19,7 @@ use entresol_metal_arm64::switch::{El1State, FpState, Registers, TimerState};
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU64, Ordering};
+use serde::{Deserialize, Serialize};
 
 use crate::physical_timer::PhysicalTimer;
 use crate::sched::Run;
@@ -57,6 +59,22 @@ pub struct State {
     pub watched: bool,
     /// Where its last fault found its slot.
     pub hint: Hint,
+}
+
+/// A vCPU outside the machine.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    on: bool,
+    boot: Option<(u64, u64)>,
+    regs: Registers,
+    el1: El1State,
+    fp: FpState,
+    vmcr: u64,
+    active: ([u64; 4], [u64; 4]),
+    timer: (u64, u64),
+    physical_timer: PhysicalTimer,
+    watched: bool,
 }
 
 /// A virtual CPU.
@@ -108,6 +126,46 @@ impl Vcpu {
         };
         let run = if self.run() == Run::Off { OFF } else { PARKED };
         Self { run: AtomicU64::new(run), boot: Mutex::new(*self.boot.lock()), state: Mutex::new(state) }
+    }
+
+    /// Its state outside the machine; it is on no CPU.
+    pub fn save(&self) -> Saved {
+        let state = self.state.lock();
+        Saved {
+            on: self.run() != Run::Off,
+            boot: self.boot.lock().map(|boot| (boot.entry, boot.argument)),
+            regs: state.regs.clone(),
+            el1: state.el1.clone(),
+            fp: state.fp.clone(),
+            vmcr: state.interface.vmcr,
+            active: (state.interface.ap0, state.interface.ap1),
+            timer: (state.timer.control, state.timer.compare),
+            physical_timer: state.physical_timer,
+            watched: state.watched,
+        }
+    }
+
+    /// vCPU `index` as it was saved, on no CPU. Its virtual count has `offset`; the physical one has jumped by `counts`
+    /// since. What a guest cannot set itself does not come from `saved`.
+    pub fn load(index: u8, saved: Saved, offset: u64, counts: u64) -> Self {
+        let vcpu = Self::new(index);
+        {
+            let mut state = vcpu.state.lock();
+            let identity = state.el1.vmpidr;
+            state.regs = saved.regs;
+            state.el1 = El1State { vmpidr: identity, mdscr: saved.el1.mdscr & MDSCR_GUEST, ..saved.el1 };
+            state.fp = saved.fp;
+            state.gic.vmcr = saved.vmcr;
+            state.interface.vmcr = saved.vmcr;
+            (state.interface.ap0, state.interface.ap1) = saved.active;
+            let (control, compare) = saved.timer;
+            state.timer = TimerState { control, compare, offset };
+            state.physical_timer = saved.physical_timer.moved(counts);
+            state.watched = saved.watched;
+        }
+        *vcpu.boot.lock() = saved.boot.map(|(entry, argument)| Boot { entry, argument });
+        vcpu.set_run(if saved.on { Run::Parked } else { Run::Off });
+        vcpu
     }
 
     /// Where it is. Stable only under the scheduler's lock.

@@ -30,6 +30,7 @@ pub mod bundle;
 pub mod config;
 pub mod control;
 mod refusal;
+pub mod snapshot;
 pub mod store;
 
 pub use refusal::Refusal;

@@ -22,6 +22,7 @@ mod page;
 mod posted;
 mod programs;
 mod slots;
+mod snapshot;
 mod store;
 pub mod transcript;
 
@@ -63,6 +64,16 @@ pub const TESTS: &[SystemTest] = &[
         name: "balloon_gives_memory_back",
         about: "a guest's free pages come back by reports and by its balloon, and go again; a copy has its own; frames exact",
         run: balloon::balloon_gives_memory_back,
+    },
+    SystemTest {
+        name: "snapshots_outlive_the_machine",
+        about: "a working guest is saved, the machine killed while a file is written again; the next machine restores the old",
+        run: snapshot::snapshots_outlive_the_machine,
+    },
+    SystemTest {
+        name: "a_full_store_harms_nobody",
+        about: "a snapshot that has no room: a reason, the guest goes on, the store is as it was",
+        run: snapshot::a_full_store_harms_nobody,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

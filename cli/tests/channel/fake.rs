@@ -161,6 +161,8 @@ impl Guest {
             }
             Op::Files => self.respond(id, Ok(Answer::Files(files()))),
             Op::SetSlot { .. }
+            | Op::Snapshot { .. }
+            | Op::Restore { .. }
             | Op::RemoveFile { .. }
             | Op::Balloon { .. }
             | Op::Fork { .. }

@@ -7,8 +7,11 @@
 //! While an interrupt is resident, its list register knows whether it is active, `active` is what was loaded, and changes
 //! by others are kept in `activate`/`deactivate` until it is unloaded.
 
+use serde::{Deserialize, Serialize};
+
 use super::frame::{BankRegister, Field};
 use super::lr::{Group, ListRegister, State};
+use crate::saved::{BadState, check};
 
 /// Priority bits that exist: five, the fewest that a virtual CPU interface may have (IHI 0069H, `ICH_VTR_EL2.PRIbits`).
 pub(super) const PRIORITY_MASK: u8 = 0xf8;
@@ -36,7 +39,8 @@ impl Groups {
 }
 
 /// Thirty-two interrupts.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Bank {
     /// Set: Group 1.
     group: u32,
@@ -101,6 +105,20 @@ impl Bank {
     /// Everything but the wires.
     pub(super) fn reset(&mut self) {
         *self = Self { wire: self.wire, ..Self::with_fixed_edge(self.fixed_edge) };
+    }
+
+    /// Whether a bank that was read, of SGIs and PPIs or of SPIs, may be used: nothing is in a list register.
+    pub(super) fn check(&self, private: bool) -> Result<(), BadState> {
+        let away = self.resident | self.carried | self.activate | self.deactivate;
+        check(away == 0, "gic.resident", "must be none")?;
+        let fixed = if private { SGIS } else { 0 };
+        check(self.fixed_edge == fixed && self.edge & fixed == fixed, "gic.edge", "must be set for SGIs")?;
+        let priorities = self.priority.iter().chain(&self.acknowledged_priority);
+        check(
+            priorities.into_iter().all(|priority| priority & !PRIORITY_MASK == 0),
+            "gic.priority",
+            "must have five bits",
+        )
     }
 
     pub(super) fn resident(&self) -> u32 {

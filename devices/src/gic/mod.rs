@@ -53,6 +53,7 @@ mod inject;
 mod kick;
 mod lr;
 mod redistributor;
+mod saved;
 mod select;
 mod sgi;
 mod spis;
@@ -72,6 +73,7 @@ pub use inject::Flush;
 pub use kick::Kick;
 pub use lr::{Group, Hcr, ListRegister, ListRegisters, MAX_LIST_REGISTERS, State, Vmcr};
 pub use redistributor::REDISTRIBUTOR_SIZE;
+pub use saved::Saved;
 pub use sgi::SgiRegister;
 
 /// The most vCPUs of one interrupt controller.

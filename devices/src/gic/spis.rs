@@ -11,11 +11,13 @@
 use alloc::vec::Vec;
 
 use entresol_sync::atomic::Ordering;
+use serde::{Deserialize, Serialize};
 
 use super::bank::{Bank, Groups, bits};
 use super::frame::BankRegister;
 use super::lr::ListRegister;
 use super::{Cpu, FIRST_SPI, GicError, Kick, MAX_SPIS, MAX_VCPUS};
+use crate::saved::{BadState, check};
 
 /// `GICD_IROUTER.Interrupt_Routing_Mode`: any one participating PE.
 const ROUTER_ONE_OF_N: u64 = 1 << 31;
@@ -30,7 +32,8 @@ pub(super) const fn place(intid: u16) -> (usize, u32) {
 }
 
 /// One word of SPIs.
-#[derive(Clone)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct SpiWord {
     pub(super) bank: Bank,
     router: [u64; 32],
@@ -45,6 +48,31 @@ impl SpiWord {
         let mut targets = [0; MAX_VCPUS];
         targets[0] = u32::MAX;
         Self { bank: Bank::shared(), router: [0; 32], one_of_n: 0, targets, owned: [0; MAX_VCPUS] }
+    }
+
+    /// Whether a word that was read, of a controller with so many vCPUs, may be used.
+    fn check(&self, vcpus: usize) -> Result<(), BadState> {
+        self.bank.check(false)?;
+        check(
+            self.router.iter().all(|router| router & !ROUTER_MASK == 0),
+            "gic.router",
+            "must have the bits that exist",
+        )?;
+        let bit = |index: usize| u32::from(self.router[index] & ROUTER_ONE_OF_N != 0) << index;
+        check(
+            self.one_of_n == (0..32).fold(0, |all, index| all | bit(index)),
+            "gic.one_of_n",
+            "must be as the routers say",
+        )?;
+        for words in [&self.targets, &self.owned] {
+            let mut seen = 0;
+            for (vcpu, word) in words.iter().enumerate() {
+                check(word & seen == 0 && (vcpu < vcpus || *word == 0), "gic.targets", "must be one vCPU that exists")?;
+                seen |= word;
+            }
+        }
+        let owned = self.owned.iter().fold(0, |all, word| all | word);
+        check(owned & !self.bank.active() == 0, "gic.owned", "must be active")
     }
 
     fn set_target(&mut self, bit: u32, vcpu: Option<usize>) {
@@ -96,6 +124,8 @@ impl SpiWord {
 }
 
 /// All SPIs of one controller.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Spis {
     words: Vec<SpiWord>,
     vcpus: usize,
@@ -112,6 +142,13 @@ impl Spis {
         words.try_reserve_exact(spis / 32).map_err(|_| GicError::OutOfMemory)?;
         words.resize(spis / 32, SpiWord::new());
         Ok(Self { words, vcpus, turn: 0 })
+    }
+
+    /// Whether what was read, for a controller of so many vCPUs and SPIs, may be used.
+    pub(super) fn check(&self, vcpus: usize, spis: usize) -> Result<(), BadState> {
+        let fits = self.vcpus == vcpus && self.words.len() * 32 == spis && self.turn < vcpus;
+        check(fits, "gic.spis", "must be as many as the machine has")?;
+        self.words.iter().try_for_each(|word| word.check(vcpus))
     }
 
     /// The same state once more.

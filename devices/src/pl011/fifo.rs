@@ -1,5 +1,9 @@
 //! The receive FIFO: characters with their error bits, 16 deep or one (Arm DDI 0183G, 2.4.3).
 
+use serde::{Deserialize, Serialize};
+
+use crate::saved::{BadState, check};
+
 /// Depth with FIFOs on, at the revision that we show.
 pub(super) const DEPTH: usize = 16;
 
@@ -9,7 +13,8 @@ pub(super) const BREAK: u16 = 1 << 10;
 pub(super) const OVERRUN: u16 = 1 << 11;
 
 /// Received characters, oldest first. Each is a byte and the error bits of UARTDR above it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Fifo {
     slots: [u16; DEPTH],
     head: usize,
@@ -20,6 +25,11 @@ pub(super) struct Fifo {
 impl Fifo {
     pub(super) const fn new() -> Self {
         Self { slots: [0; DEPTH], head: 0, len: 0, overrun: false }
+    }
+
+    /// Whether a FIFO that was read may be used.
+    pub(super) fn check(&self) -> Result<(), BadState> {
+        check(self.head < DEPTH && self.len <= DEPTH, "serial.receive", "must have at most 16 characters in 16 places")
     }
 
     pub(super) fn len(&self) -> usize {

@@ -25,6 +25,8 @@
 //! Known holes: a program that polls UARTRIS or UARTDR, and never UARTFR, is not heard. A driver that is kept from
 //! running for [`TICKS`] in the middle of opening the port may lose up to a FIFO of input.
 
+use serde::{Deserialize, Serialize};
+
 /// Loads of UARTFR that find no input, in a row, after which a program counts as waiting for some.
 pub const POLLS: u8 = 16;
 
@@ -32,7 +34,7 @@ pub const POLLS: u8 = 16;
 pub const TICKS: u8 = 10;
 
 /// How far a driver that interrupts has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Driver {
     /// None, or its mask has been closed since it began.
     Absent,
@@ -43,7 +45,8 @@ enum Driver {
 }
 
 /// What the guest's use of the registers has shown.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Listener {
     driver: Driver,
     /// The FIFO was seen empty since interrupts were last cleared or the UART set up.

@@ -37,9 +37,11 @@ use entresol_sync::Mutex;
 use fifo::Fifo;
 use listener::Listener;
 use registers::{Control, Flags, Interrupts, LineControl};
+use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Interrupt, Terminal, Work};
 use crate::primecell;
+use crate::saved::{BadState, check};
 
 /// Bytes of guest address space that it takes.
 pub const SIZE: u64 = 0x1000;
@@ -59,8 +61,14 @@ const MODEM_LINES: [(Flags, Interrupts); 4] = [
     (Flags::RI, Interrupts::RI),
 ];
 
+/// The registers of a port, outside of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Saved(State);
+
 /// The register file.
-#[derive(Clone)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct State {
     receive: Fifo,
     receive_status: u32,
@@ -91,6 +99,25 @@ impl<T: Terminal, L: Interrupt> Pl011<T, L> {
     pub fn fork(&self, terminal: T, line: L) -> Self {
         let state = State { refused: false, ..self.state.lock().clone() };
         Self { state: Mutex::new(state), terminal, line }
+    }
+
+    /// Its registers. Input that its host still holds is not among them.
+    pub fn save(&self) -> Saved {
+        Saved(State { refused: false, ..self.state.lock().clone() })
+    }
+
+    /// Takes over registers that were saved.
+    ///
+    /// # Errors
+    ///
+    /// [`BadState`].
+    pub fn load(&self, saved: Saved) -> Result<(), BadState> {
+        saved.0.receive.check()?;
+        let flags = [saved.0.mask, saved.0.raw].iter().all(|flags| Interrupts::all().contains(*flags));
+        let controls = Control::all().contains(saved.0.control) && LineControl::all().contains(saved.0.line_control);
+        check(flags && controls, "serial", "must have no bits that the port has not")?;
+        *self.state.lock() = saved.0;
+        Ok(())
     }
 
     /// Gives the guest input; returns how many of the first bytes it took. The rest is to be offered again after

@@ -1,6 +1,7 @@
 //! Register map of the PL011 (Arm DDI 0183G, chapter 3): offsets, bits, values at reset.
 
 use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
 
 /// UARTPeriphID0–3 as QEMU's `virt` shows them: part 0x011, designer Arm (0x41), revision 1, whose FIFOs are 16 deep.
 pub(super) const PERIPH_ID: [u8; 4] = [0x11, 0x10, 0x14, 0x00];
@@ -60,7 +61,7 @@ bitflags! {
 
 bitflags! {
     /// UARTLCR_H (3.3.7), the bits that have an effect on a line without a wire.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
     pub(super) struct LineControl: u32 {
         /// Send a break.
         const BRK = 1 << 0;
@@ -72,7 +73,7 @@ bitflags! {
 
 bitflags! {
     /// UARTCR (3.3.8).
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
     pub(super) struct Control: u32 {
         /// The UART works at all.
         const UARTEN = 1 << 0;
@@ -108,7 +109,7 @@ impl Control {
 
 bitflags! {
     /// UARTIMSC, UARTRIS, UARTMIS, UARTICR (3.3.10–3.3.13).
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
     pub(super) struct Interrupts: u32 {
         /// Ring indicator changed.
         const RI = 1 << 0;

@@ -264,7 +264,7 @@ fn a_polling_reader_is_given_input_and_a_polling_writer_is_not() {
     assert_eq!((bench.port.offer(b"a"), bench.calls()), (0, 0));
     assert!(bench.empty());
     assert_eq!((bench.port.offer(b"a"), bench.calls()), (1, 1));
-    assert_eq!(bench.load(registers::DR), b'a'.into());
+    assert_eq!(bench.load(registers::DR), u32::from(b'a'));
     bench.store(registers::CR, 0);
     assert_eq!(bench.port.offer(b"b"), 0, "the next program starts from nothing");
 }
@@ -296,7 +296,7 @@ fn without_fifos_one_character_is_held() {
     assert_eq!(bench.port.offer(b"ab"), 1);
     assert_ne!(bench.load(registers::FR) & Flags::RXFF.bits(), 0);
     assert!(bench.high());
-    assert_eq!(bench.load(registers::DR), b'a'.into());
+    assert_eq!(bench.load(registers::DR), u32::from(b'a'));
     assert!(!bench.high());
     assert_eq!((bench.port.offer(b"b"), bench.calls()), (1, 1));
 }

@@ -14,12 +14,14 @@
 //! Lock order: see [`super`].
 
 use entresol_sync::Mutex;
+use serde::{Deserialize, Serialize};
 use virtio::DeviceStatus;
 
 use super::chain::Chain;
-use super::queue::{Area, Queue};
+use super::queue::{Area, Queue, SavedQueue};
 use super::{Broken, OutOfMemory, QUEUE_SIZE_MAX, QUEUES_MAX, Service, Stop, VirtioDevice, registers};
 use crate::bus::{Device, GuestMemory, Interrupt, Work};
+use crate::saved::{BadState, check};
 
 /// Features of the transport and its queues.
 const TRANSPORT_FEATURES: u64 =
@@ -42,6 +44,22 @@ pub struct VirtioMmio<D, M, L> {
     state: Mutex<State<D>>,
     memory: M,
     line: L,
+}
+
+/// A device's transport, outside of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    status: u8,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    foreign_features: bool,
+    queue_sel: u32,
+    queues: [SavedQueue; QUEUES_MAX],
+    interrupt_status: u32,
+    generation: u32,
+    high: bool,
 }
 
 /// Everything that the device's lock guards.
@@ -91,6 +109,66 @@ impl<D: VirtioDevice, M: GuestMemory, L: Interrupt> VirtioMmio<D, M, L> {
         let state = self.state.lock();
         let fork = state.fork(device(&state.device)?, Chain::new()?);
         Ok(Self { state: Mutex::new(fork), memory, line })
+    }
+
+    /// The transport's registers and queues. No part of any work is in progress: the vCPUs are stopped.
+    pub fn save(&self) -> Saved {
+        let state = self.state.lock();
+        Saved {
+            status: state.status.bits(),
+            device_features_sel: state.device_features_sel,
+            driver_features_sel: state.driver_features_sel,
+            driver_features: state.driver_features,
+            foreign_features: state.foreign_features,
+            queue_sel: state.queue_sel,
+            queues: state.queues.each_ref().map(Queue::save),
+            interrupt_status: state.interrupt_status,
+            generation: state.generation,
+            high: state.high,
+        }
+    }
+
+    /// Takes over what was saved of a device of the same kind. Every queue is looked at again, whatever was left to do.
+    ///
+    /// # Errors
+    ///
+    /// [`BadState`].
+    pub fn load(&self, saved: &Saved) -> Result<(), BadState> {
+        let mut state = self.state.lock();
+        let status = DeviceStatus::from_bits_retain(saved.status);
+        let known = DRIVER_STATUS | DeviceStatus::DEVICE_NEEDS_RESET;
+        check(known.contains(status), "virtio.status", "must have no bits that the device has not")?;
+        let agreed = !saved.foreign_features
+            && saved.driver_features & !state.offered() == 0
+            && saved.driver_features & feature(virtio::F::VERSION_1) != 0;
+        check(
+            agreed || !status.contains(DeviceStatus::FEATURES_OK),
+            "virtio.driver_features",
+            "must be among those that the device offers",
+        )?;
+        let works = status.contains(DeviceStatus::FEATURES_OK);
+        check(works || !status.contains(DeviceStatus::DRIVER_OK), "virtio.status", "must have FEATURES_OK first")?;
+        let reasons = registers::USED_BUFFER | registers::CONFIGURATION_CHANGE;
+        check(saved.interrupt_status & !reasons == 0, "virtio.interrupt_status", "must have two bits at most")?;
+        let indirect = saved.driver_features & feature(virtio::F::INDIRECT_DESC) != 0;
+        let mut queues = <[Queue; QUEUES_MAX]>::default();
+        for (queue, saved) in queues.iter_mut().zip(&saved.queues) {
+            *queue = Queue::load(saved, indirect && works)?;
+        }
+        check(works || !queues.iter().any(Queue::is_ready), "virtio.queues", "must not be ready before FEATURES_OK")?;
+        state.broken = status.contains(DeviceStatus::DEVICE_NEEDS_RESET).then_some(Broken::Before);
+        state.left = queues.each_ref().map(|queue| if queue.is_ready() { Work::More } else { Work::Idle });
+        state.queues = queues;
+        state.status = status;
+        state.device_features_sel = saved.device_features_sel;
+        state.driver_features_sel = saved.driver_features_sel;
+        state.driver_features = saved.driver_features;
+        state.foreign_features = saved.foreign_features;
+        state.queue_sel = saved.queue_sel;
+        state.interrupt_status = saved.interrupt_status;
+        state.generation = saved.generation;
+        state.high = saved.high;
+        Ok(())
     }
 
     /// How the driver broke the device, until it resets it.

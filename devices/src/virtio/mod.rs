@@ -38,7 +38,7 @@ use core::fmt;
 
 use chain::Chain;
 use entresol_addr::Gpa;
-pub use mmio::VirtioMmio;
+pub use mmio::{Saved, VirtioMmio};
 use queue::Queue;
 
 use crate::bus::{GuestMemory, MemoryError, Terminal, Work};
@@ -97,6 +97,8 @@ pub enum Broken {
     Memory(MemoryError),
     /// A request is too short for its header or has nowhere to put its answer.
     Request,
+    /// Before its state was saved; how is not known any more.
+    Before,
 }
 
 impl fmt::Display for Broken {
@@ -114,6 +116,7 @@ impl fmt::Display for Broken {
             Self::Indirect => f.write_str("indirect descriptor where none may be"),
             Self::Memory(error) => write!(f, "buffer cannot be accessed: {error:?}"),
             Self::Request => f.write_str("request lacks room for its header or its answer"),
+            Self::Before => f.write_str("broken before its state was saved"),
         }
     }
 }

@@ -18,12 +18,14 @@
 
 use entresol_addr::Gpa;
 use entresol_sync::atomic::{Ordering, fence};
+use serde::{Deserialize, Serialize};
 use virtio::le16;
 use virtio::virtq::{AvailF, DescF};
 
 use super::chain::Chain;
 use super::{Broken, QUEUE_SIZE_MAX, Stop};
 use crate::bus::{GuestMemory, MemoryError};
+use crate::saved::BadState;
 
 /// Bytes of a descriptor.
 const DESCRIPTOR: u64 = 16;
@@ -59,6 +61,19 @@ pub struct Queue {
     used: bool,
     /// How far the request at the head of the queue has come, in the device's own measure; zero for a new one.
     pub progress: u64,
+}
+
+/// A queue, outside of its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedQueue {
+    size: u32,
+    areas: [u64; 3],
+    ready: bool,
+    next_available: u16,
+    next_used: u16,
+    used: bool,
+    progress: u64,
 }
 
 /// A descriptor as read.
@@ -122,6 +137,30 @@ impl Queue {
         self.progress = 0;
         self.used = true;
         Ok(())
+    }
+
+    /// It, outside of its device.
+    pub(super) fn save(&self) -> SavedQueue {
+        let Self { size, areas, ready, next_available, next_used, used, progress, .. } = *self;
+        SavedQueue { size, areas, ready, next_available, next_used, used, progress }
+    }
+
+    /// A queue that was saved.
+    ///
+    /// # Errors
+    ///
+    /// [`BadState`]: it was ready with a size or an area that no queue may have.
+    pub(super) fn load(saved: &SavedQueue, indirect: bool) -> Result<Self, BadState> {
+        let mut queue = Self { size: saved.size, areas: saved.areas, ..Self::default() };
+        if saved.ready {
+            let rule = "must have a size and areas that a queue may have";
+            queue.enable(indirect).map_err(|_| BadState { field: "virtio.queues", rule })?;
+            queue.next_available = saved.next_available;
+            queue.next_used = saved.next_used;
+            queue.used = saved.used;
+            queue.progress = saved.progress;
+        }
+        Ok(queue)
     }
 
     /// Whether the queue works.

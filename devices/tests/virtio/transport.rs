@@ -198,3 +198,29 @@ fn a_reset_in_the_middle_of_work_ends_it() {
     assert_eq!(driver.device.run(), Work::Idle);
     assert_eq!(driver.memory.copies.load(Ordering::Relaxed), copies);
 }
+
+#[test]
+fn what_was_saved_goes_on_and_a_strangers_state_is_refused() {
+    let driver = Driver::new(disk(), INDIRECT_DESC);
+    let saved = driver.device.save();
+    let text = serde_json::to_string(&saved).unwrap();
+    let other = Driver::cold(disk());
+    other.device.load(&serde_json::from_str(&text).unwrap()).unwrap();
+    assert_eq!(other.device.save(), saved);
+    assert_eq!(other.load(STATUS), driver.load(STATUS));
+    assert_eq!(other.load(0x44), 1, "its queue is ready");
+    let refused = |from: &str, to: &str| {
+        assert!(text.contains(from), "{text}");
+        let fresh = Driver::cold(disk());
+        let before = fresh.device.save();
+        let stranger = serde_json::from_str(&text.replacen(from, to, 1)).unwrap();
+        let error = fresh.device.load(&stranger).unwrap_err();
+        assert_eq!(fresh.device.save(), before, "nothing has changed");
+        error.field
+    };
+    assert_eq!(refused("\"status\":15", "\"status\":31"), "virtio.status");
+    assert_eq!(refused("\"status\":15", "\"status\":7"), "virtio.status");
+    assert_eq!(refused("\"foreign_features\":false", "\"foreign_features\":true"), "virtio.driver_features");
+    assert_eq!(refused("\"interrupt_status\":0", "\"interrupt_status\":4"), "virtio.interrupt_status");
+    assert_eq!(refused("\"size\":", "\"size\":1"), "virtio.queues");
+}

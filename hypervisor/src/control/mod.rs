@@ -45,6 +45,9 @@ use crate::vm::{Crash, OutOfHeap, Pause, Status, Stop, Vm};
 use channel::Channel;
 use session::{Session, Then};
 
+pub use ops::fork_refused;
+pub use stored::refused as store_refused;
+
 /// What [`ATTACHED`] holds when no console is attached.
 const NOBODY: usize = usize::MAX;
 

@@ -79,6 +79,8 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         }
         Op::Input { vm, data } => Answer::Accepted(input(vm, &data.0, attached)?).into(),
         Op::Files => Answer::Files(stored::files()?).into(),
+        Op::Snapshot { vm, file, base } => Outcome::Later(stored::snapshot(vm, file, base.as_deref())?),
+        Op::Restore { file, name } => Outcome::Later(stored::restore(file, name.as_deref())?),
         Op::RemoveFile { file } => Outcome::Later(stored::remove(file)?),
         Op::Shutdown => {
             every_row().filter_map(|row| row.vm).for_each(|vm| vm.stop(Stop::Killed));
@@ -269,7 +271,13 @@ fn resume(name: &str, attached: &mut Option<Attached>) -> Result<Answer<'static>
 fn fork(parent: &str, name: &str, count: Option<u32>) -> Result<Answer<'static>, Error> {
     let number = registry::number_of(parent).ok_or_else(|| Error::no_such_vm(parent))?;
     let names = fork_names(name, count)?;
-    registry::fork(number, &names).map_err(|refusal| match refusal {
+    registry::fork(number, &names).map_err(|refusal| fork_refused(parent, refusal))?;
+    Ok(Answer::Done)
+}
+
+/// Why there is no machine of that name, or no copy of `parent`.
+pub fn fork_refused(parent: &str, refusal: ForkRefusal) -> Error {
+    match refusal {
         ForkRefusal::Status(status) => wrong_state(parent, "must not have ended", status),
         ForkRefusal::Taken(name) => {
             let rule = "must differ from every other VM's name, but for a fork that has ended and is not attached";
@@ -278,15 +286,14 @@ fn fork(parent: &str, name: &str, count: Option<u32>) -> Result<Answer<'static>,
         ForkRefusal::Full => {
             let rule =
                 alloc::format!("must leave at most {MAX_VMS} virtual machines, forks that have ended not counted");
-            Error::refused(Code::BadField, Refusal::new("count", names.len(), rule))
+            Error::refused(Code::BadField, Refusal::text("name", parent, rule))
         }
         ForkRefusal::Failed(ForkError::Unshareable { field }) => {
             let rule = alloc::format!("must have no {field} in its configuration");
             Error::refused(Code::WrongState, Refusal::text("vm", parent, rule))
         }
         ForkRefusal::Failed(error) => Error::new(Code::OutOfMemory, alloc::format!("fork: {error}")),
-    })?;
-    Ok(Answer::Done)
+    }
 }
 
 fn fork_names(name: &str, count: Option<u32>) -> Result<Vec<String>, Error> {

@@ -1,13 +1,15 @@
 //! Requests about the store.
 
 use alloc::borrow::Cow;
-use alloc::string::String;
 use alloc::vec::Vec;
+use core::future::Future;
 
 use entresol_wire::control::{Answer, Code, Error, FileRow, Files};
 use entresol_wire::store::{BLOCK, StoreError};
 
 use super::later::Later;
+use crate::registry;
+use crate::snapshot::{restore, take};
 use crate::store::change::{self, Turn};
 use crate::store::{self, Failure};
 
@@ -37,13 +39,26 @@ pub fn files() -> Result<Files<'static>, Error> {
 pub fn remove(file: &str) -> Result<Later, Error> {
     let turn = Turn::take().map_err(refused)?;
     let next = store::directory().and_then(|directory| Ok(directory.without(file)?)).map_err(refused)?;
-    let (later, name) = (Later::default(), String::from(file));
+    Ok(later(async move { change::commit(&turn, next).await.map_err(refused) }))
+}
+
+/// Takes a snapshot of `vm`. The machine's moment is over when this returns; the answer comes when the file is whole.
+pub fn snapshot(vm: &str, file: &str, base: Option<&str>) -> Result<Later, Error> {
+    let number = registry::number_of(vm).ok_or_else(|| Error::no_such_vm(vm))?;
+    let taken = take::begin(number, file, base).map_err(|refused| refused.0)?;
+    Ok(later(async move { taken.write().await.map_err(|refused| refused.0) }))
+}
+
+/// Makes a machine from `file`, called `name` or as it was. The answer comes when it runs.
+pub fn restore(file: &str, name: Option<&str>) -> Result<Later, Error> {
+    let wanted = restore::begin(file, name).map_err(|refused| refused.0)?;
+    Ok(later(async move { wanted.make().await.map_err(|refused| refused.0) }))
+}
+
+/// Begins a task whose end is the answer.
+fn later(task: impl Future<Output = Result<(), Error>> + Send + 'static) -> Later {
+    let later = Later::default();
     let answer = later.clone();
-    store::task::spawn(async move {
-        let done = change::commit(&turn, next).await;
-        log::info!("store: file {name:?} removed: {done:?}");
-        drop(turn);
-        answer.say(done.map(|()| Answer::Done).map_err(refused));
-    });
-    Ok(later)
+    store::task::spawn(async move { answer.say(task.await.map(|()| Answer::Done)) });
+    later
 }

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`task`] | long work, a part at a time |
 //! | [`io`] | requests to the disk |
+//! | [`file`] | the bytes of one file, written and read |
 //! | [`change`] | commits: at most one change is on its way |
 //!
 //! Protocol: [`serve`] is host's work. The first time, it begins to read the directory; until that is done, and if it failed,
@@ -14,9 +15,11 @@
 //! Lock order: the store's state is a leaf; nobody holds it while a task waits.
 
 pub mod change;
+pub mod file;
 pub mod io;
 pub mod task;
 
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -43,6 +46,13 @@ pub enum Failure {
     Disk(DiskError),
     /// No frames for buffers.
     OutOfMemory,
+    /// The bytes of a file are not those that were written.
+    Damaged {
+        /// Its name.
+        file: String,
+        /// Its first such block.
+        block: u64,
+    },
 }
 
 impl fmt::Display for Failure {
@@ -54,6 +64,7 @@ impl fmt::Display for Failure {
             Self::Store(error) => error.fmt(f),
             Self::Disk(error) => error.fmt(f),
             Self::OutOfMemory => f.write_str("the machine has no memory for the store's buffers"),
+            Self::Damaged { file, block } => write!(f, "file {file:?}: block {block} was damaged"),
         }
     }
 }

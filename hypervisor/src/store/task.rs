@@ -1,14 +1,15 @@
 //! Long work of the store, a part at a time.
 //!
-//! A task is a future that host's work polls whenever the store's disk has finished something. Nothing wakes a single task: there are few, and each poll of one that waits costs a look at what it waits for.
+//! A task is a future that host's work polls whenever the store's disk has finished something, or a task asked for another
+//! turn. Nothing wakes a single task: there are few, and each poll of one that waits costs a look at what it waits for.
 //!
 //! Lock order: the list is free while a task runs.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::future::Future;
+use core::future::{Future, poll_fn};
 use core::pin::Pin;
-use core::task::{Context, Waker};
+use core::task::{Context, Poll, Waker};
 
 use entresol_sync::Mutex;
 
@@ -32,4 +33,17 @@ pub fn run() {
     // Those that were begun meanwhile come after.
     tasks.append(&mut list);
     *list = tasks;
+}
+
+/// Lets guests have their turn, and goes on with the host's next work.
+pub async fn pause() {
+    let mut paused = false;
+    poll_fn(|_| {
+        if core::mem::replace(&mut paused, true) {
+            return Poll::Ready(());
+        }
+        host_work::raise(Work::Store);
+        Poll::Pending
+    })
+    .await;
 }

@@ -95,36 +95,66 @@ pub fn build(
     media: &Media,
 ) -> Result<Built, BuildError> {
     let guest = Guest::recognise(config, bundle)?;
-    let vm = assemble(config, bundle, terminal, media)?;
+    let vcpus = config.vcpus as usize;
+    let gic = Vgic::new(gic_config(config)).map_err(|error| because("interrupts")(&error))?;
+    let mut all = Vec::new();
+    all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
+    all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
+    let vm = assemble(config, bundle, terminal, media, Inside { gic, vcpus: all, ram: create_ram(config)? })?;
     let boot = guest.place(&vm.memory)?;
     Ok(Built { vm, boot })
 }
 
+/// What of a virtual machine is new when it starts, and not when it goes on from a saved state.
+pub struct Inside {
+    /// Its interrupt controller.
+    pub gic: Vgic,
+    /// Its vCPUs.
+    pub vcpus: Vec<Vcpu>,
+    /// Its memory, which becomes its own.
+    pub ram: ObjectHandle,
+}
+
+/// The interrupt controller of a machine like `config`.
+pub fn gic_config<F>(config: &config::Vm<F>) -> GicConfig {
+    GicConfig { vcpus: config.vcpus as usize, spis: SPIS }
+}
+
 /// Everything but the guest's files. What can fail fails before the virtual machine exists; from then on dropping it
 /// gives everything back.
-fn assemble(
+///
+/// # Errors
+///
+/// [`BuildError`]; nothing is left behind, and the memory is gone.
+pub fn assemble(
     config: &config::Vm<FileIndex>,
     bundle: &Bundle<'static>,
     terminal: &Arc<Terminal>,
     media: &Media,
+    inside: Inside,
 ) -> Result<Arc<Vm>, BuildError> {
-    let vcpus = config.vcpus as usize;
-    let gic = Vgic::new(GicConfig { vcpus, spis: SPIS }).map_err(|error| because("interrupts")(&error))?;
+    let ram = inside.ram;
+    put_together(config, bundle, terminal, media, inside).inspect_err(|_| destroy_ram(ram))
+}
+
+fn put_together(
+    config: &config::Vm<FileIndex>,
+    bundle: &Bundle<'static>,
+    terminal: &Arc<Terminal>,
+    media: &Media,
+    Inside { gic, vcpus: all, ram }: Inside,
+) -> Result<Arc<Vm>, BuildError> {
+    let vcpus = all.len();
     let (gic, link) = (Arc::new(gic), Link::default());
     let devices = Devices::new(&link, &gic, terminal, media, config.balloon)?;
-    let mut all = Vec::new();
-    all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
-    all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
     let posted = Posted::new(config)?;
     let passed = Passed::new(&config.pass_through).map_err(BuildError)?;
-    let ram = create_ram(config)?;
-    let (memory, vtcr) = create_memory(config).inspect_err(|_| destroy_ram(ram))?;
+    let (memory, vtcr) = create_memory(config)?;
     let slots = slots::create(&memory, config, bundle, ram, media).map_err(BuildError);
     let shown = slots.and_then(|()| passed.show(&memory).map_err(BuildError));
     let ready = shown.and_then(|()| sched::reserve(vcpus).map_err(BuildError::from));
     if let Err(error) = ready {
         memory.destroy(cpu::index());
-        destroy_ram(ram);
         return Err(error);
     }
     let id_registers = id_registers(memory.ipa_bits());
@@ -184,7 +214,12 @@ fn create_memory(config: &config::Vm<FileIndex>) -> Result<(Memory<'static, Meta
     }
 }
 
-fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildError> {
+/// Memory for a machine like `config`, all vacant.
+///
+/// # Errors
+///
+/// [`BuildError`].
+pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildError> {
     let host = host::get();
     let policy = match config.policies.page_size {
         LargestEntry::Block2M => Policy::Blocks,
@@ -194,7 +229,8 @@ fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildError
     host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))
 }
 
-fn destroy_ram(ram: ObjectHandle) {
+/// Gives memory back that no machine has.
+pub fn destroy_ram(ram: ObjectHandle) {
     let host = host::get();
     if let Err(error) = host.objects.destroy(&host.supply(cpu::index()), &host.epoch, ram) {
         log::error!("a memory object stays: {error:?}");

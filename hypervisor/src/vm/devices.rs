@@ -14,8 +14,9 @@ use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_devices::bus::{Device, Work};
 use entresol_devices::flash::{Flash, FlashError};
 use entresol_devices::gic::{GicError, REDISTRIBUTOR_SIZE, Vgic};
-use entresol_devices::pl011::Pl011;
-use entresol_devices::pl031::Pl031;
+use entresol_devices::pl011::{self, Pl011};
+use entresol_devices::pl031::{self, Pl031};
+use entresol_devices::saved::BadState;
 use entresol_devices::virtio::balloon::Balloon;
 use entresol_devices::virtio::block::Block;
 use entresol_devices::virtio::console::Console as VirtioConsole;
@@ -27,6 +28,7 @@ use entresol_metal_arm64::cpu;
 use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicU32, Ordering};
 use entresol_wire::config::{ReadOnlyStore, UnclaimedMmio};
+use serde::{Deserialize, Serialize};
 
 use super::balloon::GuestPages;
 use super::flash::Window;
@@ -77,6 +79,17 @@ pub struct Devices {
     entropy: Option<Arc<VirtioEntropy>>,
     balloon: Option<Arc<VirtioBalloon>>,
     unfinished: AtomicU32,
+}
+
+/// The devices of one virtual machine, outside the machine.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    serial: pl011::Saved,
+    clock: pl031::Saved,
+    disks: Vec<virtio::Saved>,
+    console: virtio::Saved,
+    entropy: Option<virtio::Saved>,
 }
 
 /// What devices of one virtual machine are wired with.
@@ -242,6 +255,39 @@ impl Devices {
             balloon,
             unfinished: AtomicU32::new(self.unfinished.load(Ordering::Acquire)),
         })
+    }
+
+    /// Their state outside the machine; no vCPU is on a CPU, and there is no flash.
+    pub fn save(&self) -> Saved {
+        Saved {
+            serial: self.serial.save(),
+            clock: self.clock.save(),
+            disks: self.disks.iter().map(|disk| disk.save()).collect(),
+            console: self.port.save(),
+            entropy: self.entropy.as_ref().map(|entropy| entropy.save()),
+        }
+    }
+
+    /// Takes over a state that was saved; no vCPU has run yet.
+    ///
+    /// # Errors
+    ///
+    /// [`BadState`]: it is not theirs.
+    pub fn load(&self, saved: Saved) -> Result<(), BadState> {
+        let same = (saved.disks.len(), saved.entropy.is_some()) == (self.disks.len(), self.entropy.is_some());
+        if !same {
+            let rule = "must be as many disks as the configuration has, and an entropy source if the machine has one";
+            return Err(BadState { field: "devices", rule });
+        }
+        self.serial.load(saved.serial)?;
+        self.clock.load(&saved.clock);
+        self.disks.iter().zip(&saved.disks).try_for_each(|(disk, saved)| disk.load(saved))?;
+        self.port.load(&saved.console)?;
+        if let (Some(entropy), Some(saved)) = (&self.entropy, &saved.entropy) {
+            entropy.load(saved)?;
+        }
+        self.resume();
+        Ok(())
     }
 
     /// Tells the guest that it is another than before: a copy.

@@ -22,6 +22,7 @@ mod overlay;
 pub mod pass_through;
 mod posted;
 pub mod rom;
+mod saved;
 mod slots;
 
 use alloc::boxed::Box;
@@ -60,6 +61,7 @@ pub use fork::{ForkError, Hold};
 pub use overlay::Overlay;
 use pass_through::Passed;
 pub use posted::{Posted, Store};
+pub use saved::Saved;
 
 /// What outlives a virtual machine's resets.
 #[derive(Clone, Default)]

@@ -47,6 +47,16 @@ impl Overlay {
         Ok(Arc::new(Self { image: self.image, read_only: self.read_only, written: Mutex::new(written) }))
     }
 
+    /// A disk over `image` whose written pages are those of `written`, which it owns.
+    pub fn over(image: &'static [u8], read_only: bool, written: ObjectHandle) -> Arc<Self> {
+        Arc::new(Self { image, read_only, written: Mutex::new(Some(written)) })
+    }
+
+    /// The object of its written pages, if one was ever written.
+    pub fn written(&self) -> Option<ObjectHandle> {
+        *self.written.lock()
+    }
+
     /// Copies the bytes at `offset`, which lie in one page, to `to`.
     fn read_page(&self, written: Option<ObjectHandle>, offset: u64, to: &mut [u8]) -> Result<(), DiskError> {
         let host = host::get();

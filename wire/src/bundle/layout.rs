@@ -3,7 +3,7 @@
 /// The first bytes of a bundle.
 pub const MAGIC: [u8; 8] = *b"ENTRESOL";
 /// The version that this code writes and reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes in the header.
 pub const HEADER_LEN: usize = 64;
 /// Data of files starts at multiples of this many bytes.
@@ -44,15 +44,15 @@ const LENGTH_AT: usize = 8;
 const NAME_AT: usize = 16;
 const NAME_LEN_AT: usize = 20;
 const FLAGS_AT: usize = 24;
-const ENTRY_RESERVED_AT: usize = 28;
+const ENTRY_CHECKSUM_AT: usize = 28;
 
 const _: () = {
     assert!(LENGTH_AT == OFFSET_AT + 8);
     assert!(NAME_AT == LENGTH_AT + 8);
     assert!(NAME_LEN_AT == NAME_AT + 4);
     assert!(FLAGS_AT == NAME_LEN_AT + 4);
-    assert!(ENTRY_RESERVED_AT == FLAGS_AT + 4);
-    assert!(ENTRY_LEN == ENTRY_RESERVED_AT + 4);
+    assert!(ENTRY_CHECKSUM_AT == FLAGS_AT + 4);
+    assert!(ENTRY_LEN == ENTRY_CHECKSUM_AT + 4);
     assert!(FILE_ALIGN.is_power_of_two() && FILE_ALIGN.is_multiple_of(TABLE_ALIGN));
 };
 
@@ -111,7 +111,7 @@ pub(super) struct Entry {
     pub name: u32,
     pub name_len: u32,
     pub flags: u32,
-    pub reserved: u32,
+    pub checksum: u32,
 }
 
 impl Entry {
@@ -125,7 +125,7 @@ impl Entry {
         put(&mut bytes, NAME_AT, self.name.to_le_bytes());
         put(&mut bytes, NAME_LEN_AT, self.name_len.to_le_bytes());
         put(&mut bytes, FLAGS_AT, self.flags.to_le_bytes());
-        put(&mut bytes, ENTRY_RESERVED_AT, self.reserved.to_le_bytes());
+        put(&mut bytes, ENTRY_CHECKSUM_AT, self.checksum.to_le_bytes());
         bytes
     }
 
@@ -136,7 +136,7 @@ impl Entry {
             name: u32::from_le_bytes(take(bytes, NAME_AT)),
             name_len: u32::from_le_bytes(take(bytes, NAME_LEN_AT)),
             flags: u32::from_le_bytes(take(bytes, FLAGS_AT)),
-            reserved: u32::from_le_bytes(take(bytes, ENTRY_RESERVED_AT)),
+            checksum: u32::from_le_bytes(take(bytes, ENTRY_CHECKSUM_AT)),
         }
     }
 

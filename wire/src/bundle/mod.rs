@@ -3,7 +3,7 @@
 //! The outer machine's firmware puts it there as the initrd and tells the hypervisor where. It is read in place: files
 //! start on pages, so a bundle that starts on one can be mapped or copied page by page, and nothing is unpacked.
 //!
-//! Form, version 1; numbers are little-endian, offsets count from the bundle's first byte:
+//! Form, version 2; numbers are little-endian, offsets count from the bundle's first byte:
 //!
 //! | bytes | what |
 //! |---|---|
@@ -24,7 +24,7 @@
 //! | 0–7, 8–15 | offset, a multiple of 4096, and length of its data |
 //! | 16–19, 20–23 | offset, from the start of the names, and length of its name: UTF-8, for people only |
 //! | 24–27 | bit 0: a guest may write to it; other bits zero |
-//! | 28–31 | zero |
+//! | 28–31 | CRC-32 of its data, by which it is known again; not compared with the data: the bundle's covers both |
 //!
 //! Order: header, configuration, table, names, data in the order of the table. Nothing overlaps; gaps are padding.
 //! The bundle ends with a page: nobody else's bytes share one with a file that is mapped. Bytes after the end are ignored:

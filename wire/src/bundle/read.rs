@@ -32,6 +32,8 @@ pub struct File<'a> {
     pub data: &'a [u8],
     /// Whether a guest may write to it.
     pub writable: bool,
+    /// CRC-32 of its data, as it was packed.
+    pub checksum: u32,
 }
 
 impl<'a> Bundle<'a> {
@@ -82,6 +84,7 @@ impl<'a> Bundle<'a> {
             offset: entry.offset,
             data: cut(self.bytes, entry.offset, entry.offset + entry.length),
             writable: entry.writable(),
+            checksum: entry.checksum,
         })
     }
 
@@ -156,9 +159,12 @@ fn check_files(bytes: &[u8], entries: &[[u8; ENTRY_LEN]], names: &[u8], names_en
             let rule = format!("must be a multiple of {FILE_ALIGN}");
             return Err(BundleError::field(at("offset"), format_args!("{:#x}", entry.offset), rule));
         }
-        if entry.flags & !Entry::WRITABLE != 0 || entry.reserved != 0 {
-            let value = format_args!("{:#x}, reserved {:#x}", entry.flags, entry.reserved);
-            return Err(BundleError::field(at("flags"), value, "unknown bits must be zero"));
+        if entry.flags & !Entry::WRITABLE != 0 {
+            return Err(BundleError::field(
+                at("flags"),
+                format_args!("{:#x}", entry.flags),
+                "unknown bits must be zero",
+            ));
         }
         let name_end = section(names, &at("name"), u64::from(entry.name), u64::from(entry.name_len), 0)?;
         let name = cut(names, u64::from(entry.name), name_end);

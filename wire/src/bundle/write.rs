@@ -117,7 +117,8 @@ fn place(files: &[Source<'_>], start: u64) -> (Vec<Entry>, u64) {
         let (offset, length) = (end.next_multiple_of(FILE_ALIGN), source.data.len() as u64);
         let name_len = source.name.len() as u32;
         let flags = if source.writable { Entry::WRITABLE } else { 0 };
-        let entry = Entry { offset, length, name, name_len, flags, reserved: 0 };
+        let checksum = crc32fast::hash(&source.data);
+        let entry = Entry { offset, length, name, name_len, flags, checksum };
         (end, name) = (offset + length, name + name_len);
         entry
     });

@@ -426,7 +426,11 @@ impl<F> Vm<F> {
         iter::once(kernel).chain(initrd).chain(disks).chain(roms).chain(flash)
     }
 
-    fn map_files<G, E>(self, vm: usize, name: &mut impl FnMut(Role, F) -> Result<G, E>) -> Result<Vm<G>, E> {
+    /// As [`Config::map_files`], for this VM alone; `vm` is the index that roles tell.
+    ///
+    /// # Errors
+    /// The first error of `name`.
+    pub fn map_files<G, E>(self, vm: usize, name: &mut impl FnMut(Role, F) -> Result<G, E>) -> Result<Vm<G>, E> {
         let kernel = name(Role::Kernel { vm }, self.kernel)?;
         let initrd = self.initrd.map(|file| name(Role::Initrd { vm }, file)).transpose()?;
         let disks = self.disks.into_iter().enumerate().map(|(disk, Disk { file, read_only })| {

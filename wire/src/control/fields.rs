@@ -59,6 +59,15 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A text, if it is there.
+    pub fn optional_text(&mut self, key: &str) -> Result<Option<Cow<'a, str>>, Error> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Scalar::Text(text)) => Ok(Some(text)),
+            other => Err(bad(key, shown(other.as_ref()), "must be a text")),
+        }
+    }
+
     pub fn number_or_zero(&mut self, key: &str) -> Result<u32, Error> {
         Ok(self.small_number(key)?.unwrap_or(0))
     }

@@ -31,6 +31,8 @@
 //! - `posted` takes what the guest stored in zones of coalesced MMIO and how often its doorbells rang. While its console is
 //!   attached, [`Event::Doorbell`] tells once that some doorbell rang since `posted` was asked last.
 //! - `fork` makes a copy called `name`, or with a `count` so many, called `name`-1 and so on: all of them or none.
+//! - `snapshot` writes a machine into a file of the store, and is answered when the file is whole; `restore` makes a machine
+//!   from one, and is answered when it runs. What is asked after it waits for that answer.
 //! - `files` lists the store; `remove-file` takes a file out of it, and is answered when the store is changed on the disk.
 //! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
 //!

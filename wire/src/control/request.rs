@@ -109,6 +109,22 @@ pub enum Op<'a> {
         /// At most [`CONSOLE_CHUNK`](super::CONSOLE_CHUNK) bytes.
         data: Bytes<'a>,
     },
+    /// Writes it, as it is at one moment, into a file of the store.
+    Snapshot {
+        /// Whom.
+        vm: Cow<'a, str>,
+        /// The file's name.
+        file: Cow<'a, str>,
+        /// The file that this one is to be the difference to.
+        base: Option<Cow<'a, str>>,
+    },
+    /// Makes a machine from a file of the store.
+    Restore {
+        /// The file's name.
+        file: Cow<'a, str>,
+        /// The machine's, if not as it was called.
+        name: Option<Cow<'a, str>>,
+    },
     /// What is in the store.
     Files,
     /// Takes a file out of the store.
@@ -153,6 +169,8 @@ impl<'a> Op<'a> {
             Self::Console { .. } => "console",
             Self::Detach => "detach",
             Self::Input { .. } => "input",
+            Self::Snapshot { .. } => "snapshot",
+            Self::Restore { .. } => "restore",
             Self::Files => "files",
             Self::RemoveFile { .. } => "remove-file",
             Self::Shutdown => "shutdown",
@@ -162,7 +180,13 @@ impl<'a> Op<'a> {
     /// The virtual machine that it is about, if it is about one.
     pub fn vm(&self) -> Option<&str> {
         match self {
-            Self::Hello | Self::Ps | Self::Detach | Self::Files | Self::RemoveFile { .. } | Self::Shutdown => None,
+            Self::Hello
+            | Self::Ps
+            | Self::Detach
+            | Self::Restore { .. }
+            | Self::Files
+            | Self::RemoveFile { .. }
+            | Self::Shutdown => None,
             Self::Stats { vm }
             | Self::Slots { vm, .. }
             | Self::SetSlot { vm, .. }
@@ -172,6 +196,7 @@ impl<'a> Op<'a> {
             | Self::Resume { vm }
             | Self::Kill { vm }
             | Self::Fork { vm, .. }
+            | Self::Snapshot { vm, .. }
             | Self::Console { vm }
             | Self::Input { vm, .. } => Some(vm),
         }
@@ -205,6 +230,12 @@ impl<'a> Op<'a> {
             "console" => Self::Console { vm: fields.text("vm")? },
             "detach" => Self::Detach,
             "input" => Self::Input { vm: fields.text("vm")?, data: fields.bytes("data")? },
+            "snapshot" => Self::Snapshot {
+                vm: fields.text("vm")?,
+                file: fields.text("file")?,
+                base: fields.optional_text("base")?,
+            },
+            "restore" => Self::Restore { file: fields.text("file")?, name: fields.optional_text("name")? },
             "files" => Self::Files,
             "remove-file" => Self::RemoveFile { file: fields.text("file")? },
             "shutdown" => Self::Shutdown,
@@ -252,6 +283,18 @@ impl Serialize for Request<'_> {
                 map.serialize_entry("name", name)?;
                 if let Some(count) = count {
                     map.serialize_entry("count", count)?;
+                }
+            }
+            Op::Snapshot { file, base, .. } => {
+                map.serialize_entry("file", file)?;
+                if let Some(base) = base {
+                    map.serialize_entry("base", base)?;
+                }
+            }
+            Op::Restore { file, name } => {
+                map.serialize_entry("file", file)?;
+                if let Some(name) = name {
+                    map.serialize_entry("name", name)?;
                 }
             }
             Op::RemoveFile { file } => map.serialize_entry("file", file)?,

@@ -45,6 +45,11 @@ impl Listener {
         Ok(answer)
     }
 
+    /// Asks, and does not wait for the answer: it is the last request.
+    pub(super) fn begin(&mut self, op: Op<'_>) -> Result<()> {
+        Ok(self.client.send(op).map(drop)?)
+    }
+
     /// Attaches to another virtual machine's console, in the same session; what was told of the one before is forgotten.
     pub(super) fn turn_to(&mut self, vm: &'static str) -> Result<()> {
         self.done_quietly(Op::Console { vm: vm.into() })?;

@@ -2,7 +2,7 @@
 //!
 //! `cpu` is the hardware: acknowledge, priority drop, deactivation and maintenance conditions on list registers. `oracle`
 //! is the specification, one plain struct an interrupt. `lockstep` compares the two after random operations, `concurrent`
-//! runs vCPUs on real threads, `registers` checks the maps, `scenario` names single cases.
+//! runs vCPUs on real threads, `registers` checks the maps, `saved` the form outside, `scenario` names single cases.
 
 extern crate std;
 
@@ -11,6 +11,7 @@ mod cpu;
 mod lockstep;
 mod oracle;
 mod registers;
+mod saved;
 mod scenario;
 
 use super::{Config, Vgic};

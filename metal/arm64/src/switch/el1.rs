@@ -10,7 +10,8 @@ use crate::features::{self, Feature};
 macro_rules! state {
     ($($(#[$doc:meta])* $field:ident = $register:literal;)*) => {
         /// A vCPU's registers of EL1 and EL0 while it is not on a CPU.
-        #[derive(Clone, Debug, PartialEq, Eq)]
+        #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
         pub struct El1State {
             $($(#[$doc])* pub $field: u64,)*
             /// APIA, APIB, APDA, APDB, APGA: low and high halves.

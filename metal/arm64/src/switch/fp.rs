@@ -13,7 +13,8 @@ use core::arch::global_asm;
 
 /// V0–V31, FPCR, FPSR of one vCPU.
 #[repr(C, align(16))]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct FpState {
     /// V0–V31, 128 bits each.
     pub v: [[u64; 2]; 32],

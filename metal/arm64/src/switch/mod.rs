@@ -26,7 +26,8 @@ pub use timer::TimerState;
 
 /// A guest's general registers, as it left them.
 #[repr(C, align(16))]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Registers {
     /// X0–X30.
     pub x: [u64; 31],

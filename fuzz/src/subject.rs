@@ -65,12 +65,14 @@ pub fn run(bytes: &[u8]) -> Result<(), String> {
         coherent_icache: input.bit(),
         physical_bits: 44,
         vmid_bits: input.one_of(&[8, 16]),
+        tags: true,
     };
     let options = Options {
         ipa_bits: 40,
         slots: SLOTS,
         largest: input.one_of(&[PageSize::Size1G, PageSize::Size4K]),
         read_only_ivac: input.one_of(&[ReadOnlyIvac::Abort, ReadOnlyIvac::Clean]),
+        tags: false,
     };
     let host = host(features);
     let mut reference = Reference::default();
@@ -107,8 +109,8 @@ fn host(features: Features) -> Host<FlatMachine> {
 
 fn specs() -> [(Behind, Spec); 4] {
     [
-        (Behind::Memory, Spec::Anonymous { frames: 40, policy: Policy::Pages }),
-        (Behind::Memory, Spec::Anonymous { frames: 520, policy: Policy::Blocks }),
+        (Behind::Memory, Spec::anonymous(40, Policy::Pages)),
+        (Behind::Memory, Spec::anonymous(520, Policy::Blocks)),
         (Behind::Rom, Spec::Rom { first: FIRST.offset(FRAMES), frames: ROM, owned: false }),
         (Behind::Device, Spec::Device { first: Pfn::new(0x900), frames: 4 }),
     ]

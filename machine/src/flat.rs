@@ -12,9 +12,10 @@ use entresol_addr::{Hpa, PAGE_SHIFT, PAGE_SIZE, Pfn, PfnRange};
 use entresol_sync::Mutex;
 
 use crate::own::{RemoveError, Work, is_own_unit};
-use crate::{Features, Machine, TlbOp, Word};
+use crate::{Features, Machine, Tags, TlbOp, Word};
 
 const WORDS: u64 = Word::PER_FRAME as u64;
+const POISON_TAGS: Tags = Tags([0xdead_dead_dead_dead; Tags::WORDS]);
 
 /// What the core asked of the machine, besides words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,10 @@ pub enum Event {
     Zero(PfnRange),
     /// `copy`, with the number of frames.
     Copy(Pfn, Pfn, u64),
+    /// `clear_tags`.
+    ClearTags(PfnRange),
+    /// `copy_tags`, with the number of frames.
+    CopyTags(Pfn, Pfn, u64),
     /// `clean_invalidate_to_poc`.
     Clean(PfnRange),
     /// `invalidate_icache`.
@@ -49,6 +54,7 @@ pub struct FlatMachine {
     absent: Box<[AtomicBool]>,
     /// How many of the next removals fail.
     failing: AtomicU64,
+    tags: Mutex<Box<[Tags]>>,
     features: Features,
     events: Mutex<Vec<Event>>,
 }
@@ -58,12 +64,14 @@ impl FlatMachine {
     pub fn new(first: Pfn, count: u64, features: Features) -> Self {
         let words = (0..count * WORDS).map(|_| AtomicU64::new(0xdead_dead_dead_dead)).collect();
         let absent = (0..count).map(|_| AtomicBool::new(false)).collect();
-        Self { first, words, absent, failing: AtomicU64::new(0), features, events: Mutex::new(Vec::new()) }
+        let tags = Mutex::new((0..count).map(|_| POISON_TAGS).collect());
+        Self { first, words, absent, failing: AtomicU64::new(0), tags, features, events: Mutex::new(Vec::new()) }
     }
 
     /// The machine of most tests: forced write-back, coherent instruction caches, 16-bit VMIDs.
     pub fn coherent(first: Pfn, count: u64) -> Self {
-        let features = Features { forced_write_back: true, coherent_icache: true, physical_bits: 48, vmid_bits: 16 };
+        let features =
+            Features { forced_write_back: true, coherent_icache: true, physical_bits: 48, vmid_bits: 16, tags: true };
         Self::new(first, count, features)
     }
 
@@ -134,6 +142,11 @@ impl FlatMachine {
         self.words.get(index as usize).expect("above the machine's memory")
     }
 
+    fn numbers(&self, frames: PfnRange) -> core::ops::Range<usize> {
+        let start = frames.start().since(self.first) as usize;
+        start..start + frames.count() as usize
+    }
+
     fn page(&self, frame: Pfn) -> &[AtomicU64] {
         let start = (frame.since(self.first) * WORDS) as usize;
         &self.words[start..start + WORDS as usize]
@@ -182,6 +195,31 @@ unsafe impl Machine for FlatMachine {
             self.copy_page(from, to);
         }
         self.log(Event::Copy(from, to, count));
+    }
+
+    fn clear_tags(&self, frames: PfnRange) {
+        if self.features.tags {
+            self.tags.lock()[self.numbers(frames)].fill(Tags::ZERO);
+            self.log(Event::ClearTags(frames));
+        }
+    }
+
+    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64) {
+        if self.features.tags {
+            let frames = PfnRange::new(from, count).expect("frames of the machine");
+            self.tags.lock().copy_within(self.numbers(frames), to.since(self.first) as usize);
+            self.log(Event::CopyTags(from, to, count));
+        }
+    }
+
+    fn load_tags(&self, frame: Pfn) -> Tags {
+        if self.features.tags { self.tags.lock()[frame.since(self.first) as usize] } else { Tags::ZERO }
+    }
+
+    fn store_tags(&self, frame: Pfn, tags: &Tags) {
+        if self.features.tags {
+            self.tags.lock()[frame.since(self.first) as usize] = *tags;
+        }
     }
 
     fn read(&self, from: Hpa, to: &mut [u8]) {

@@ -16,8 +16,6 @@
 //! one; nothing may rely on it before `complete()` has returned.
 //!
 //! The hypervisor's own mapping is part of the machine too: [`own`].
-//!
-//! Known holes: tags join the trait with the feature that needs them.
 #![no_std]
 #![allow(unsafe_code, reason = "the seam: an unsafe trait and its plainest implementation")]
 
@@ -29,10 +27,12 @@ pub mod flat;
 #[cfg(feature = "model")]
 pub mod model;
 pub mod own;
+mod tags;
 mod tlb;
 
 use entresol_addr::{Hpa, Pfn, PfnRange};
 use own::{RemoveError, Work};
+pub use tags::{GRANULE, Tags};
 pub use tlb::{TlbOp, Vmid};
 
 /// A 64-bit word of a frame: a table entry or a node entry.
@@ -82,6 +82,8 @@ pub struct Features {
     pub physical_bits: u8,
     /// Bits of a VMID, 8 or 16.
     pub vmid_bits: u8,
+    /// All memory that is set aside for guests can hold allocation tags (FEAT_MTE2).
+    pub tags: bool,
 }
 
 /// The machine.
@@ -122,6 +124,25 @@ pub unsafe trait Machine: Sync {
 
     /// Copies `count` frames from `from` to `to`, through the cacheable mapping. The two must not overlap.
     fn copy(&self, from: Pfn, to: Pfn, count: u64);
+
+    /// Clears the allocation tags of frames. Without [`Features::tags`], this and the four below do nothing, and tags read
+    /// as zero.
+    fn clear_tags(&self, frames: PfnRange);
+
+    /// `zero` and `clear_tags`.
+    fn zero_tagged(&self, frames: PfnRange) {
+        self.zero(frames);
+        self.clear_tags(frames);
+    }
+
+    /// Copies the tags of `count` frames, which do not overlap.
+    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64);
+
+    /// The tags of a frame.
+    fn load_tags(&self, frame: Pfn) -> Tags;
+
+    /// Gives a frame these tags.
+    fn store_tags(&self, frame: Pfn, tags: &Tags);
 
     /// Reads bytes at `from` into `to`.
     fn read(&self, from: Hpa, to: &mut [u8]);

@@ -11,7 +11,7 @@
 use entresol_addr::{Hpa, Pfn, PfnRange};
 
 use crate::own::{RemoveError, Work};
-use crate::{Features, Machine, TlbOp, Word};
+use crate::{Features, Machine, Tags, TlbOp, Word};
 
 /// What a model does for each method of [`Machine`].
 #[allow(missing_docs, reason = "each is the method of the same name of `Machine`")]
@@ -30,6 +30,14 @@ pub trait Model: Sync {
     fn zero(&self, frames: PfnRange);
     #[track_caller]
     fn copy(&self, from: Pfn, to: Pfn, count: u64);
+    #[track_caller]
+    fn clear_tags(&self, frames: PfnRange);
+    #[track_caller]
+    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64);
+    #[track_caller]
+    fn load_tags(&self, frame: Pfn) -> Tags;
+    #[track_caller]
+    fn store_tags(&self, frame: Pfn, tags: &Tags);
     #[track_caller]
     fn read(&self, from: Hpa, to: &mut [u8]);
     #[track_caller]
@@ -103,6 +111,26 @@ unsafe impl<T: Model> Machine for Modelled<T> {
     #[track_caller]
     fn copy(&self, from: Pfn, to: Pfn, count: u64) {
         self.0.copy(from, to, count);
+    }
+
+    #[track_caller]
+    fn clear_tags(&self, frames: PfnRange) {
+        self.0.clear_tags(frames);
+    }
+
+    #[track_caller]
+    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64) {
+        self.0.copy_tags(from, to, count);
+    }
+
+    #[track_caller]
+    fn load_tags(&self, frame: Pfn) -> Tags {
+        self.0.load_tags(frame)
+    }
+
+    #[track_caller]
+    fn store_tags(&self, frame: Pfn, tags: &Tags) {
+        self.0.store_tags(frame, tags);
     }
 
     #[track_caller]

@@ -17,7 +17,7 @@ use std::panic::Location;
 use corosensei::Yielder;
 use entresol_addr::{GfnRange, Hpa, Pfn, PfnRange};
 use entresol_machine::model::Model;
-use entresol_machine::{Features, TlbOp, Word};
+use entresol_machine::{Features, Tags, TlbOp, Word};
 use entresol_sync::lab::{Access, Scheduler, Site};
 use scoped_tls::scoped_thread_local;
 
@@ -438,6 +438,45 @@ impl Model for Hardware {
         Self::pages(Location::caller(), frames, "copy to", |lab, _| {
             each(frames).for_each(|pfn| lab.world.copy(from.offset(pfn.since(to)), pfn));
         });
+    }
+
+    #[track_caller]
+    fn clear_tags(&self, frames: PfnRange) {
+        if self.features().tags {
+            Self::pages(Location::caller(), frames, "clear the tags of", |lab, _| {
+                each(frames).for_each(|pfn| lab.world.frame_mut(pfn).tags = Tags::ZERO);
+            });
+        }
+    }
+
+    #[track_caller]
+    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64) {
+        if self.features().tags {
+            let frames = range(to.get(), count);
+            Self::pages(Location::caller(), frames, "copy tags to", |lab, _| {
+                each(frames).for_each(|pfn| {
+                    lab.world.frame_mut(pfn).tags = lab.world.frame_mut(from.offset(pfn.since(to))).tags;
+                });
+            });
+        }
+    }
+
+    #[track_caller]
+    fn load_tags(&self, frame: Pfn) -> Tags {
+        if !self.features().tags {
+            return Tags::ZERO;
+        }
+        step(page_key(frame), false, Location::caller());
+        with(|lab| lab.world.frame_mut(frame).tags)
+    }
+
+    #[track_caller]
+    fn store_tags(&self, frame: Pfn, tags: &Tags) {
+        if self.features().tags {
+            Self::pages(Location::caller(), PfnRange::single(frame), "store tags of", |lab, _| {
+                lab.world.frame_mut(frame).tags = *tags;
+            });
+        }
     }
 
     #[track_caller]

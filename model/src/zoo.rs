@@ -49,7 +49,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 29] = {
+pub const ZOO: [Exhibit; 32] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv9, Inv11, Inv13, Inv14, Inv15,
         Maintenance, Panic, Slots,
@@ -152,6 +152,9 @@ pub const ZOO: [Exhibit; 29] = {
             &[Inv11, Inv15],
             "a write goes through a shared node, and relatives see it"
         ),
+        exhibit!("Z-E2", ZE2, "tags-touch.toml", &[Inv1], "a page is there before its tags are cleared"),
+        exhibit!("Z-E3", ZE3, "tags-block.toml", &[Inv1], "of a block, only the first page's tags are cleared"),
+        exhibit!("Z-E5", ZE5, "tags-fork.toml", &[Inv1], "a copy has the bytes and not the tags"),
         exhibit!("Z-X1", ZX1, "block-edge.toml", &[Inv5, Inv3], "a block reaches beyond its slot"),
         exhibit!("Z-X2", ZX2, "read-only-slot.toml", &[Inv13, Inv11, Forbidden], "a read-only slot is mapped writable"),
     ]

@@ -54,6 +54,8 @@ mod out_tests;
 #[cfg(test)]
 mod stored_tests;
 #[cfg(test)]
+mod tag_tests;
+#[cfg(test)]
 mod tests;
 
 use alloc::boxed::Box;

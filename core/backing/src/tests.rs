@@ -43,7 +43,7 @@ impl Host {
     }
 
     pub(crate) fn anonymous(&self, frames: u64, policy: Policy) -> ObjectHandle {
-        self.objects.create(&self.supply(0), Spec::Anonymous { frames, policy }).unwrap()
+        self.objects.create(&self.supply(0), Spec::anonymous(frames, policy)).unwrap()
     }
 
     pub(crate) fn on<T>(&self, handle: ObjectHandle, act: impl FnOnce(&Object, &Supply<'_, FlatMachine>) -> T) -> T {
@@ -141,7 +141,7 @@ fn memory_that_runs_out_anywhere_leaves_exact_counts() {
     for policy in [Policy::Pages, Policy::Blocks] {
         for frames in 0..40 {
             let host = Host::new(frames);
-            let Ok(handle) = host.objects.create(&host.supply(0), Spec::Anonymous { frames: 1 << 28, policy }) else {
+            let Ok(handle) = host.objects.create(&host.supply(0), Spec::anonymous(1 << 28, policy)) else {
                 assert_eq!((frames, host.pool.free_frames()), (0, 0), "only the root's frame can be missing");
                 continue;
             };
@@ -356,8 +356,8 @@ fn rom_is_read_and_never_written() {
 fn bad_specs_name_field_value_and_rule() {
     let host = Host::new(8);
     let say = |spec| host.objects.create(&host.supply(0), spec).unwrap_err().to_string();
-    assert_eq!(say(Spec::Anonymous { frames: 0, policy: Policy::Pages }), "frames 0x0: must be 1 to 0x1000000000");
-    let too_large = Spec::Anonymous { frames: (1 << 36) + 1, policy: Policy::Pages };
+    assert_eq!(say(Spec::anonymous(0, Policy::Pages)), "frames 0x0: must be 1 to 0x1000000000");
+    let too_large = Spec::anonymous((1 << 36) + 1, Policy::Pages);
     assert_eq!(say(too_large), "frames 0x1000000001: must be 1 to 0x1000000000");
     let beyond = Spec::Device { first: Pfn::new((1 << 36) - 1), frames: 2 };
     assert!(say(beyond).contains("must end by frame 0x1000000000"));
@@ -373,7 +373,7 @@ fn bad_specs_name_field_value_and_rule() {
 #[test]
 fn places_are_used_again_and_old_handles_name_nothing() {
     let host = Host::new(8);
-    let spec = Spec::Anonymous { frames: 1, policy: Policy::Pages };
+    let spec = Spec::anonymous(1, Policy::Pages);
     let all: Vec<_> = (0..8).map(|_| host.objects.create(&host.supply(0), spec).unwrap()).collect();
     assert_eq!(host.objects.create(&host.supply(0), spec), Err(CreateError::TableFull { capacity: 8 }));
     host.destroy(all[2]);

@@ -128,11 +128,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let held = request.size != 0 && self.host.objects.hold(handle).is_ok();
         let shape = {
             let pin = self.host.epoch.pin(cpu);
-            self.host
-                .objects
-                .get(&pin, handle)
-                .filter(|_| held)
-                .map(|object| ObjectShape { frames: object.frames(), private: false })
+            match self.host.objects.get(&pin, handle).filter(|_| held) {
+                Some(object) if self.options.tags && !object.make_tags_valid(&self.host.machine) => {
+                    self.release(handle);
+                    return Err(SlotError::NoTags { object: request.object });
+                }
+                object => object.map(|object| ObjectShape { frames: object.frames(), private: false }),
+            }
         };
         let _logs = self.logs.owner();
         while self.notifier.is_active() {

@@ -59,6 +59,8 @@ mod discard_tests;
 #[cfg(test)]
 mod fork_tests;
 #[cfg(test)]
+mod tag_tests;
+#[cfg(test)]
 mod tests;
 
 pub use absent::Absent;

@@ -77,7 +77,7 @@ mod tests {
     use proptest::prelude::*;
 
     const COHERENT: Features =
-        Features { forced_write_back: true, coherent_icache: true, physical_bits: 48, vmid_bits: 16 };
+        Features { forced_write_back: true, coherent_icache: true, physical_bits: 48, vmid_bits: 16, tags: false };
 
     fn slot(base: u64, count: u64, offset: u64) -> Slot {
         Slot { id: 0, base: Gfn::new(base), count, object: ObjectId::new(0), offset, flags: SlotFlags::empty() }

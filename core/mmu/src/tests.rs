@@ -18,7 +18,7 @@ use crate::{Abort, CopyError, Host, Maintenance, Options, Outcome, ReadOnlyIvac,
 pub(crate) const CPU: usize = 0;
 pub(crate) const RAM: u64 = 0x4000_0000;
 pub(crate) const OPTIONS: Options =
-    Options { ipa_bits: 40, slots: 8, largest: PageSize::Size1G, read_only_ivac: ReadOnlyIvac::Abort };
+    Options { ipa_bits: 40, slots: 8, largest: PageSize::Size1G, read_only_ivac: ReadOnlyIvac::Abort, tags: false };
 
 pub(crate) type TestVm<'h> = Vm<'h, FlatMachine, Stage2>;
 
@@ -27,7 +27,7 @@ pub(crate) fn host_with(frames: u64, features: Features) -> Host<FlatMachine> {
 }
 
 /// Of `frames` frames the last `rom` are not the pool's.
-fn host_beside_rom(frames: u64, rom: u64, features: Features) -> Host<FlatMachine> {
+pub(crate) fn host_beside_rom(frames: u64, rom: u64, features: Features) -> Host<FlatMachine> {
     let first = Pfn::new(0x8_0000);
     let meta: Box<[FrameMeta]> = (0..frames).map(|_| FrameMeta::new()).collect();
     let pool = FramePool::new(first, meta, 4).unwrap();
@@ -37,7 +37,7 @@ fn host_beside_rom(frames: u64, rom: u64, features: Features) -> Host<FlatMachin
 }
 
 pub(crate) fn coherent() -> Features {
-    Features { forced_write_back: true, coherent_icache: true, physical_bits: 44, vmid_bits: 16 }
+    Features { forced_write_back: true, coherent_icache: true, physical_bits: 44, vmid_bits: 16, tags: false }
 }
 
 pub(crate) fn host(frames: u64) -> Host<FlatMachine> {
@@ -54,7 +54,7 @@ fn host_fwb(host: &Host<FlatMachine>) -> bool {
 }
 
 pub(crate) fn memory(host: &Host<FlatMachine>, frames: u64, policy: Policy) -> ObjectHandle {
-    host.objects.create(&host.supply(CPU), Spec::Anonymous { frames, policy }).unwrap()
+    host.objects.create(&host.supply(CPU), Spec::anonymous(frames, policy)).unwrap()
 }
 
 pub(crate) fn slot(id: u32, base: u64, frames: u64, object: ObjectHandle, flags: SlotFlags) -> SlotRequest {

@@ -21,6 +21,8 @@ pub struct Options {
     pub largest: PageSize,
     /// What DC IVAC does to read-only memory.
     pub read_only_ivac: ReadOnlyIvac,
+    /// Its guest may use allocation tags: its memory must have valid ones.
+    pub tags: bool,
 }
 
 /// The memory of one virtual machine.

@@ -74,6 +74,11 @@ pub enum SlotError {
         /// The flags of the request.
         flags: SlotFlags,
     },
+    /// A machine that has memory tagging shows only objects that have allocation tags.
+    NoTags {
+        /// The object.
+        object: ObjectId,
+    },
     /// Size 0 means delete, and there is nothing to delete.
     Absent {
         /// The slot's number.
@@ -145,6 +150,9 @@ impl fmt::Display for SlotError {
             }
             Self::PrivateObject { flags } => {
                 write!(f, "flags {:#x}: a private object supports neither read-only nor dirty logging", flags.bits())
+            }
+            Self::NoTags { object } => {
+                write!(f, "object {:#x}: a machine with memory tagging shows only memory that has tags", object.get())
             }
             Self::Absent { id } => write!(f, "size 0: slot {id} must exist to be deleted"),
             Self::Immutable { field, old, new } => {

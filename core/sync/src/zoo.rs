@@ -44,6 +44,12 @@ pub enum Bug {
     ZB5,
     /// Z-B6: the ring of coalesced writes computes its distances modulo 2^32.
     ZB6,
+    /// Z-E2: a page is there before its tags are cleared.
+    ZE2,
+    /// Z-E3: of a block, only the first page's tags are cleared.
+    ZE3,
+    /// Z-E5: a copy has the bytes and not the tags.
+    ZE5,
     /// Z-G1: a write goes through a shared node without copying the path.
     ZG1,
     /// Z-G2: the difference of two relatives passes over what was written in one part of a shared block.

@@ -12,8 +12,8 @@ impl Subject<'_> {
     pub(super) fn mistake(&mut self, input: &mut Input<'_>) -> Result<(), String> {
         let (host, pool) = (self.host, &self.host.pool);
         let specs = [
-            Spec::Anonymous { frames: 0, policy: Policy::Pages },
-            Spec::Anonymous { frames: u64::MAX, policy: Policy::Blocks },
+            Spec::anonymous(0, Policy::Pages),
+            Spec::anonymous(u64::MAX, Policy::Blocks),
             Spec::Device { first: FIRST, frames: 4 },
             Spec::Device { first: Pfn::new(0x900), frames: 0 },
             Spec::Rom { first: FIRST, frames: 1, owned: false },

@@ -92,7 +92,7 @@ impl Overlay {
         }
         let host = host::get();
         let frames = (self.image.len() as u64).div_ceil(PAGE_SIZE);
-        let spec = Spec::Anonymous { frames, policy: Policy::Pages };
+        let spec = Spec::anonymous(frames, Policy::Pages);
         let handle = host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| match error {
             CreateError::OutOfMemory => DiskError::OutOfMemory,
             _ => DiskError::Io,

@@ -127,6 +127,7 @@ impl<'h> Stage<'h> {
                 slots: 8,
                 largest: PageSize::Size1G,
                 read_only_ivac: scenario.policy.read_only_ivac.into(),
+                tags: machine.tags,
             };
             let vm = Vm::new(host, 0, Stage2 { fwb: machine.fwb }, options).expect("frames for the scenario's tables");
             let (level, root) = (vm.table().geometry().root_level(), vm.table().root());
@@ -317,7 +318,11 @@ fn create(host: &LabHost, object: &Object, rom: &mut u64) -> ObjectHandle {
             }
             Spec::Rom { first, frames, owned: false }
         }
-        (_, None) => Spec::Anonymous { frames, policy: if object.blocks { Policy::Blocks } else { Policy::Pages } },
+        (_, None) => Spec::Anonymous {
+            frames,
+            policy: if object.blocks { Policy::Blocks } else { Policy::Pages },
+            tagged: host.features().tags,
+        },
     };
     host.objects.create(&host.supply(0), spec).expect("frames for the scenario's objects")
 }

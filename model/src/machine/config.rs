@@ -14,6 +14,8 @@ pub struct Config {
     pub fwb: bool,
     /// CTR_EL0.DIC.
     pub dic: bool,
+    /// FEAT_MTE2.
+    pub tags: bool,
     /// Bits of a VMID. 8 and 16 exist; a model may have as few as 6, so that rollover is near.
     pub vmid_bits: u8,
     /// Bits of a physical address.
@@ -26,7 +28,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { fwb: false, dic: true, vmid_bits: 8, physical_bits: 44, ipa_bits: 36, frames: 48 }
+        Self { fwb: false, dic: true, tags: false, vmid_bits: 8, physical_bits: 44, ipa_bits: 36, frames: 48 }
     }
 }
 
@@ -38,6 +40,7 @@ impl Config {
             coherent_icache: self.dic,
             physical_bits: self.physical_bits,
             vmid_bits: self.vmid_bits,
+            tags: self.tags,
         }
     }
 }

@@ -19,6 +19,8 @@
 //! Known holes: lines are pages, so false sharing inside a page is not seen; speculative fills of pages that only the
 //! guest maps are not told apart from the hypervisor's own.
 
+use entresol_machine::Tags;
+
 use super::content::Content;
 
 /// Decides among `n` possibilities of the hardware; 0 is the stalest.
@@ -29,6 +31,9 @@ const REMEMBERED: usize = 4;
 
 /// What freed and never used frames hold.
 pub const POISON: u64 = 0xdead_f4ee_dead_f4ee;
+
+/// The tags that freed and never used frames have.
+pub const POISON_TAGS: Tags = Tags([0xdead_f4ee_dead_f4ee; Tags::WORDS]);
 
 /// One frame.
 #[derive(Debug)]
@@ -42,6 +47,8 @@ pub struct Frame {
     /// Counts stores of any kind: what an exclusive access watches.
     stores: u64,
     stale_code: Vec<Content>,
+    /// Its allocation tags, coherent for every observer.
+    pub tags: Tags,
     /// A guest could execute it at some time.
     pub executable: bool,
     /// When the hypervisor last wrote it.
@@ -79,6 +86,7 @@ impl Frame {
             changes: 0,
             stores: 0,
             stale_code: Vec::new(),
+            tags: POISON_TAGS,
             executable: false,
             host_written: 0,
             icache_clean: 0,
@@ -246,6 +254,7 @@ impl Frame {
         self.changes += 1;
         self.stores += 1;
         self.taken = false;
+        self.tags = POISON_TAGS;
         self.table = None;
     }
 

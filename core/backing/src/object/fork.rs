@@ -120,10 +120,10 @@ impl Objects {
         handle: ObjectHandle,
     ) -> Result<ObjectHandle, ForkError> {
         let object = self.held(handle)?;
-        let (kind, frames) = (object.kind(), object.frames());
+        let (kind, frames, tagged) = (object.kind(), object.frames(), object.is_tagged());
         self.let_go(handle);
         let Kind::Anonymous(policy) = kind else { return Err(ForkError::Kind { kind }) };
-        self.create(supply, Spec::Anonymous { frames, policy }).map_err(ForkError::Create)
+        self.create(supply, Spec::Anonymous { frames, policy, tagged }).map_err(ForkError::Create)
     }
 
     /// The object, held.
@@ -151,7 +151,8 @@ impl Frozen<'_> {
     /// [`ForkError::Unknown`], [`ForkError::Shape`]; nothing changed.
     pub fn share_with<M: Machine>(&self, supply: &Supply<'_, M>, child: ObjectHandle) -> Result<(), ForkError> {
         let object = self.objects.held(child)?;
-        let alike = (object.kind(), object.frames()) == (self.object.kind(), self.object.frames());
+        let shape = |object: &Object| (object.kind(), object.frames(), object.is_tagged());
+        let alike = shape(object) == shape(self.object);
         let fits = alike && object.tree.is_untouched();
         if fits {
             object.tree.adopt(supply, &self.object.tree);

@@ -47,6 +47,8 @@ pub enum Spec {
         frames: u64,
         /// What it is made of.
         policy: Policy,
+        /// Its frames have allocation tags, cleared like its bytes: for guests that may use them.
+        tagged: bool,
     },
     /// Machine addresses that are not memory.
     Device {
@@ -64,6 +66,13 @@ pub enum Spec {
         /// Whether the frames become the pool's when the object is destroyed.
         owned: bool,
     },
+}
+
+impl Spec {
+    /// Plain anonymous memory.
+    pub const fn anonymous(frames: u64, policy: Policy) -> Self {
+        Self::Anonymous { frames, policy, tagged: false }
+    }
 }
 
 /// What kind of object one is.
@@ -136,8 +145,8 @@ impl Object {
     /// Becomes what `spec`, which was checked, says. Nobody reaches it.
     fn make<M: Machine>(&self, supply: &Supply<'_, M>, spec: Spec) -> Result<(), OutOfMemory> {
         let (kind, first, frames) = match spec {
-            Spec::Anonymous { frames, policy } => {
-                self.tree.make(supply, frames, policy)?;
+            Spec::Anonymous { frames, policy, tagged } => {
+                self.tree.make(supply, frames, policy, tagged)?;
                 (Kind::Anonymous(policy), Pfn::new(0), frames)
             }
             Spec::Device { first, frames } => (Kind::Device, first, frames),
@@ -171,6 +180,25 @@ impl Object {
     #[inline]
     pub fn frames(&self) -> u64 {
         self.frames.load(Ordering::Relaxed)
+    }
+
+    /// Whether its frames have valid allocation tags: anonymous memory that was made so.
+    pub fn is_tagged(&self) -> bool {
+        matches!(self.kind(), Kind::Anonymous(_)) && self.tree.is_tagged()
+    }
+
+    /// Makes sure that a guest which may use allocation tags finds valid ones in whatever of this object is mapped as
+    /// memory, and says whether it does: those of read-only memory, which nobody changes, are cleared here.
+    pub fn make_tags_valid<M: Machine>(&self, machine: &M) -> bool {
+        match self.kind() {
+            Kind::Anonymous(_) => self.is_tagged(),
+            Kind::Rom { .. } => {
+                machine.clear_tags(self.fixed());
+                true
+            }
+            // Mapped as a device: it has no tags to be used.
+            Kind::Device => true,
+        }
     }
 
     /// Frames of content that it has in memory. 0 for devices and ROM. Of an object that shares stored pages with relatives,

@@ -225,7 +225,8 @@ impl FramePool {
             return Ok(Pfn::new(made - 1));
         }
         let pfn = self.take(cpu, Order::PAGE)?;
-        machine.zero(PfnRange::single(pfn));
+        // A guest with tags may be shown it too.
+        machine.zero_tagged(PfnRange::single(pfn));
         match self.shared.zero.compare_exchange(0, pfn.get() + 1, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => {
                 self.total.fetch_sub(1, Ordering::Relaxed);

@@ -57,6 +57,7 @@ impl Tree {
         let root = entry::frame(other.root.load(Ordering::Acquire));
         supply.pool.share(root);
         self.forked.store(true, Ordering::Relaxed);
+        self.tagged.store(other.is_tagged(), Ordering::Relaxed);
         self.resident.store(other.resident.load(Ordering::Relaxed), Ordering::Relaxed);
         self.stored.store(other.stored.load(Ordering::Relaxed), Ordering::Relaxed);
         self.nodes.store(other.nodes.load(Ordering::Relaxed), Ordering::Relaxed);

@@ -42,6 +42,13 @@
 //! shared word ([`stored`]): one exchange, from exactly what was there, by a caller that is pinned. All who copy or take away
 //! words count with that: they look again after they have counted, or take the word by an exchange.
 //!
+//! # Tags
+//!
+//! Where a guest may use allocation tags, every frame that its tree reads has valid ones: cleared with the bytes and copied
+//! with them, in the same step, before the word that names the frame says so. The word is the frame's state: `Filling`
+//! and copying are "being initialised", what names the frame is "tagged". So no frame needs a mark of its own, and a tree
+//! without tags pays nothing.
+//!
 //! Invariants: INV-7, INV-11 (zeroed before stored; the store is a release; what is shared is never written again). Nodes
 //! of the tree's own part never go away before the object does, and shared ones only after a grace period, so a pinned
 //! walker needs no lock. A walk is at most four words.
@@ -57,7 +64,7 @@ mod structure;
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use entresol_sync::tally;
+use entresol_sync::{planted, tally};
 pub(crate) use entry::Entry;
 use entry::{CLEAN, SHARED};
 pub use merge::{Merged, Offered, Span, Standing};
@@ -92,6 +99,8 @@ pub(crate) struct Tree {
     copies_blocks: AtomicBool,
     /// Whether it shares, or ever did.
     forked: AtomicBool,
+    /// Whether its frames have valid allocation tags.
+    tagged: AtomicBool,
     /// Pages of content that the tree reads.
     resident: tally::AtomicU64,
     /// Frames of nodes that the tree reaches.
@@ -171,6 +180,7 @@ impl Tree {
             blocks_below: AtomicU64::new(0),
             copies_blocks: AtomicBool::new(false),
             forked: AtomicBool::new(false),
+            tagged: AtomicBool::new(false),
             resident: tally::AtomicU64::new(0),
             nodes: tally::AtomicU64::new(0),
             stored: tally::AtomicU64::new(0),
@@ -183,6 +193,7 @@ impl Tree {
         supply: &Supply<'_, M>,
         frames: u64,
         policy: Policy,
+        tagged: bool,
     ) -> Result<(), OutOfMemory> {
         let root = self.new_node(supply)?;
         let blocks_below = match policy {
@@ -193,6 +204,7 @@ impl Tree {
         self.copies_blocks.store(policy == Policy::WholeBlocks, Ordering::Relaxed);
         self.forked.store(false, Ordering::Relaxed);
         self.stored.store(0, Ordering::Relaxed);
+        self.tagged.store(tagged, Ordering::Relaxed);
         self.levels.store(levels(frames, policy), Ordering::Relaxed);
         self.blocks_below.store(blocks_below, Ordering::Relaxed);
         Ok(())
@@ -356,14 +368,34 @@ impl Tree {
         claimed.map(drop).map_err(|_| GrantError::Busy)
     }
 
+    /// Makes frames that nobody can reach what untouched memory reads as: bytes, and tags where it has some.
+    fn clear<M: Machine>(&self, supply: &Supply<'_, M>, frames: PfnRange) {
+        if !self.is_tagged() | planted!(ZE2) {
+            supply.machine.zero(frames);
+        } else if planted!(ZE3) {
+            supply.machine.zero(frames);
+            supply.machine.clear_tags(PfnRange::single(frames.start()));
+        } else {
+            supply.machine.zero_tagged(frames);
+        }
+    }
+
+    /// Whether its frames have valid allocation tags.
+    pub(crate) fn is_tagged(&self) -> bool {
+        self.tagged.load(Ordering::Relaxed)
+    }
+
     fn fill_page<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, frame: u64) -> Result<Grant, GrantError> {
         self.claim(supply, word)?;
         let pfn = supply.pool.take(supply.cpu, Order::PAGE).inspect_err(|_| {
             supply.machine.store(word, Entry::Vacant.encode());
         })?;
-        supply.machine.zero(PfnRange::single(pfn));
+        self.clear(supply, PfnRange::single(pfn));
         self.resident.fetch_add(1, Ordering::Relaxed);
         supply.machine.store(word, Entry::Page(pfn).encode());
+        if planted!(ZE2) && self.is_tagged() {
+            supply.machine.clear_tags(PfnRange::single(pfn));
+        }
         Ok(page(pfn, frame, true, true))
     }
 
@@ -371,7 +403,7 @@ impl Tree {
     fn fill_block<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, frame: u64) -> Result<Filled, GrantError> {
         self.claim(supply, word)?;
         if let Some(pfn) = supply.pool.take_at_hand(Order::BLOCK) {
-            supply.machine.zero(PfnRange::block(pfn, PageSize::Size2M));
+            self.clear(supply, PfnRange::block(pfn, PageSize::Size2M));
             self.resident.fetch_add(BLOCK_FRAMES, Ordering::Relaxed);
             supply.machine.store(word, Entry::Block(pfn).encode());
             return Ok(Filled::Content(block(pfn, frame, true, true)));

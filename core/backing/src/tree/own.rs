@@ -66,7 +66,7 @@ impl Tree {
             supply.pool.give(supply.cpu, to, Order::PAGE);
             return Ok(Ahead::NONE);
         }
-        copy_content(supply, PfnRange::single(from), to);
+        self.copy_content(supply, PfnRange::single(from), to);
         Ok(Ahead(Some(Copied { from, to })))
     }
 
@@ -157,7 +157,7 @@ impl Tree {
             None => {
                 let copy = supply.pool.take(supply.cpu, Order::PAGE);
                 let copy = copy.inspect_err(|_| supply.machine.store(word, raw))?;
-                copy_content(supply, PfnRange::single(pfn), copy);
+                self.copy_content(supply, PfnRange::single(pfn), copy);
                 copy
             }
         };
@@ -183,7 +183,7 @@ impl Tree {
             supply.machine.store(word, raw);
             return self.break_block(supply, word, raw, pfn).map(|()| None);
         };
-        copy_content(supply, PfnRange::block(pfn, PageSize::Size2M), copy);
+        self.copy_content(supply, PfnRange::block(pfn, PageSize::Size2M), copy);
         supply.machine.store(word, Entry::Block(copy).encode());
         supply.pool.release_block(pfn);
         Ok(Some(block(copy, frame, true, false)))
@@ -207,6 +207,19 @@ impl Tree {
         self.nodes.fetch_add(1, Ordering::Relaxed);
         supply.machine.store(word, Entry::Node(node).encode());
         Ok(())
+    }
+
+    /// Copies frames that nobody writes, tags with them. Without forced write-back the guest may have written them past the
+    /// caches, and a cache may have a line from before.
+    fn copy_content<M: Machine>(&self, supply: &Supply<'_, M>, from: PfnRange, to: Pfn) {
+        if !supply.machine.features().forced_write_back {
+            supply.machine.clean_invalidate_to_poc(from);
+            supply.machine.complete();
+        }
+        supply.machine.copy(from.start(), to, from.count());
+        if self.is_tagged() && !planted!(ZE5) {
+            supply.machine.copy_tags(from.start(), to, from.count());
+        }
     }
 }
 
@@ -255,16 +268,6 @@ fn retained<M: Machine>(supply: &Supply<'_, M>, word: Word) -> u64 {
             let_go(supply, raw);
         }
     }
-}
-
-/// Copies frames that nobody writes. Without forced write-back the guest may have written them past the caches, and a
-/// cache may have a line from before.
-fn copy_content<M: Machine>(supply: &Supply<'_, M>, from: PfnRange, to: Pfn) {
-    if !supply.machine.features().forced_write_back {
-        supply.machine.clean_invalidate_to_poc(from);
-        supply.machine.complete();
-    }
-    supply.machine.copy(from.start(), to, from.count());
 }
 
 /// Gives back the reference of a word that is gone.

@@ -60,6 +60,7 @@ impl GreedyTlb {
                     self.links.retain(|_, link| !(link.lingers && link.flushing));
                 }
                 Event::Copy(..) | Event::Clean(_) | Event::Icache(_) => {}
+                Event::ClearTags(_) | Event::CopyTags(..) => {}
                 Event::UnmapOwn(_) | Event::MapOwn(_) | Event::Window(_) => {}
             }
         }

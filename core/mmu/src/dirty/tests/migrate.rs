@@ -13,7 +13,7 @@ use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::{FrameMeta, FramePool, Objects, Policy, Spec};
 use entresol_machine::flat::FlatMachine;
 use entresol_machine::model::{Model, Modelled};
-use entresol_machine::{Features, TlbOp, Word};
+use entresol_machine::{Features, Tags, TlbOp, Word};
 use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
 
 use super::*;
@@ -48,6 +48,18 @@ impl Model for Waiting {
     }
     fn copy(&self, from: Pfn, to: Pfn, count: u64) {
         self.flat.copy(from, to, count);
+    }
+    fn clear_tags(&self, frames: PfnRange) {
+        self.flat.clear_tags(frames);
+    }
+    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64) {
+        self.flat.copy_tags(from, to, count);
+    }
+    fn load_tags(&self, frame: Pfn) -> Tags {
+        self.flat.load_tags(frame)
+    }
+    fn store_tags(&self, frame: Pfn, tags: &Tags) {
+        self.flat.store_tags(frame, tags);
     }
     fn read(&self, from: Hpa, to: &mut [u8]) {
         self.flat.read(from, to);
@@ -176,7 +188,7 @@ fn device(vm: &WaitingVm<'_>, cpu: usize, stop: &AtomicBool) {
 fn migrate(by: By, policy: Policy) {
     let host = host(4096);
     let vm = Vm::new(&host, CPU, Stage2 { fwb: true }, OPTIONS).unwrap();
-    let object = host.objects.create(&host.supply(CPU), Spec::Anonymous { frames: PAGES_OF_SLOT, policy }).unwrap();
+    let object = host.objects.create(&host.supply(CPU), Spec::anonymous(PAGES_OF_SLOT, policy)).unwrap();
     let set = |flags: SlotFlags| {
         let (base, size) = (Gpa::new(RAM), PAGES_OF_SLOT * PAGE_SIZE);
         let object = ObjectId::new(object.raw());

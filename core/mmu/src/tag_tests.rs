@@ -1,0 +1,75 @@
+//! Which objects a machine with memory tagging shows, and what its guest finds there.
+
+use entresol_addr::{PAGE_SIZE, Pfn};
+use entresol_backing::{ObjectHandle, Policy, Spec};
+use entresol_fault::Access;
+use entresol_machine::flat::FlatMachine;
+use entresol_machine::{Features, Machine, Tags};
+use entresol_slot::{SlotError, SlotFlags};
+use entresol_table::{Entry, Memory};
+
+use crate::tests::{CPU, OPTIONS, RAM, TestVm, coherent, host_beside_rom, memory, slot, touch};
+use crate::{Host, Options, Outcome, Vm};
+use entresol_arch_arm64::stage2::Stage2;
+
+/// Frames of the machine, and those of them that are no pool's.
+const FRAMES: u64 = 2048;
+const ROM: u64 = 4;
+
+fn host() -> Host<FlatMachine> {
+    host_beside_rom(FRAMES, ROM, Features { tags: true, ..coherent() })
+}
+
+fn vm<'h>(host: &'h Host<FlatMachine>) -> TestVm<'h> {
+    Vm::new(host, CPU, Stage2 { fwb: true }, Options { tags: true, ..OPTIONS }).unwrap()
+}
+
+fn object(host: &Host<FlatMachine>, spec: Spec) -> ObjectHandle {
+    host.objects.create(&host.supply(CPU), spec).unwrap()
+}
+
+/// How `gpa` is mapped.
+fn entry(vm: &TestVm<'_>, gpa: u64) -> Entry {
+    vm.table().walk(&vm.host().machine, entresol_addr::Gpa::new(gpa).frame()).unwrap().entry
+}
+
+#[test]
+fn memory_without_tags_is_refused_and_changes_nothing() {
+    let host = host();
+    let vm = vm(&host);
+    let plain = memory(&host, 8, Policy::Pages);
+    let request = slot(0, RAM, 8, plain, SlotFlags::empty());
+    let refused = vm.set_slot(CPU, &request).unwrap_err();
+    assert!(matches!(refused, SlotError::NoTags { object } if object == request.object));
+    assert!(std::format!("{refused}").contains("shows only memory that has tags"));
+    assert_eq!(touch(&vm, RAM, Access::Read), Outcome::Mmio, "there is no slot");
+    host.objects.destroy(&host.supply(CPU), &host.epoch, plain).expect("nobody holds it");
+}
+
+#[test]
+fn what_a_guest_can_reach_has_valid_tags() {
+    let host = host();
+    let vm = vm(&host);
+    let first = Pfn::new(0x8_0000 + FRAMES - ROM);
+    let rom = object(&host, Spec::Rom { first, frames: ROM, owned: false });
+    let ram = object(&host, Spec::Anonymous { frames: 600, policy: Policy::Blocks, tagged: true });
+    vm.set_slot(CPU, &slot(0, RAM, 600, ram, SlotFlags::empty())).unwrap();
+    vm.set_slot(CPU, &slot(1, 0, ROM, rom, SlotFlags::READ_ONLY)).unwrap();
+    for gpa in [0, 3 * PAGE_SIZE, RAM, RAM + 511 * PAGE_SIZE, RAM + 599 * PAGE_SIZE] {
+        assert_eq!(touch(&vm, gpa, Access::Read), Outcome::Resume);
+        let Entry::Leaf(leaf) = entry(&vm, gpa) else { panic!("{gpa:#x} is mapped") };
+        for offset in 0..leaf.size.frames() {
+            assert_eq!(host.machine.load_tags(leaf.pfn.offset(offset)), Tags::ZERO, "{gpa:#x} and {offset} frames on");
+        }
+    }
+}
+
+#[test]
+fn registers_are_a_device_and_have_none() {
+    let host = host();
+    let vm = vm(&host);
+    let device = object(&host, Spec::Device { first: Pfn::new(0x900), frames: 1 });
+    vm.set_slot(CPU, &slot(0, RAM, 1, device, SlotFlags::empty())).unwrap();
+    assert_eq!(touch(&vm, RAM, Access::Write), Outcome::Resume);
+    assert!(matches!(entry(&vm, RAM), Entry::Leaf(leaf) if leaf.memory == Memory::Device));
+}

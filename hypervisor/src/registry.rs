@@ -91,7 +91,7 @@ fn media(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Result<Med
     for disk in &config.disks {
         disks.push(Overlay::new(image(disk.file), disk.read_only));
     }
-    let flash = config.flash.map(|file| FlashMemory::new(image(file))).transpose()?;
+    let flash = config.flash.map(|file| FlashMemory::new(image(file), config.mte)).transpose()?;
     Ok(Media { disks, flash })
 }
 

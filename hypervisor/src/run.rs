@@ -138,6 +138,10 @@ fn load(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
     exit::toggles::resume(vcpu, state);
     // SAFETY: no guest runs on this CPU, and this state's vCPU is entered next.
     unsafe { state.el1.load() };
+    if vm.config.mte {
+        // SAFETY: as above; no virtual machine has this without the CPU.
+        unsafe { state.tags.load() };
+    }
     traps::trap_fp(false);
     state.fp.load();
     exit::interrupts::load(state);
@@ -149,6 +153,9 @@ fn put(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
     exit::timers::put(vcpu, state);
     exit::interrupts::save(vcpu, state);
     state.fp.save();
+    if vcpu.vm.config.mte {
+        state.tags.save();
+    }
     state.el1.save();
     vcpu.vm.put_tables(cpu);
 }

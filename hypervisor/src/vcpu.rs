@@ -15,7 +15,7 @@ use entresol_arch_arm64::policy::MDSCR_GUEST;
 use entresol_arch_arm64::syndrome;
 use entresol_devices::gic::ListRegisters;
 use entresol_metal_arm64::switch::gic::{self, GicState};
-use entresol_metal_arm64::switch::{El1State, FpState, Registers, TimerState};
+use entresol_metal_arm64::switch::{El1State, FpState, Registers, TagState, TimerState};
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU64, Ordering};
@@ -47,6 +47,8 @@ pub struct State {
     pub el1: El1State,
     /// SIMD and floating point.
     pub fp: FpState,
+    /// Memory tagging, where its virtual machine has it.
+    pub tags: TagState,
     /// List registers and the rest of the virtual CPU interface.
     pub gic: ListRegisters,
     /// The same as the hardware takes it, with the active priorities.
@@ -99,6 +101,7 @@ impl Vcpu {
             regs: Registers::ZERO,
             el1: El1State::reset(Affinity::of_vcpu(index).fields()),
             fp: FpState::ZERO,
+            tags: TagState::RESET,
             gic: ListRegisters::new(gic::list_registers() as u64 - 1),
             interface: GicState::RESET,
             timer: TimerState::default(),
@@ -117,6 +120,7 @@ impl Vcpu {
             regs: state.regs.clone(),
             el1: state.el1.clone(),
             fp: state.fp.clone(),
+            tags: state.tags,
             gic: state.gic.clone(),
             interface: state.interface.clone(),
             timer: state.timer,
@@ -197,6 +201,7 @@ impl State {
     pub fn start(&mut self, boot: Boot) {
         self.el1 = El1State::reset(self.el1.vmpidr);
         self.fp = FpState::ZERO;
+        self.tags = TagState::RESET;
         self.timer = TimerState { offset: self.timer.offset, ..TimerState::default() };
         self.physical_timer = PhysicalTimer::default();
         self.watched = false;

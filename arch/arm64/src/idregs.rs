@@ -5,7 +5,7 @@
 //! has a row and a rule, or it reads as zero; a value newer than its row knows is cut down to the newest known one.
 //!
 //! Sources: Arm DDI 0487 D24.2 for each register; D23.3.1 for what an unnamed encoding reads as. Withheld on purpose: EL2,
-//! EL3, Secure and Realm state; RAS, MPAM, AMU, SVE, SME, MTE, GCS, NMI, THE; performance monitors, SPE, trace, BRBE;
+//! EL3, Secure and Realm state; RAS, MPAM, AMU, SVE, SME, GCS, NMI, THE; performance monitors, SPE, trace, BRBE;
 //! TME, LS64, 128-bit registers; FGT, ECV, LORegions, nested virtualisation, everything of ID_AA64MMFR3 and MMFR4 (it comes
 //! with registers of EL1 that nobody switches), SCXTNUM (CSV2 at most 1).
 //!
@@ -27,6 +27,8 @@ pub struct VmFeatures {
     pub pointer_auth: bool,
     /// HCRX_EL2.MSCEn is 1: memory copy and set instructions.
     pub memory_copy: bool,
+    /// HCR_EL2.ATA is 1, the registers of memory tagging are switched, and its memory has valid tags.
+    pub tags: bool,
 }
 
 /// How a field of the machine becomes the guest's.
@@ -42,6 +44,8 @@ enum Rule {
     El0,
     /// At most this, with `pointer_auth`; else 0.
     PointerAuth(u64),
+    /// At most this, with `tags`; else 0.
+    Tags(u64),
     /// At most this, with `memory_copy`; else 0.
     MemoryCopy(u64),
     /// The largest encoding of at most `physical_bits`.
@@ -63,7 +67,7 @@ impl Field {
     }
 }
 
-use Rule::{Cap, El0, Fixed, MemoryCopy, Pass, PhysicalRange, PointerAuth};
+use Rule::{Cap, El0, Fixed, MemoryCopy, Pass, PhysicalRange, PointerAuth, Tags};
 
 const fn f(name: &'static str, shift: u32, rule: Rule) -> Field {
     Field { name, shift, width: 4, rule }
@@ -84,7 +88,13 @@ const AA64PFR0: &[Field] = &[
     f("CSV3", 60, Cap(1)),
 ];
 
-const AA64PFR1: &[Field] = &[f("BT", 0, Cap(1)), f("SSBS", 4, Cap(2)), f("CSV2_frac", 32, Cap(1))];
+const AA64PFR1: &[Field] = &[
+    f("BT", 0, Cap(1)),
+    f("SSBS", 4, Cap(2)),
+    f("MTE", 8, Tags(3)),
+    f("CSV2_frac", 32, Cap(1)),
+    f("MTE_frac", 40, Tags(0xf)),
+];
 
 /// Armv8.0 debug with the fewest breakpoints and watchpoints that there can be: two each, one context-aware.
 const AA64DFR0: &[Field] = &[
@@ -273,6 +283,7 @@ const fn apply(rule: Rule, hardware: u64, vm: &VmFeatures) -> u64 {
         Fixed(value) => value,
         El0 => least(hardware, if vm.aarch32 { 2 } else { 1 }),
         PointerAuth(most) => least(hardware, if vm.pointer_auth { most } else { 0 }),
+        Tags(most) => least(hardware, if vm.tags { most } else { 0 }),
         MemoryCopy(most) => least(hardware, if vm.memory_copy { most } else { 0 }),
         PhysicalRange => least(hardware, physical_range(vm.physical_bits)),
     }
@@ -308,8 +319,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const VM: VmFeatures = VmFeatures { physical_bits: 40, aarch32: true, pointer_auth: true, memory_copy: false };
-    const BARE: VmFeatures = VmFeatures { physical_bits: 40, aarch32: false, pointer_auth: false, memory_copy: false };
+    const VM: VmFeatures =
+        VmFeatures { physical_bits: 40, aarch32: true, pointer_auth: true, memory_copy: false, tags: false };
+    const BARE: VmFeatures =
+        VmFeatures { physical_bits: 40, aarch32: false, pointer_auth: false, memory_copy: false, tags: false };
 
     fn ids() -> impl Iterator<Item = SysReg> {
         (1..8).flat_map(|crm| (0..8).map(move |op2| SysReg::new(3, 0, 0, crm, op2)))
@@ -326,7 +339,7 @@ mod tests {
             for field in fields(reg).iter().chain(fields32(reg)) {
                 assert_eq!(seen & field.mask(), 0, "{reg} {}", field.name);
                 seen |= field.mask();
-                if let Cap(n) | Fixed(n) | PointerAuth(n) | MemoryCopy(n) = field.rule {
+                if let Cap(n) | Fixed(n) | PointerAuth(n) | MemoryCopy(n) | Tags(n) = field.rule {
                     assert!(n <= 0xf, "{reg} {}", field.name);
                 }
             }
@@ -399,6 +412,11 @@ mod tests {
         assert_eq!((field(isar2, 8), field(isar2, 12), field(isar2, 16), field(isar2, 24)), (0, 0, 0, 0));
         assert_eq!(sanitise(SysReg::ID_ISAR5_EL1, ones, &BARE), 0);
         assert_eq!(sanitise(SysReg::ID_ISAR5_EL1, ones, &VM), 0xffff_ffff);
+        let pfr1 = sanitise(SysReg::ID_AA64PFR1_EL1, 0x0300, &BARE);
+        assert_eq!((field(pfr1, 8), field(pfr1, 40)), (0, 0));
+        let tagging = VmFeatures { tags: true, ..VM };
+        assert_eq!(field(sanitise(SysReg::ID_AA64PFR1_EL1, 0x0300, &tagging), 8), 3);
+        assert_eq!(field(sanitise(SysReg::ID_AA64PFR1_EL1, 0x0200, &tagging), 8), 2);
         let moving = VmFeatures { memory_copy: true, ..VM };
         assert_eq!(field(sanitise(SysReg::ID_AA64ISAR2_EL1, ones, &moving), 16), 1);
     }

@@ -144,6 +144,9 @@ fn put_together(
     media: &Media,
     Inside { gic, vcpus: all, ram }: Inside,
 ) -> Result<Arc<Vm>, BuildError> {
+    if config.mte && !features::has(Feature::MTE) {
+        return Err(BuildError("mte = true: the machine's CPUs must have tag storage (FEAT_MTE2)".into()));
+    }
     let vcpus = all.len();
     let (gic, link) = (Arc::new(gic), Link::default());
     let devices = Devices::new(&link, &gic, terminal, media, config.balloon)?;
@@ -157,7 +160,7 @@ fn put_together(
         memory.destroy(cpu::index());
         return Err(error);
     }
-    let id_registers = id_registers(memory.ipa_bits());
+    let id_registers = id_registers(memory.ipa_bits(), config.mte);
     let vm = Arc::new(Vm {
         config: config.clone(),
         memory: ManuallyDrop::new(memory),
@@ -186,7 +189,8 @@ fn hcr(config: &config::Vm<FileIndex>) -> Hcr {
         CacheMaintenance::Direct => Hcr::empty(),
         CacheMaintenance::Trap => Hcr::TPCP | Hcr::TPU,
     };
-    Hcr::guest() | Hcr::TWE | maintenance
+    let guest = if config.mte { Hcr::guest().with_tags() } else { Hcr::guest() };
+    guest | Hcr::TWE | maintenance
 }
 
 /// The memory, without a slot, and VTCR_EL2 for it.
@@ -200,7 +204,8 @@ fn create_memory(config: &config::Vm<FileIndex>) -> Result<(Memory<'static, Meta
         config::ReadOnlyIvac::Abort => ReadOnlyIvac::Abort,
         config::ReadOnlyIvac::Clean => ReadOnlyIvac::Clean,
     };
-    let options = Options { ipa_bits: IPA_BITS.min(physical_bits), slots: SLOTS, largest, read_only_ivac };
+    let tags = config.mte;
+    let options = Options { ipa_bits: IPA_BITS.min(physical_bits), slots: SLOTS, largest, read_only_ivac, tags };
     let format = Stage2 { fwb: features::has(Feature::FORCED_WRITE_BACK) };
     let failed = |error: &dyn fmt::Debug| BuildError(alloc::format!("memory: {error:?}"));
     let memory = Memory::new(host::get(), cpu::index(), format, options).map_err(|error| failed(&error))?;
@@ -225,7 +230,7 @@ pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildE
         LargestEntry::Block2M => Policy::Blocks,
         LargestEntry::Page4K => Policy::Pages,
     };
-    let spec = Spec::Anonymous { frames: config.memory / PAGE_SIZE, policy };
+    let spec = Spec::Anonymous { frames: config.memory / PAGE_SIZE, policy, tagged: config.mte };
     host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))
 }
 
@@ -238,12 +243,13 @@ pub fn destroy_ram(ram: ObjectHandle) {
 }
 
 /// What the guest reads of every identification register.
-fn id_registers(physical_bits: u8) -> [u64; ID_REGISTERS] {
+fn id_registers(physical_bits: u8, tags: bool) -> [u64; ID_REGISTERS] {
     let vm = VmFeatures {
         physical_bits,
         aarch32: features::has(Feature::AARCH32_EL0),
         pointer_auth: features::has(Feature::PAUTH),
         memory_copy: features::has(Feature::MOPS) && features::has(Feature::HCRX),
+        tags,
     };
     core::array::from_fn(|index| {
         let (crm, op2) = (index as u8 / 8 + 1, index as u8 % 8);

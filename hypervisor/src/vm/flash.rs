@@ -42,15 +42,16 @@ pub enum FlashMemoryError {
 }
 
 impl FlashMemory {
-    /// A flash that holds `image`. Pages that are zero take no memory.
+    /// A flash that holds `image`. Pages that are zero take no memory. `tagged`: its guest has memory tagging.
     ///
     /// # Errors
     ///
     /// [`FlashMemoryError`]; nothing is left behind.
-    pub fn new(image: &'static [u8]) -> Result<Arc<Self>, FlashMemoryError> {
+    pub fn new(image: &'static [u8], tagged: bool) -> Result<Arc<Self>, FlashMemoryError> {
         let (host, size) = (host::get(), image.len() as u64);
         let supply = host.supply(cpu::index());
-        let spec = Spec::Anonymous { frames: size.div_ceil(PAGE_SIZE), policy: Policy::Pages };
+        let frames = size.div_ceil(PAGE_SIZE);
+        let spec = Spec::Anonymous { frames, policy: Policy::Pages, tagged };
         let object = host.objects.create(&supply, spec).map_err(FlashMemoryError::Create)?;
         let memory = Arc::new(Self { object, size });
         for (page, bytes) in image.chunks(PAGE_SIZE as usize).enumerate() {

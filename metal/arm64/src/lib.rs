@@ -85,6 +85,8 @@ pub mod random;
 #[cfg(target_os = "none")]
 pub mod switch;
 #[cfg(target_os = "none")]
+mod tags;
+#[cfg(target_os = "none")]
 pub mod timer;
 #[cfg(target_os = "none")]
 pub mod traps;

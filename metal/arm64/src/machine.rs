@@ -19,13 +19,14 @@ use core::arch::asm;
 
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
 use entresol_machine::own::{RemoveError, Work};
-use entresol_machine::{Features, Machine, TlbOp, Vmid, Word};
+use entresol_machine::{Features, Machine, Tags, TlbOp, Vmid, Word};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::features::{self, Feature};
 use crate::operand::{self, Step};
 use crate::own::{self, Window};
 use crate::pool::{self, Pool};
+use crate::tags;
 
 /// Frames above which all instruction caches are invalidated instead of lines.
 const MOST_ICACHE_FRAMES: u64 = 64;
@@ -55,6 +56,7 @@ pub(crate) fn init() {
     INSTRUCTION_LINE.store(4 << (ctr & 0xf), Ordering::Relaxed);
     let block = if features::has(Feature::DC_ZVA) { 4 << (dczid & 0xf) } else { 0 };
     ZVA_BLOCK.store(block, Ordering::Relaxed);
+    tags::init();
 }
 
 impl Metal {
@@ -141,6 +143,7 @@ unsafe impl Machine for Metal {
             coherent_icache: features::has(Feature::COHERENT_INSTRUCTION),
             physical_bits: features::physical_bits(),
             vmid_bits: if features::has(Feature::VMID_16) { 16 } else { 8 },
+            tags: features::has(Feature::MTE),
         }
     }
 
@@ -179,6 +182,40 @@ unsafe impl Machine for Metal {
         let range = |start| PfnRange::new(start, count).expect("frames of the machine do not wrap");
         assert!(!range(from).overlaps(range(to)), "copy of {count} frames from {from:?} to {to:?} overlaps");
         move_bytes(Self::own(range(from)), Self::own(range(to)), count * PAGE_SIZE);
+    }
+
+    fn clear_tags(&self, frames: PfnRange) {
+        if features::has(Feature::MTE) {
+            let start = Self::seen(frames);
+            tags::clear(start, frames.count() * PAGE_SIZE, ZVA_BLOCK.load(Ordering::Relaxed), false);
+        }
+    }
+
+    fn zero_tagged(&self, frames: PfnRange) {
+        let (start, bytes) = (Self::own(frames), frames.count() * PAGE_SIZE);
+        let block = ZVA_BLOCK.load(Ordering::Relaxed);
+        if features::has(Feature::MTE) && block != 0 {
+            return tags::clear(start, bytes, block, true);
+        }
+        zero(start, bytes);
+        self.clear_tags(frames);
+    }
+
+    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64) {
+        if features::has(Feature::MTE) {
+            let range = |start| PfnRange::new(start, count).expect("frames of the machine do not wrap");
+            tags::copy(Self::own(range(from)), Self::own(range(to)), count * PAGE_SIZE);
+        }
+    }
+
+    fn load_tags(&self, frame: Pfn) -> Tags {
+        if features::has(Feature::MTE) { tags::load(Self::own(PfnRange::single(frame))) } else { Tags::ZERO }
+    }
+
+    fn store_tags(&self, frame: Pfn, tags: &Tags) {
+        if features::has(Feature::MTE) {
+            tags::store(Self::own(PfnRange::single(frame)), tags);
+        }
     }
 
     #[inline]
@@ -343,9 +380,16 @@ fn each(frames: PfnRange) -> impl Iterator<Item = Pfn> {
 
 /// Cleans and invalidates data caches for whole mapped pages.
 fn clean(start: u64, bytes: u64) {
+    let tags = features::has(Feature::MTE);
     for line in lines(start, bytes, &DATA_LINE) {
-        // SAFETY: cleaning and invalidating changes no data.
-        unsafe { instruction_on!("dc civac", line) };
+        // SAFETY: cleaning and invalidating changes neither data nor tags. DC CIGDVAC is SYS #3, C7, C14, #5.
+        unsafe {
+            if tags {
+                instruction_on!("sys #3, c7, c14, #5", line);
+            } else {
+                instruction_on!("dc civac", line);
+            }
+        }
     }
 }
 

@@ -64,6 +64,8 @@ const WRITE_BACK: NormalMemory = NormalMemory::WriteBackNonTransientReadWriteAll
 const MAIR: Mair = Mair::EMPTY
     .with_attribute(0, MairAttribute::DEVICE_NGNRE)
     .with_attribute(1, MairAttribute::normal(WRITE_BACK, WRITE_BACK));
+/// The same memory with allocation tags (D24.2, MAIR_EL2: 0b1111_0000).
+const MAIR_TAGGED: Mair = MAIR.with_attribute(1, MairAttribute(0xf0));
 
 /// TCR_EL2: 48 bits of address (T0SZ 16), write-back inner-shareable walks, 4 KiB granule; bits 31 and 23 are RES1.
 const TCR: u64 = 16 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 1 << 31;
@@ -71,6 +73,8 @@ const TCR_PS_SHIFT: u32 = 16;
 
 /// SCTLR_EL2: RES1 bits 4, 5, 11, 16, 18, 22, 23, 28, 29; M 0, C 2, SA 3, I 12, WXN 19.
 const SCTLR: u64 = 0x30c5_0830 | 1 << 0 | 1 << 2 | 1 << 3 | 1 << 12 | 1 << 19;
+/// SCTLR_EL2.ATA: EL2 reaches allocation tags. TCF, 41:40, stays 0: its accesses are not checked.
+const SCTLR_ATA: u64 = 1 << 43;
 
 /// Memory that the boot CPU writes before there is a second CPU.
 struct Once<T>(UnsafeCell<T>);
@@ -163,7 +167,10 @@ fn virtio_pages(info: &BootInfo) -> impl Iterator<Item = Region> {
 fn store(ttbr0: u64) -> *const MmuRegisters {
     // ID_AA64MMFR0_EL1.PARange; without LPA2's descriptors, 48 bits (0b0101) are the most.
     let physical = (mrs!("id_aa64mmfr0_el1") & 0xf).min(5);
-    let registers = MmuRegisters { mair: MAIR.0, tcr: TCR | physical << TCR_PS_SHIFT, ttbr0, sctlr: SCTLR };
+    // ID_AA64PFR1_EL1.MTE: tag storage from 2 on.
+    let tags = mrs!("id_aa64pfr1_el1") >> 8 & 0xf >= 2;
+    let (mair, sctlr) = if tags { (MAIR_TAGGED.0, SCTLR | SCTLR_ATA) } else { (MAIR.0, SCTLR) };
+    let registers = MmuRegisters { mair, tcr: TCR | physical << TCR_PS_SHIFT, ttbr0, sctlr };
     // SAFETY: one CPU, and nobody holds a reference.
     unsafe { MMU.0.get().write(registers) };
     MMU.0.get()

@@ -69,6 +69,8 @@ bitflags! {
         const API = 1 << 41;
         /// Stage 2 forces write-back.
         const FWB = 1 << 46;
+        /// Allocation tags, and the registers of memory tagging, are the guest's.
+        const ATA = 1 << 56;
         /// GMID_EL1 traps.
         const TID5 = 1 << 58;
     }
@@ -91,6 +93,13 @@ impl Hcr {
             }
         }
         hcr
+    }
+}
+
+impl Hcr {
+    /// The same for a guest that has memory tagging, on a machine with [`Feature::MTE`].
+    pub const fn with_tags(self) -> Self {
+        self.union(Self::ATA).difference(Self::TID5)
     }
 }
 

@@ -26,6 +26,7 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
         doorbells: Vec::new(),
         pass_through: Vec::new(),
         balloon: true,
+        mte: false,
         policies: Default::default(),
         autostart: true,
     }

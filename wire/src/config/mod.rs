@@ -147,6 +147,9 @@ pub struct Vm<F> {
     /// Whether it has a balloon, through which it gives memory back that it can do without.
     #[serde(default)]
     pub balloon: bool,
+    /// Whether it has memory tagging (FEAT_MTE2). The outer machine must have it.
+    #[serde(default)]
+    pub mte: bool,
     /// What the owner decided where the architecture leaves a choice.
     pub policies: Policies,
     /// Whether it starts with the hypervisor; else it waits, paused, for a `resume`.
@@ -456,6 +459,7 @@ impl<F> Vm<F> {
             doorbells: self.doorbells,
             pass_through: self.pass_through,
             balloon: self.balloon,
+            mte: self.mte,
             policies: self.policies,
             autostart: self.autostart,
         })

@@ -62,6 +62,7 @@ fn defaults_are_as_documented() {
         doorbells: [].into(),
         pass_through: [].into(),
         balloon: false,
+        mte: false,
         policies: Policies { console: Console::Foreground, ..Policies::default() },
         autostart: true,
     };

@@ -74,6 +74,9 @@ pub struct WrittenVm {
     /// Whether it has a balloon; no if absent.
     #[serde(default)]
     pub balloon: bool,
+    /// Whether it has memory tagging; no if absent.
+    #[serde(default)]
+    pub mte: bool,
     /// Policies.
     #[serde(default)]
     pub policies: WrittenPolicies,
@@ -191,6 +194,7 @@ impl WrittenVm {
             doorbells: self.doorbells,
             pass_through: self.pass_through,
             balloon: self.balloon,
+            mte: self.mte,
             name: self.name,
             kernel: self.kernel,
             initrd: self.initrd,

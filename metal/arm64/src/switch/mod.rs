@@ -1,7 +1,7 @@
 //! Entering a guest and coming back.
 //!
 //! Purpose: [`enter`] is the whole of what happens at every exit: general registers, return address, state. What
-//! changes only when another vCPU comes to this CPU is saved and loaded apart: [`el1`], [`fp`], [`gic`], [`timer`].
+//! changes only when another vCPU comes to this CPU is saved and loaded apart: [`el1`], [`fp`], [`gic`], [`tags`], [`timer`].
 //!
 //! Protocol: with a vCPU's slower state loaded and `traps` set for it, [`enter`] runs it until it traps or an interrupt
 //! for EL2 is pending. Interrupts are not acknowledged here: EL2 keeps them masked, and `crate::gic::ack` takes them.
@@ -14,6 +14,7 @@
 pub mod el1;
 pub mod fp;
 pub mod gic;
+pub mod tags;
 pub mod timer;
 
 use core::arch::global_asm;
@@ -22,6 +23,7 @@ use core::mem::offset_of;
 pub use el1::El1State;
 pub use fp::FpState;
 pub use gic::GicState;
+pub use tags::TagState;
 pub use timer::TimerState;
 
 /// A guest's general registers, as it left them.

@@ -16,10 +16,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use entresol_wire::control::{
-    Answer, Error, Event, Hello, ID_LIMIT, Lines, MAX_LINE, Message, Op, PROTOCOL, Request, Response, SlotRow,
+    Answer, Dirty, Error, Event, Hello, ID_LIMIT, Lines, MAX_LINE, Message, Op, PROTOCOL, PagePlace, PageRun, Request,
+    Response, SlotRow,
 };
 
-use crate::Exit;
+use crate::{Exit, dirty};
 
 /// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -184,6 +185,26 @@ impl Client {
                 None => return Ok(rows),
                 Some(next) if next > from => from = next,
                 Some(next) => return Err(ClientError::Protocol(format!("slots from {from} go on at {next}"))),
+            }
+        }
+    }
+
+    /// Runs of pages of `vm`, all that `what` gives piece by piece.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn pages(&mut self, vm: &str, what: impl Fn(PagePlace) -> Dirty<'static>) -> Result<Vec<PageRun>, ClientError> {
+        let (mut runs, mut from) = (Vec::new(), PagePlace::default());
+        loop {
+            let op = Op::Dirty { vm: vm.into(), what: what(from) };
+            let pages = match self.call(op.clone())? {
+                Answer::Pages(pages) => pages,
+                other => return Err(unexpected(&op, &other)),
+            };
+            runs.extend(pages.runs);
+            match pages.next {
+                None => return Ok(dirty::joined(runs)),
+                Some(next) => from = next,
             }
         }
     }

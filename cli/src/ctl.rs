@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::client::{Client, ClientError, unexpected};
 use crate::console::{self, End};
+use crate::dirty::{self, DirtyError, Shown};
 use crate::{Exit, socket, table};
 
 /// Seconds that a snapshot or a restore may take at least.
@@ -107,6 +108,25 @@ pub enum Command {
         #[arg(long, value_name = "N")]
         count: Option<u32>,
     },
+    /// Find out which pages a virtual machine writes: by a log, by rings, or since a mark
+    Dirty {
+        /// Its name
+        vm: String,
+        /// What to do
+        #[command(subcommand)]
+        what: dirty::What,
+    },
+    /// Show how many second-stage entries were used since this was asked last, by slot or for a range
+    Young {
+        /// Its name
+        vm: String,
+        /// First guest physical address of a range
+        #[arg(long, value_name = "ADDRESS", value_parser = number, requires = "size")]
+        base: Option<u64>,
+        /// Bytes of the range
+        #[arg(long, value_name = "BYTES", value_parser = number, requires = "base")]
+        size: Option<u64>,
+    },
     /// Join this terminal to a virtual machine's console; Ctrl-] q leaves it
     Console {
         /// Its name
@@ -162,6 +182,8 @@ enum Failure {
     Client(#[from] ClientError),
     #[error(transparent)]
     Socket(#[from] socket::Foreign),
+    #[error("{0}")]
+    File(DirtyError),
     #[error("cannot write the answer: {0}")]
     Output(#[from] io::Error),
 }
@@ -171,7 +193,16 @@ impl Failure {
         match self {
             Self::Client(error) => error.exit(),
             Self::Socket(_) => Exit::NoConnection,
-            Self::Output(_) => Exit::Usage,
+            Self::File(_) | Self::Output(_) => Exit::Usage,
+        }
+    }
+}
+
+impl From<DirtyError> for Failure {
+    fn from(error: DirtyError) -> Self {
+        match error {
+            DirtyError::Client(error) => Self::Client(error),
+            error @ DirtyError::File { .. } => Self::File(error),
         }
     }
 }
@@ -216,6 +247,26 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
         Command::Kill { vm } => done(&mut client, Op::Kill { vm: vm.into() }, &out)?,
         Command::Fork { vm, name, count } => {
             done(&mut client, Op::Fork { vm: vm.into(), name: name.into(), count }, &out)?
+        }
+        Command::Dirty { vm, what } => match dirty::run(&mut client, &vm, what)? {
+            Shown::Done => out.answer(&Answer::Done, String::new)?,
+            Shown::Pages(runs, slots) => out.answer(&runs, || table::pages(&runs, &slots))?,
+            Shown::Count(count) => out.answer(&count, || format!("{count} pages\n"))?,
+        },
+        Command::Young { vm, base, size } => {
+            let ranges = match (base, size) {
+                (Some(base), Some(size)) => vec![(base, size)],
+                _ => client.slots(&vm)?.iter().map(|row| (row.base, row.size)).collect(),
+            };
+            let mut young = Vec::new();
+            for (base, size) in ranges {
+                let op = Op::Young { vm: vm.as_str().into(), base, size };
+                match client.call(op.clone())? {
+                    Answer::Count(count) => young.push((base, size, count)),
+                    other => return Err(unexpected(&op, &other).into()),
+                }
+            }
+            out.answer(&young, || table::young(&young))?;
         }
         Command::Console { vm } => return Ok(left(console::attach(&mut client, &vm)?)),
         Command::Snapshot { vm, file, base } => {

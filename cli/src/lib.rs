@@ -20,6 +20,7 @@ pub mod client;
 pub mod config;
 pub mod console;
 pub mod ctl;
+pub mod dirty;
 pub mod lab;
 pub mod socket;
 pub mod store;

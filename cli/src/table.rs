@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use entresol_wire::config::format_size;
-use entresol_wire::control::{Files, Posted, SlotRow, Stats, VmRow};
+use entresol_wire::control::{Files, PageRun, Posted, SlotRow, Stats, VmRow};
 
 /// Columns whose numbers are easier to compare with their last digits above each other.
 fn table(header: &[&str], right: &[usize]) -> Table {
@@ -114,6 +114,28 @@ pub fn files(files: &Files<'_>) -> String {
         table.add_row([row.name.as_ref(), &row.length.to_string(), row.base.as_deref().unwrap_or("-")]);
     }
     format!("{}{} of {} free\n", text(&table), in_kib(files.free), format_size(files.size))
+}
+
+/// `dirty get`, `harvest` and `since`.
+pub fn pages(runs: &[PageRun], slots: &[SlotRow<'_>]) -> String {
+    let mut table = table(&["SLOT", "PAGE", "PAGES", "BASE"], &[0, 1, 2, 3]);
+    for PageRun(slot, first, count) in runs {
+        // A slot may have gone since.
+        let base = slots.iter().find(|row| row.id == *slot).map(|row| format!("{:#x}", row.base + (first << 12)));
+        let base = base.unwrap_or_else(|| "-".to_owned());
+        table.add_row([slot.to_string(), first.to_string(), count.to_string(), base]);
+    }
+    let count: u64 = runs.iter().map(|run| run.2).sum();
+    format!("{}{count} pages\n", text(&table))
+}
+
+/// `young`.
+pub fn young(ranges: &[(u64, u64, u64)]) -> String {
+    let mut table = table(&["BASE", "SIZE", "YOUNG"], &[0, 1, 2]);
+    for (base, size, young) in ranges {
+        table.add_row([format!("{base:#x}"), format_size(*size), young.to_string()]);
+    }
+    text(&table)
 }
 
 /// Resident memory changes by pages: whole KiB, so that numbers compare.

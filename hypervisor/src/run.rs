@@ -13,6 +13,7 @@ use entresol_metal_arm64::{cpu, exit as hardware, timer, traps};
 use crate::exit::{self, Next};
 use crate::sched::{self, Leave, VcpuRef};
 use crate::vcpu::State;
+use crate::vm::Pause;
 use crate::{host_work, irq};
 
 /// Length of a turn while others are ready, in milliseconds.
@@ -74,6 +75,10 @@ fn turn(cpu: usize, vcpu: VcpuRef) {
 }
 
 fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave {
+    if vcpu.vm.memory.enter(cpu, vcpu.index as u32).is_err() {
+        vcpu.vm.pause(Pause::DirtyRingFull);
+        return Leave::Park;
+    }
     let mut slice_end = timer::now() + slice();
     tick(vcpu);
     arm(cpu, Some(slice_end), state.physical_timer.deadline(timer::now()));

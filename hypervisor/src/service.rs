@@ -7,7 +7,7 @@ use entresol_metal_arm64::cpu;
 use entresol_mmu::CoalescedRing;
 
 use crate::sched::VcpuRef;
-use crate::vm::Alias;
+use crate::vm::{Alias, LogOptions};
 
 /// Takes the second-stage entries of a range away: X1 its first byte, X2 its length in bytes, both page-aligned. Contents
 /// stay. Answers 0, or [`INVALID`].
@@ -18,6 +18,9 @@ const DRAIN: u32 = 0xc600_0002;
 /// 15:0 its number, 31:16 its flags, 63:32 the page of memory behind its first; X2 its address; X3 its bytes, 0 to delete.
 /// Answers 0, or [`INVALID`].
 const SLOT: u32 = 0xc600_0003;
+/// The machine's dirty log: X1 0 ends it; 1 starts it; 2 fetches and clears that of slot X2, of at most 1 GiB, and answers how
+/// many pages it named; 3 marks this moment; 4 forgets the mark. Answers 0 otherwise, or [`INVALID`].
+const DIRTY: u32 = 0xc600_0010;
 /// An argument breaks a rule.
 const INVALID: u64 = -2i64 as u64;
 
@@ -31,6 +34,7 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
         ZAP => Some(zap(vcpu, x1, x2)),
         DRAIN => Some(core::iter::from_fn(|| vcpu.vm.posted.take()).take(CoalescedRing::ROOM).count() as u64),
         SLOT => Some(slot(vcpu, x1, x2, x3)),
+        DIRTY => Some(dirty(vcpu, x1, x2)),
         _ => None,
     }
 }
@@ -50,6 +54,22 @@ fn slot(vcpu: &VcpuRef, which: u64, base: u64, size: u64) -> u64 {
             INVALID
         }
     }
+}
+
+fn dirty(vcpu: &VcpuRef, action: u64, slot: u64) -> u64 {
+    let vm = &vcpu.vm;
+    let done = match action {
+        0 => vm.stop_log().map(|_| 0),
+        1 => vm.start_log(LogOptions::default()).map(|()| 0),
+        2 => vm.take_dirty_log(slot as u16),
+        3 => vm.mark().map(|()| 0),
+        4 => vm.unmark().map(|()| 0),
+        _ => return INVALID,
+    };
+    done.unwrap_or_else(|error| {
+        log::debug!("vm {}: dirty log: {error}", vm.config.name);
+        INVALID
+    })
 }
 
 fn zap(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {

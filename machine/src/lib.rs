@@ -116,6 +116,29 @@ pub unsafe trait Machine: Sync {
     /// The value found, if it was not `current`.
     fn compare_exchange(&self, word: Word, current: u64, new: u64) -> Result<u64, u64>;
 
+    /// Sets `bits` in a word; returns what it held. Acquire and release. A machine may know a shorter way.
+    #[inline]
+    fn set_bits(&self, word: Word, bits: u64) -> u64 {
+        let mut old = self.load(word);
+        // Who fails was overtaken by a CPU that has changed other bits.
+        while old & bits != bits {
+            match self.compare_exchange(word, old, old | bits) {
+                Ok(_) => break,
+                Err(now) => old = now,
+            }
+        }
+        old
+    }
+
+    /// Stores `value(index)` in the words `first .. first + count` of a frame that nobody else uses yet: what publishes the
+    /// frame publishes them.
+    #[inline]
+    fn store_row(&self, frame: Pfn, first: u16, count: u16, mut value: impl FnMut(u16) -> u64) {
+        for index in first..first + count {
+            self.store(Word::new(frame, index), value(index));
+        }
+    }
+
     /// Orders earlier `store`s and `compare_exchange`s before later table walks of this CPU (DSB ISHST; ISB).
     fn published(&self);
 

@@ -11,6 +11,7 @@ mod balloon;
 mod boot;
 mod boot_loaders;
 mod control;
+mod dirty;
 mod firmware;
 mod fork;
 mod kernels;
@@ -219,6 +220,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "mmio_of_every_kind",
         about: "pairs, writeback, SIMD, byte order, page boundaries, aborts on devices: decoded and emulated",
         run: mmio::mmio_of_every_kind,
+    },
+    SystemTest {
+        name: "log_rings_and_mark_name_what_was_written",
+        about: "random stores of 2 vCPUs: log, rings and mark name the same pages, those that the guest says",
+        run: dirty::log_rings_and_mark_name_what_was_written,
     },
     SystemTest {
         name: "trapped_cache_maintenance",

@@ -145,6 +145,17 @@ impl Format for Stage2 {
     fn young(&self, raw: u64) -> u64 {
         raw | AF
     }
+
+    #[inline]
+    fn protected(&self, raw: u64, level: u8) -> Option<u64> {
+        let leaf = if level == LEAF_LEVEL { TYPE } else { VALID };
+        (raw & TYPE == leaf && size_at(level).is_some()).then_some(raw & !WRITE)
+    }
+
+    #[inline]
+    fn writable(&self, raw: u64, _level: u8) -> u64 {
+        raw | WRITE | AF
+    }
 }
 
 /// Why a geometry cannot be used on a machine.
@@ -231,6 +242,11 @@ mod tests {
                 format.decode(format.young(raw), level_of(leaf.size)),
                 Entry::Leaf(Leaf { young: true, ..leaf })
             );
+            let (level, write) = (level_of(leaf.size), Permissions::WRITE);
+            let with = |permissions, young| Leaf { permissions, young, ..leaf };
+            assert_eq!(format.writable(raw, level), format.leaf(&with(leaf.permissions.union(write), true)));
+            let protected = format.leaf(&with(leaf.permissions.without(write), leaf.young));
+            assert_eq!(format.protected(raw, level), Some(protected));
             seen += 1;
         }
         assert_eq!(seen, 64 * 7 * 3);

@@ -160,7 +160,18 @@ impl Guest {
                 self.respond(id, Err(Error::refused(Code::BadField, refusal)));
             }
             Op::Files => self.respond(id, Ok(Answer::Files(files()))),
-            Op::SetSlot { .. }
+            Op::Young { size, .. } => self.respond(id, Ok(Answer::Count(*size >> 12))),
+            Op::Dirty { what: Dirty::Get(from), .. } => self.respond(id, Ok(Answer::Pages(dirty_pages(*from)))),
+            Op::Dirty { what: Dirty::Clear { bits, .. }, .. } => {
+                let count = bits.0.iter().map(|byte| u64::from(byte.count_ones())).sum();
+                self.respond(id, Ok(Answer::Count(count)));
+            }
+            Op::Dirty { what: Dirty::Harvest, .. } => {
+                let refusal = Refusal::text("vm", "web", "must keep a dirty log that was started with rings");
+                self.respond(id, Err(Error::refused(Code::WrongState, refusal)));
+            }
+            Op::Dirty { .. }
+            | Op::SetSlot { .. }
             | Op::Snapshot { .. }
             | Op::Restore { .. }
             | Op::RemoveFile { .. }
@@ -244,4 +255,12 @@ pub fn files() -> Files<'static> {
         base: base.map(Into::into),
     };
     Files { size: 1 << 30, free: 1 << 20, rows: vec![row("old", None), row("new", Some("old"))] }
+}
+
+/// Dirty pages in two pieces that meet.
+fn dirty_pages(from: PagePlace) -> Pages {
+    match from.page {
+        0 => Pages { runs: vec![PageRun(0, 5, 2), PageRun(0, 60, 4)], next: Some(PagePlace { slot: 0, page: 64 }) },
+        _ => Pages { runs: vec![PageRun(0, 64, 1)], next: None },
+    }
 }

@@ -13,6 +13,8 @@
 //! in the parent alone, and in between they fault and try again. Whoever also wants their registers stops them first.
 //! The owner changes no slot of the parent meanwhile; a slot changed since step 1 is in the child as it was.
 //!
+//! A child's slots do not log: its owner has asked for nothing yet.
+//!
 //! The detached tables are taken apart later, by [`Vm::reclaim`]: a second fork before that is done does it first, in its
 //! plan.
 //!
@@ -28,7 +30,7 @@ use core::fmt;
 use entresol_addr::{PAGE_SHIFT, PfnRange};
 use entresol_backing::{Frozen, Kind, ObjectHandle, Order};
 use entresol_machine::Machine;
-use entresol_slot::{ObjectId, Slot, SlotError, SlotRequest};
+use entresol_slot::{ObjectId, Slot, SlotError, SlotFlags, SlotRequest};
 use entresol_sync::epoch::Moment;
 use entresol_table::{Detached, Format, Permissions, Straddle};
 
@@ -105,9 +107,10 @@ pub(crate) struct Retiring {
 }
 
 /// A parent's object and the child's.
-struct Pair {
-    parent: ObjectHandle,
-    child: ObjectHandle,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pair {
+    pub(crate) parent: ObjectHandle,
+    pub(crate) child: ObjectHandle,
 }
 
 /// What is ready before anything is frozen.
@@ -119,7 +122,7 @@ struct Plan<'h, M, F> {
     pairs: Vec<Pair>,
 }
 
-fn with_room<T>(count: usize) -> Result<Vec<T>, OutOfHeap> {
+pub(crate) fn with_room<T>(count: usize) -> Result<Vec<T>, OutOfHeap> {
     let mut list = Vec::new();
     list.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
     Ok(list)
@@ -138,7 +141,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         let _forking = self.forking.lock();
         self.reclaim_all(cpu);
         let plan = self.plan_fork(cpu)?;
-        match self.share_memory(cpu, &plan) {
+        match self.share_memory(cpu, &plan.pairs) {
             Ok(()) => Ok(plan.child),
             Err(error) => {
                 plan.abandon(cpu);
@@ -162,7 +165,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         }
     }
 
-    fn list_slots(&self, cpu: usize) -> Result<Vec<Slot>, ForkError> {
+    pub(crate) fn list_slots(&self, cpu: usize) -> Result<Vec<Slot>, ForkError> {
         let pin = self.host.epoch.pin(cpu);
         let mut slots = with_room(self.slots.iter(&pin).count())?;
         // A slot that was made since the count has no room: the owner makes none.
@@ -175,28 +178,31 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
     fn fill_plan(&self, cpu: usize, plan: &mut Plan<'h, M, F>) -> Result<(), ForkError> {
         for index in 0..plan.slots.len() {
             let slot = plan.slots[index];
-            let object = self.child_object(cpu, plan, ObjectHandle::from_raw(slot.object.get()))?;
+            let parent = ObjectHandle::from_raw(slot.object.get());
+            let object = self.child_object(cpu, &plan.slots, &mut plan.pairs, parent)?;
             let request = SlotRequest {
                 id: slot.id.into(),
                 base: slot.base.base(),
                 size: slot.count << PAGE_SHIFT,
                 object: ObjectId::new(object.raw()),
                 offset: slot.offset << PAGE_SHIFT,
-                flags: slot.flags.bits(),
+                flags: slot.flags.difference(SlotFlags::LOG_DIRTY).bits(),
             };
             plan.child.set_slot(cpu, &request).map_err(ForkError::Slot)?;
         }
         Ok(())
     }
 
-    /// What the child shows where the parent shows `parent`.
-    fn child_object(
+    /// What the child shows where the parent, whose slots are `slots`, shows `parent`. `pairs`, which has room for one a slot,
+    /// gets what is made for that.
+    pub(crate) fn child_object(
         &self,
         cpu: usize,
-        plan: &mut Plan<'h, M, F>,
+        slots: &[Slot],
+        pairs: &mut Vec<Pair>,
         parent: ObjectHandle,
     ) -> Result<ObjectHandle, ForkError> {
-        if let Some(pair) = plan.pairs.iter().find(|pair| pair.parent == parent) {
+        if let Some(pair) = pairs.iter().find(|pair| pair.parent == parent) {
             return Ok(pair.child);
         }
         let kind = {
@@ -206,21 +212,21 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         if !matches!(kind, Some(Kind::Anonymous(_))) {
             return Ok(parent);
         }
-        let shown = plan.slots.iter().filter(|slot| slot.object.get() == parent.raw()).count();
+        let shown = slots.iter().filter(|slot| slot.object.get() == parent.raw()).count();
         if self.host.objects.holds(parent) != Some(shown as u32) {
             return Err(ForkError::SharedObject { handle: parent });
         }
         let child = self.host.objects.create_like(&self.host.supply(cpu), parent);
         let child = child.map_err(|error| ForkError::Object { handle: parent, error })?;
-        plan.pairs.push(Pair { parent, child });
+        pairs.push(Pair { parent, child });
         Ok(child)
     }
 
     /// Steps 2 to 5.
-    fn share_memory(&self, cpu: usize, plan: &Plan<'h, M, F>) -> Result<(), ForkError> {
-        let mut frozen: Vec<Frozen<'_>> = with_room(plan.pairs.len())?;
+    pub(crate) fn share_memory(&self, cpu: usize, pairs: &[Pair]) -> Result<(), ForkError> {
+        let mut frozen: Vec<Frozen<'_>> = with_room(pairs.len())?;
         let stash = self.take_stash(cpu)?;
-        let started = self.freeze(plan, &mut frozen).and_then(|()| Ok(self.notifier.start(self.everything())?));
+        let started = self.freeze(pairs, &mut frozen).and_then(|()| Ok(self.notifier.start(self.everything())?));
         let invalidation = started.inspect_err(|_| {
             self.host.pool.give(cpu, stash.start(), root_order(self.table.geometry()));
         })?;
@@ -228,7 +234,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         self.withdraw_writable(cpu, stash);
         let supply = self.host.supply(cpu);
         let mut outcome = Ok(());
-        for (frozen, pair) in frozen.iter().zip(&plan.pairs) {
+        for (frozen, pair) in frozen.iter().zip(pairs) {
             let shared = frozen.share_with(&supply, pair.child);
             outcome = outcome.and(shared.map_err(|error| ForkError::Object { handle: pair.parent, error }));
         }
@@ -236,8 +242,8 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         outcome
     }
 
-    fn freeze(&self, plan: &Plan<'h, M, F>, frozen: &mut Vec<Frozen<'h>>) -> Result<(), ForkError> {
-        for pair in &plan.pairs {
+    fn freeze(&self, pairs: &[Pair], frozen: &mut Vec<Frozen<'h>>) -> Result<(), ForkError> {
+        for pair in pairs {
             let one = self.host.objects.freeze(pair.parent);
             frozen.push(one.map_err(|error| ForkError::Object { handle: pair.parent, error })?);
         }

@@ -32,7 +32,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             return self.make_young(fault);
         }
         if slot.logs_dirty() {
-            return self.handle_logged(pin, hint, fault);
+            return self.handle_logged(pin, hint, fault, sample, slot);
         }
         let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())) else {
             return self.refused(Outcome::Exit(Reason::BadObject));

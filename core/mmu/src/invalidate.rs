@@ -203,7 +203,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             for slot in slots.iter(&pin) {
                 let handle = ObjectHandle::from_raw(slot.object.get());
                 host.objects.release(handle).expect("a slot holds its object");
-                logs.free(&host.machine, slot.id, slot.count, &mut |frame| host.pool.give(cpu, frame, Order::PAGE));
+                logs.free(&host.machine, slot.id, slot.count, &mut |frame, order| host.pool.give(cpu, frame, order));
             }
         }
         let geometry = table.geometry();

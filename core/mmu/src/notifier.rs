@@ -103,10 +103,16 @@ impl Notifier {
         Sample(self.sequence.load(ordering!(NotifierSample, Acquire, Relaxed)))
     }
 
+    /// Whether nothing at all changed, or is changing, since `sample`.
+    #[inline]
+    pub fn is_quiet(&self, sample: Sample) -> bool {
+        self.active.load(Ordering::Acquire) == 0 && self.sequence.load(Ordering::Acquire) == sample.0
+    }
+
     /// Whether anything in `range` changed, or is changing, since `sample`.
     #[inline]
     pub fn moved(&self, sample: Sample, range: GfnRange) -> bool {
-        if self.active.load(Ordering::Acquire) == 0 && self.sequence.load(Ordering::Acquire) == sample.0 {
+        if self.is_quiet(sample) {
             return false;
         }
         self.moved_slow(sample, range)

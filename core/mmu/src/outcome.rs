@@ -34,7 +34,8 @@ pub enum Abort {
     SystemError,
 }
 
-/// Why the core cannot go on. The guest's instruction has not been executed and may be tried again.
+/// Why the core cannot go on. The guest's instruction has not been executed and may be tried again; where the reason does not
+/// say otherwise, the fault was not handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// No frame is free for a page or for a table.
@@ -52,4 +53,6 @@ pub enum Reason {
     },
     /// A slot names an object that does not exist or ends before the slot does: the owner's mistake.
     BadObject,
+    /// The fault was handled; the vCPU's dirty ring is at its soft limit, and it is not to run before a reset.
+    DirtyRingFull,
 }

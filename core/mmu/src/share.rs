@@ -45,7 +45,7 @@ use crate::vm::Vm;
 use crate::{CopyError, Invalidation};
 
 /// The fault of an access that is made for the guest.
-fn made(gfn: Gfn, access: Access) -> Fault {
+pub(crate) fn made(gfn: Gfn, access: Access) -> Fault {
     Fault {
         gpa: gfn.base(),
         access,
@@ -205,7 +205,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     /// Maps what is present around `gfn`, as long as that needs no table. What fails is left to its own fault.
-    fn map_around(&self, pin: &Pin<'_>, gfn: Gfn, slot: &SlotRef, object: &Object, sample: Sample) {
+    pub(crate) fn map_around(&self, pin: &Pin<'_>, gfn: Gfn, slot: &SlotRef, object: &Object, sample: Sample) {
         let span = self.switches.around();
         let first = gfn.get() & !(span - 1);
         let window = GfnRange::new(Gfn::new(first), span).and_then(|span| span.intersect(slot.range()));

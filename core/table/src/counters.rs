@@ -47,10 +47,12 @@ impl Counters {
         self.leaves[size as usize].fetch_add(count, Ordering::Relaxed);
     }
 
+    #[inline]
     pub(crate) fn remove_leaves(&self, size: PageSize, count: u64) {
         self.leaves[size as usize].fetch_sub(count, Ordering::Relaxed);
     }
 
+    #[inline]
     pub(crate) fn add_table(&self) {
         self.tables.fetch_add(1, Ordering::Relaxed);
     }

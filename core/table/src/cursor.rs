@@ -46,6 +46,14 @@ impl Hull {
         self.entries += 1;
     }
 
+    /// [`Self::include`] of the entry of one page.
+    #[inline]
+    pub(crate) fn include_page(&mut self, gfn: Gfn) {
+        self.start = self.start.min(gfn.get());
+        self.end = self.end.max(gfn.get() + 1);
+        self.entries += 1;
+    }
+
     pub(crate) fn join(&mut self, other: &Self) {
         self.start = self.start.min(other.start);
         self.end = self.end.max(other.end);
@@ -175,6 +183,14 @@ impl<'a, M: Machine, F: Format> Finder<'a, M, F> {
                 },
             }
         }
+    }
+
+    /// The word behind `gfn` and what it holds, if it is in the table of leaves of the look before.
+    #[inline]
+    pub(crate) fn near(&self, gfn: Gfn) -> Option<(Word, u64)> {
+        let (_, frame) = self.near.filter(|(near, _)| *near == gfn.get() >> shift(LEAF_LEVEL - 1))?;
+        let word = Word::new(frame, index(gfn, LEAF_LEVEL));
+        Some((word, self.machine.load(word)))
     }
 
     fn look(&mut self, gfn: Gfn) -> Walk {

@@ -114,7 +114,8 @@ pub enum Entry {
 /// 1. `decode(leaf(&l), level_of(l.size)) == Entry::Leaf(l)`, and `decode(table(p), level) == Entry::Table(p)` for levels
 ///    0–2, for every frame below `1 << FRAME_BITS`.
 /// 2. `decode` is total, gives `Vacant` for [`VACANT`] only, and never a table at level 3.
-/// 3. A word whose low [`Self::MARKER_BITS`] bits equal `BROKEN` is invalid for the hardware whatever its other bits,
+/// 3. `writable` and `protected` are what they say in terms of `decode` and `leaf`.
+/// 4. A word whose low [`Self::MARKER_BITS`] bits equal `BROKEN` is invalid for the hardware whatever its other bits,
 ///    decodes as `Broken`, and is no leaf's, no table's and not vacant.
 pub trait Format: Copy + Sync {
     /// Low bits of a word that `BROKEN` occupies; the bits above carry this crate's own data.
@@ -138,6 +139,30 @@ pub trait Format: Copy + Sync {
 
     /// The word of a leaf with its access flag set, everything else as it was.
     fn young(&self, raw: u64) -> u64;
+
+    /// The word of a leaf at `level` without the permission to write, everything else as it was; `None` if `raw` is no leaf. A
+    /// format may know a shorter way.
+    #[inline]
+    fn protected(&self, raw: u64, level: u8) -> Option<u64> {
+        match self.decode(raw, level) {
+            Entry::Leaf(leaf) => {
+                Some(self.leaf(&Leaf { permissions: leaf.permissions.without(Permissions::WRITE), ..leaf }))
+            }
+            Entry::Vacant | Entry::Broken | Entry::Table(_) => None,
+        }
+    }
+
+    /// The word of a leaf at `level` with its access flag and the permission to write, everything else as it was. A format
+    /// may know a shorter way.
+    #[inline]
+    fn writable(&self, raw: u64, level: u8) -> u64 {
+        match self.decode(raw, level) {
+            Entry::Leaf(leaf) => {
+                self.leaf(&Leaf { permissions: leaf.permissions.union(Permissions::WRITE), young: true, ..leaf })
+            }
+            Entry::Vacant | Entry::Broken | Entry::Table(_) => raw,
+        }
+    }
 }
 
 #[cfg(test)]

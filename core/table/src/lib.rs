@@ -76,6 +76,7 @@ mod table;
 mod unmap;
 mod vmid;
 mod work;
+mod write;
 
 pub use counters::Census;
 pub use debt::{FlushDebt, Retired, Settled};

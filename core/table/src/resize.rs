@@ -72,9 +72,8 @@ impl<F: Format> Table<F> {
         let smaller = block.size.smaller().ok_or(SplitError::NotBlock)?;
         let frame = reserve.pop().ok_or(SplitError::NoTable)?;
         // Nobody sees the page yet; the compare-and-swap below is against the very word that the leaves copy.
-        for index in 0..Word::PER_FRAME {
-            machine.store(Word::new(frame, index), self.format().leaf(&block.child(index, smaller)));
-        }
+        let format = self.format();
+        machine.store_row(frame, 0, Word::PER_FRAME, |index| format.leaf(&block.child(index, smaller)));
         if planted!(ZA6) {
             machine.store(at.word, self.format().table(frame));
             return Ok(self.count_split(frame, block.size, smaller));

@@ -7,7 +7,7 @@ use entresol_machine::{Machine, TlbOp};
 
 use crate::cursor::{Cursor, Finder, Hull, Place};
 use crate::vmid::flush;
-use crate::{Entry, Format, Leaf, Permissions, Table, VmidSource};
+use crate::{Entry, Format, LEAF_LEVEL, Leaf, Permissions, Table, VmidSource};
 
 /// What happens to a block that lies in a range only in part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,26 +54,32 @@ impl<F: Format> Table<F> {
         changed
     }
 
-    /// The same for the leaves behind single frames, and nothing beside them but the rest of a block. Fast where
-    /// neighbours follow each other.
+    /// Removes the permission to write from the leaves behind single frames, and nothing beside them but the rest of a block, in
+    /// place, and flushes: as [`Self::protect`]. Fast where neighbours follow each other.
     pub fn protect_frames<M: Machine, V: VmidSource>(
         &self,
         machine: &M,
         vmid: V,
         frames: impl Iterator<Item = Gfn>,
-        remove: Permissions,
     ) -> u64 {
         let (mut seen, mut changed, mut finder) = (Hull::new(), 0, Finder::new(self, machine));
+        let format = self.format();
         for gfn in frames {
+            // Nearly always a page of the same table as the one before.
+            if let Some((word, raw)) = finder.near(gfn)
+                && let Some(protected) = format.protected(raw, LEAF_LEVEL)
+                && (raw == protected || machine.compare_exchange(word, raw, protected).is_ok())
+            {
+                changed += u64::from(raw != protected);
+                seen.include_page(gfn);
+                continue;
+            }
             while let Some(place) = finder.find(gfn) {
-                if let Entry::Leaf(leaf) = place.entry {
-                    let permissions = leaf.permissions.without(remove);
-                    if permissions != leaf.permissions {
-                        if !self.update(machine, &place, &Leaf { permissions, ..leaf }) {
-                            continue;
-                        }
-                        changed += 1;
+                if let Some(protected) = format.protected(place.raw, place.level).filter(|raw| *raw != place.raw) {
+                    if machine.compare_exchange(place.word, place.raw, protected).is_err() {
+                        continue;
                     }
+                    changed += 1;
                 }
                 seen.include(&place);
                 break;

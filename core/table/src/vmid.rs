@@ -31,6 +31,7 @@ impl<F: Fn() -> Vmid> VmidSource for F {
 }
 
 /// Invalidates and waits. Every word that the invalidation is for was changed before.
+#[inline]
 pub(crate) fn flush<M: Machine, V: VmidSource>(machine: &M, vmid: &V, op: impl FnOnce(Vmid) -> TlbOp) {
     fence(ordering!(TableFlush, SeqCst, AcqRel));
     machine.tlb(op(vmid.vmid()));

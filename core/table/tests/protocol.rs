@@ -413,7 +413,7 @@ fn protecting_flushes_what_an_unmap_removed() {
     machine.events();
     assert_eq!(table.protect(machine, VMID, gfns(0, 4), Permissions::WRITE, Straddle::Whole), 0);
     assert_eq!(machine.events(), flush);
-    assert_eq!(table.protect_frames(machine, VMID, (0..4).map(Gfn::new), Permissions::WRITE), 0);
+    assert_eq!(table.protect_frames(machine, VMID, (0..4).map(Gfn::new)), 0);
     assert_eq!(machine.events(), flush);
     assert!(debt.settle(machine, VMID).retired.is_empty());
 }
@@ -428,12 +428,12 @@ fn frames_are_protected_one_by_one() {
     let (table, machine) = (&bench.table, &bench.machine);
     machine.events();
     let frames = [0, 2, 3, 700, 1100, 1101, 1 << 28].map(Gfn::new);
-    assert_eq!(table.protect_frames(machine, VMID, frames.into_iter(), Permissions::WRITE), 4);
+    assert_eq!(table.protect_frames(machine, VMID, frames.into_iter()), 4);
     let range = gfns(0, 1024 + 512);
     assert!(machine.events().ends_with(&[Event::Tlb(TlbOp::Range { vmid: VMID, range }), Event::Complete]));
     let writable: Vec<_> = bench.leaves().iter().map(|(gfn, leaf)| (gfn.get(), leaf.permissions.write)).collect();
     assert_eq!(writable, [(0, false), (1, true), (2, false), (700, false), (1024, false)]);
-    assert_eq!(bench.table.protect_frames(&bench.machine, VMID, [Gfn::new(9)].into_iter(), Permissions::WRITE), 0);
+    assert_eq!(bench.table.protect_frames(&bench.machine, VMID, [Gfn::new(9)].into_iter()), 0);
     assert!(bench.machine.events().is_empty(), "nothing was there");
 }
 

@@ -118,7 +118,7 @@ fn protect_waits() {
 #[test]
 fn protect_of_single_frames_waits() {
     let end = while_claimed(|table, machine| {
-        assert_eq!(table.protect_frames(machine, VMID, [Gfn::new(5)].into_iter(), Permissions::WRITE), 1);
+        assert_eq!(table.protect_frames(machine, VMID, [Gfn::new(5)].into_iter()), 1);
     });
     assert_eq!(end, Entry::Leaf(leaf(0x2005, PageSize::Size4K, Permissions::READ)));
 }

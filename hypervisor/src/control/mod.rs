@@ -23,6 +23,7 @@
 //! `virtconsole`, which has no flow control, a client that reads slowly finds torn lines.
 
 mod channel;
+mod dirty;
 mod later;
 mod ops;
 mod ports;
@@ -200,6 +201,7 @@ fn describe(status: Status) -> (State, Option<Reason>) {
         Status::Paused(Pause::OutOfMemory) => named(State::Paused, "OutOfMemory"),
         Status::Paused(Pause::CoalescedFull) => named(State::Paused, "CoalescedFull"),
         Status::Paused(Pause::Storage) => named(State::Paused, "Storage"),
+        Status::Paused(Pause::DirtyRingFull) => named(State::Paused, "DirtyRingFull"),
         Status::Stopped(Stop::PowerOff) => named(State::Stopped, "PowerOff"),
         Status::Stopped(Stop::Reset) => named(State::Stopped, "Reset"),
         Status::Stopped(Stop::Killed) => named(State::Stopped, "Killed"),

@@ -27,7 +27,7 @@ use entresol_wire::control::{
 use super::later::Later;
 use super::session::Attached;
 use super::stored;
-use super::{ATTACHED, NOBODY, ROOM, describe};
+use super::{ATTACHED, NOBODY, ROOM, describe, dirty};
 use crate::registry::{self, ForkRefusal, Row};
 use crate::vm::{Alias, ForkError, Pause, Status, Stop, Vm};
 use crate::{console, host, sched};
@@ -72,6 +72,8 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
             Outcome::WhenSettled
         }
         Op::Fork { vm, name, count } => fork(vm, name, *count)?.into(),
+        Op::Dirty { vm, what } => dirty::carry_out(&alive(vm)?, vm, what, attached)?.into(),
+        Op::Young { vm, base, size } => dirty::young(&*alive(vm)?, *base, *size)?.into(),
         Op::Console { vm } => attach(vm, attached)?.into(),
         Op::Detach => {
             detach(attached);
@@ -113,7 +115,7 @@ fn wrong_state(name: &str, rule: &str, status: Status) -> Error {
     Error::refused(Code::WrongState, Refusal::text("vm", name, alloc::format!("{rule}; it is {state}")))
 }
 
-fn no_memory() -> Error {
+pub fn no_memory() -> Error {
     Error::new(Code::OutOfMemory, "the hypervisor's heap has no room for the answer")
 }
 

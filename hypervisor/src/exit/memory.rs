@@ -69,6 +69,10 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
             Next::Leave(Leave::Park)
         }
         Outcome::Exit(Reason::Stored { .. }) => absent(vcpu),
+        Outcome::Exit(Reason::DirtyRingFull) => {
+            vcpu.vm.pause(Pause::DirtyRingFull);
+            Next::Leave(Leave::Park)
+        }
         Outcome::Exit(Reason::Unsupported { syndrome }) => crash(vcpu, Crash::Unsupported { syndrome }),
         Outcome::Exit(Reason::BadObject) => crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() }),
     }

@@ -73,14 +73,10 @@ impl Vm {
         if self.posted.meets(base, size) {
             return Err(AliasError::Posted { base, size });
         }
-        let request = SlotRequest {
-            id: number,
-            base: Gpa::new(base),
-            size,
-            object: ObjectId::new(self.ram.raw()),
-            offset,
-            flags,
-        };
-        self.memory.set_slot(cpu::index(), &request).map_err(AliasError::Slot)
+        let object = ObjectId::new(self.ram.raw());
+        self.tracking.with_flags(flags, |flags| {
+            let request = SlotRequest { id: number, base: Gpa::new(base), size, object, offset, flags };
+            self.memory.set_slot(cpu::index(), &request).map_err(AliasError::Slot)
+        })
     }
 }

@@ -167,6 +167,7 @@ fn put_together(
         gic,
         counters: Counters::default(),
         posted,
+        tracking: Default::default(),
         unclaimed: Counter::new(),
         devices,
         passed,

@@ -144,6 +144,7 @@ impl Vm {
             gic,
             counters: Counters::default(),
             posted,
+            tracking: Default::default(),
             unclaimed: Counter::new(),
             devices,
             passed: Passed::none(),

@@ -14,6 +14,7 @@ mod aliases;
 mod balloon;
 pub mod build;
 mod devices;
+mod dirty;
 mod flash;
 mod fork;
 mod lines;
@@ -52,10 +53,12 @@ use crate::host_work::{self, Work};
 use crate::sched::{self, VcpuRef};
 use crate::vcpu::{Boot, Vcpu};
 use devices::Devices;
+use dirty::Tracking;
 
 pub use aliases::Alias;
 pub use build::BuildError;
 pub use devices::Claim;
+pub use dirty::{DirtyError, LogOptions, Place, Run};
 pub use flash::FlashMemory;
 pub use fork::{ForkError, Hold};
 pub use overlay::Overlay;
@@ -96,6 +99,8 @@ pub enum Pause {
     CoalescedFull,
     /// A page is in a store that cannot be read now.
     Storage,
+    /// A vCPU's dirty ring is full.
+    DirtyRingFull,
 }
 
 /// How a virtual machine ended by its own doing.
@@ -168,6 +173,7 @@ pub struct Vm {
     pub unclaimed: Counter,
     /// Its zones of coalesced MMIO, and its doorbells.
     pub posted: Posted,
+    tracking: Tracking,
     pub(crate) devices: Devices,
     /// Devices of the machine that are its own.
     passed: Passed,
@@ -333,6 +339,7 @@ impl Vm {
 
     /// CPU `cpu` has put its vCPU.
     pub fn put_tables(&self, cpu: usize) {
+        self.memory.leave(cpu);
         self.memory.put(cpu);
     }
 
@@ -357,6 +364,7 @@ impl Drop for Vm {
         let (host, cpu) = (host::get(), cpu::index());
         // They know addresses of memory that others get now.
         self.passed.reset();
+        self.tracking.end();
         // SAFETY: taken once, here, and not used after.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
         memory.destroy(cpu);

@@ -159,11 +159,27 @@ unsafe impl Machine for Metal {
         unsafe { AtomicU64::from_ptr(Self::word(word)) }.store(value, Ordering::Release);
     }
 
-    #[inline]
+    #[inline(always)]
     fn compare_exchange(&self, word: Word, current: u64, new: u64) -> Result<u64, u64> {
         // SAFETY: as for `load`.
         let cell = unsafe { AtomicU64::from_ptr(Self::word(word)) };
         cell.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    #[inline]
+    fn store_row(&self, frame: Pfn, first: u16, count: u16, mut value: impl FnMut(u16) -> u64) {
+        let row = Self::word(Word::new(frame, first));
+        assert!(first + count <= Word::PER_FRAME, "a row ends with its frame");
+        for index in 0..count {
+            // SAFETY: words of one frame of the pool, aligned, and only ever accessed as atomics.
+            unsafe { AtomicU64::from_ptr(row.add(index.into())) }.store(value(first + index), Ordering::Relaxed);
+        }
+    }
+
+    #[inline(always)]
+    fn set_bits(&self, word: Word, bits: u64) -> u64 {
+        // SAFETY: as for `load`.
+        unsafe { AtomicU64::from_ptr(Self::word(word)) }.fetch_or(bits, Ordering::AcqRel)
     }
 
     #[inline]
@@ -258,6 +274,7 @@ unsafe impl Machine for Metal {
         invalidate_icache(start, frames.count() * PAGE_SIZE, by_line);
     }
 
+    #[inline(always)]
     fn tlb(&self, op: TlbOp) {
         // SAFETY: a barrier: entries that were broken are broken for every walk before the invalidation begins.
         unsafe { instruction!("dsb ishst") };
@@ -356,6 +373,7 @@ fn invalidate_ipa(gfn: entresol_addr::Gfn, leaf_only: bool) {
     }
 }
 
+#[inline(never)]
 fn invalidate_range(range: entresol_addr::GfnRange) {
     let Some(steps) = operand::steps(range, features::has(Feature::TLB_RANGE)) else {
         // SAFETY: an invalidation loses nothing that a walk does not find again.

@@ -81,6 +81,11 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A number; 0 if it is not there.
+    pub fn big_number_or_zero(&mut self, key: &str) -> Result<u64, Error> {
+        if self.0.iter().any(|(name, _)| name == key) { self.number(key) } else { Ok(0) }
+    }
+
     /// A number that must be there.
     pub fn number(&mut self, key: &str) -> Result<u64, Error> {
         match self.take(key) {

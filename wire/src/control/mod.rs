@@ -34,12 +34,17 @@
 //! - `snapshot` writes a machine into a file of the store, and is answered when the file is whole; `restore` makes a machine
 //!   from one, and is answered when it runs. What is asked after it waits for that answer.
 //! - `files` lists the store; `remove-file` takes a file out of it, and is answered when the store is changed on the disk.
+//! - `dirty-start` has the machine keep a dirty log, `dirty-get` tells and clears dirty pages, at most [`RUNS_PER_ANSWER`] runs of
+//!   them at a time, and says where the next begin; the pages are to be copied after the answer. What a lost answer named is lost:
+//!   who cannot have that starts the log as `manual`, and clears what it has read by `dirty-clear`. `dirty-harvest` takes from the
+//!   rings, oldest first, and is asked again as long as it says `next`. `dirty-mark` and `dirty-since` are told likewise, without a log.
 //! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
 //!
 //! Memory: what a guest causes (events) is encoded into a buffer that exists already. Reading a request takes heap of at
 //! most its line's length.
 
 mod bytes;
+mod dirty;
 mod encode;
 mod event;
 mod fields;
@@ -53,6 +58,7 @@ mod stats;
 mod tests;
 
 pub use bytes::Bytes;
+pub use dirty::{Dirty, PagePlace, PageRun, Pages};
 pub use encode::{Message, TooLong};
 pub use event::Event;
 pub use files::{FileRow, Files};
@@ -70,6 +76,8 @@ pub const CONSOLE_CHUNK: usize = 8 << 10;
 pub const SLOTS_PER_ANSWER: usize = 256;
 /// Most writes in one answer to `posted`: what the ring behind it holds.
 pub const POSTED_WRITES: usize = 169;
+/// Most runs of pages in one answer.
+pub const RUNS_PER_ANSWER: usize = 1024;
 /// Version of this protocol. It changes when a reader of the old one would go wrong.
 pub const PROTOCOL: u32 = 1;
 /// Ids are below this.

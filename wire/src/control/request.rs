@@ -6,7 +6,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::fields::Fields;
-use super::{Bytes, Code, Error, Response};
+use super::{Bytes, Code, Dirty, Error, Response};
 use crate::Refusal;
 
 /// One request.
@@ -95,6 +95,22 @@ pub enum Op<'a> {
         /// So many copies, called `name`-1 and so on.
         count: Option<u32>,
     },
+    /// Asks which pages it wrote.
+    Dirty {
+        /// Who.
+        vm: Cow<'a, str>,
+        /// What is asked.
+        what: Dirty<'a>,
+    },
+    /// How many entries of the second stage were used since it was asked last.
+    Young {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// First guest physical address.
+        base: u64,
+        /// Bytes.
+        size: u64,
+    },
     /// Attaches its console.
     Console {
         /// Whose.
@@ -166,6 +182,8 @@ impl<'a> Op<'a> {
             Self::Resume { .. } => "resume",
             Self::Kill { .. } => "kill",
             Self::Fork { .. } => "fork",
+            Self::Dirty { what, .. } => what.name(),
+            Self::Young { .. } => "young",
             Self::Console { .. } => "console",
             Self::Detach => "detach",
             Self::Input { .. } => "input",
@@ -197,6 +215,8 @@ impl<'a> Op<'a> {
             | Self::Kill { vm }
             | Self::Fork { vm, .. }
             | Self::Snapshot { vm, .. }
+            | Self::Dirty { vm, .. }
+            | Self::Young { vm, .. }
             | Self::Console { vm }
             | Self::Input { vm, .. } => Some(vm),
         }
@@ -227,6 +247,9 @@ impl<'a> Op<'a> {
             "fork" => {
                 Self::Fork { vm: fields.text("vm")?, name: fields.text("name")?, count: fields.small_number("count")? }
             }
+            "young" => {
+                Self::Young { vm: fields.text("vm")?, base: fields.number("base")?, size: fields.number("size")? }
+            }
             "console" => Self::Console { vm: fields.text("vm")? },
             "detach" => Self::Detach,
             "input" => Self::Input { vm: fields.text("vm")?, data: fields.bytes("data")? },
@@ -240,6 +263,9 @@ impl<'a> Op<'a> {
             "remove-file" => Self::RemoveFile { file: fields.text("file")? },
             "shutdown" => Self::Shutdown,
             unknown => {
+                if let Some(what) = Dirty::take(unknown, fields)? {
+                    return Ok(Self::Dirty { vm: fields.text("vm")?, what });
+                }
                 let rule = "must be an operation that this hypervisor knows";
                 return Err(Error::refused(Code::UnknownOp, Refusal::text("op", unknown, rule)));
             }
@@ -298,6 +324,11 @@ impl Serialize for Request<'_> {
                 }
             }
             Op::RemoveFile { file } => map.serialize_entry("file", file)?,
+            Op::Dirty { what, .. } => what.entries(&mut map)?,
+            Op::Young { base, size, .. } => {
+                map.serialize_entry("base", base)?;
+                map.serialize_entry("size", size)?;
+            }
             Op::Input { data, .. } => map.serialize_entry("data", data)?,
             _ => (),
         }

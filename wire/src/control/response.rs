@@ -8,7 +8,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Files, PROTOCOL, Posted, Stats};
+use super::{Files, PROTOCOL, Pages, Posted, Stats};
 use crate::Refusal;
 use crate::refusal::shorten;
 
@@ -41,6 +41,10 @@ pub enum Answer<'a> {
     Slots(SlotPage<'a>),
     /// What one posted.
     Posted(Posted),
+    /// Pages that one wrote.
+    Pages(Pages),
+    /// How many pages were cleared, or entries were young.
+    Count(u64),
     /// How many bytes of input the guest's console took.
     Accepted(u32),
     /// What is in the store.
@@ -93,7 +97,8 @@ pub struct VmRow<'a> {
 pub enum State {
     /// Its vCPUs run when there is work for them.
     Running,
-    /// No vCPU runs until `resume`. Reasons: `NotStarted`, `Owner`, `OutOfMemory`, `CoalescedFull`, `Storage` and those of the core's exits.
+    /// No vCPU runs until `resume`. Reasons: `NotStarted`, `Owner`, `OutOfMemory`, `CoalescedFull`, `DirtyRingFull`, `Storage`
+    /// and those of the core's exits.
     Paused,
     /// It powered itself off or was killed; its memory is given back.
     Stopped,
@@ -239,6 +244,8 @@ impl Answer<'_> {
                 next: page.next,
             }),
             Self::Posted(posted) => Answer::Posted(posted),
+            Self::Pages(pages) => Answer::Pages(pages),
+            Self::Count(count) => Answer::Count(count),
             Self::Accepted(bytes) => Answer::Accepted(bytes),
             Self::Files(files) => Answer::Files(files.into_owned()),
         }

@@ -55,6 +55,30 @@ fn requests_look_as_documented() {
             r#"{"id":7,"op":"set-slot","vm":"web","slot":5,"base":68719476736,"size":4096,"offset":8192,"read_only":true}"#,
         ),
         (Op::Posted { vm: vm() }, r#"{"id":7,"op":"posted","vm":"web"}"#),
+        (Op::Young { vm: vm(), base: 4096, size: 8192 }, r#"{"id":7,"op":"young","vm":"web","base":4096,"size":8192}"#),
+        (
+            Op::Dirty { vm: vm(), what: Dirty::Start { manual: true, ahead: false, ring: Some(256) } },
+            r#"{"id":7,"op":"dirty-start","vm":"web","manual":true,"ahead":false,"ring":256}"#,
+        ),
+        (
+            Op::Dirty { vm: vm(), what: Dirty::Get(PagePlace { slot: 2, page: 64 }) },
+            r#"{"id":7,"op":"dirty-get","vm":"web","slot":2,"page":64}"#,
+        ),
+        (
+            Op::Dirty { vm: vm(), what: Dirty::Since(PagePlace { slot: 2, page: 65 }) },
+            r#"{"id":7,"op":"dirty-since","vm":"web","slot":2,"page":65}"#,
+        ),
+        (
+            Op::Dirty {
+                vm: vm(),
+                what: Dirty::Clear { at: PagePlace { slot: 0, page: 128 }, bits: Bytes::from(&[1, 0x80][..]) },
+            },
+            r#"{"id":7,"op":"dirty-clear","vm":"web","slot":0,"page":128,"bits":"AYA="}"#,
+        ),
+        (Op::Dirty { vm: vm(), what: Dirty::Harvest }, r#"{"id":7,"op":"dirty-harvest","vm":"web"}"#),
+        (Op::Dirty { vm: vm(), what: Dirty::Mark }, r#"{"id":7,"op":"dirty-mark","vm":"web"}"#),
+        (Op::Dirty { vm: vm(), what: Dirty::Unmark }, r#"{"id":7,"op":"dirty-unmark","vm":"web"}"#),
+        (Op::Dirty { vm: vm(), what: Dirty::Stop }, r#"{"id":7,"op":"dirty-stop","vm":"web"}"#),
         (Op::Balloon { vm: vm(), size: 4096 }, r#"{"id":7,"op":"balloon","vm":"web","size":4096}"#),
         (Op::Pause { vm: vm() }, r#"{"id":7,"op":"pause","vm":"web"}"#),
         (Op::Resume { vm: vm() }, r#"{"id":7,"op":"resume","vm":"web"}"#),

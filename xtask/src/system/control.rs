@@ -135,6 +135,28 @@ impl Listener {
         })
     }
 
+    /// Waits for the end of a line, and forgets it; returns what stood before.
+    pub(super) fn line(&mut self) -> Result<String> {
+        self.until("line", Self::take_line)
+    }
+
+    /// The same, or `None` if this state is told first for this reason.
+    pub(super) fn line_or_state(&mut self, state: State, reason: &str) -> Result<Option<String>> {
+        self.until("line or state", |told| {
+            if let Some(line) = told.take_line() {
+                return Some(Some(line));
+            }
+            let place = told.states.iter().position(|(at, why)| (*at, why.as_deref()) == (state, Some(reason)))?;
+            told.states.drain(..=place);
+            Some(None)
+        })
+    }
+
+    fn take_line(&mut self) -> Option<String> {
+        let end = self.output.find('\n')? + 1;
+        Some(self.output.drain(..end).collect::<String>().trim().to_owned())
+    }
+
     /// Waits for a state.
     pub(super) fn state(&mut self, state: State, reason: Option<&str>) -> Result<()> {
         self.until("change of state", |told| {

@@ -175,6 +175,13 @@ impl Object {
         matches!(self.kind(), Kind::Anonymous(_)) && self.tree.is_forked()
     }
 
+    /// Whether it is memory whose every page may be written where it is: nobody else refers to one, and no store has one. (A
+    /// device or ROM has a tree that counts as forked.)
+    #[inline]
+    pub fn is_own(&self) -> bool {
+        self.tree.is_own()
+    }
+
     /// Calls `visit` with every frame of memory and of nodes that an anonymous object reaches, for audits: what relatives
     /// share is reached by each. Nobody changes the object meanwhile.
     pub fn visit_frames<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {

@@ -46,7 +46,14 @@ impl Tree {
         self.forked.store(true, Ordering::Relaxed);
     }
 
+    /// Whether whatever it has is its own to write, without asking: it never shared, and no page of it was ever clean.
+    #[inline]
+    pub(crate) fn is_own(&self) -> bool {
+        !self.forked.load(Ordering::Relaxed) && !self.cleaned.load(Ordering::Acquire)
+    }
+
     /// Whether it shares, or did once.
+    #[inline]
     pub(crate) fn is_forked(&self) -> bool {
         self.forked.load(Ordering::Relaxed)
     }

@@ -101,6 +101,8 @@ pub(crate) struct Tree {
     forked: AtomicBool,
     /// Whether its frames have valid allocation tags.
     tagged: AtomicBool,
+    /// Whether some page is clean, or ever was.
+    cleaned: AtomicBool,
     /// Pages of content that the tree reads.
     resident: tally::AtomicU64,
     /// Frames of nodes that the tree reaches.
@@ -172,15 +174,16 @@ enum Filled {
 }
 
 impl Tree {
-    /// No tree; holds nothing.
+    /// No tree; holds nothing, and has nothing of its own.
     pub(crate) const fn new() -> Self {
         Self {
             root: AtomicU64::new(0),
             levels: AtomicU32::new(0),
             blocks_below: AtomicU64::new(0),
             copies_blocks: AtomicBool::new(false),
-            forked: AtomicBool::new(false),
+            forked: AtomicBool::new(true),
             tagged: AtomicBool::new(false),
+            cleaned: AtomicBool::new(false),
             resident: tally::AtomicU64::new(0),
             nodes: tally::AtomicU64::new(0),
             stored: tally::AtomicU64::new(0),
@@ -203,6 +206,7 @@ impl Tree {
         self.root.store(Entry::Node(root).encode(), Ordering::Relaxed);
         self.copies_blocks.store(policy == Policy::WholeBlocks, Ordering::Relaxed);
         self.forked.store(false, Ordering::Relaxed);
+        self.cleaned.store(false, Ordering::Relaxed);
         self.stored.store(0, Ordering::Relaxed);
         self.tagged.store(tagged, Ordering::Relaxed);
         self.levels.store(levels(frames, policy), Ordering::Relaxed);

@@ -72,6 +72,7 @@ impl Tree {
         let pfn = fetch.pfn();
         supply.pool.share(pfn);
         let clean = Entry::Page(pfn).encode() | raw & SHARED | CLEAN;
+        self.cleaned.store(true, Ordering::Release);
         if supply.machine.compare_exchange(word, raw, clean).is_err() {
             supply.pool.release(pfn);
             return false;
@@ -112,6 +113,7 @@ impl Tree {
                 return Ok(None);
             }
             let slot = supply.pool.stores().take(store).inspect_err(|_| supply.pool.release(pfn))?;
+            self.cleaned.store(true, Ordering::Release);
             if supply.machine.compare_exchange(found.word, raw, raw | CLEAN).is_err() {
                 supply.pool.release(pfn);
                 supply.pool.stores().release(slot);

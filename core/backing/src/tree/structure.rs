@@ -155,6 +155,8 @@ impl Tree {
             self.resident.store(0, Ordering::Relaxed);
             self.nodes.store(0, Ordering::Relaxed);
         }
+        // Its place may hold a device next, which has nothing of its own.
+        self.forked.store(true, Ordering::Relaxed);
     }
 
     /// A node of the tree's own, at most four deep.

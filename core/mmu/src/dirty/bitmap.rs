@@ -1,8 +1,9 @@
 //! One bit for each page of a slot.
 //!
-//! Shape: a radix tree of frames that is made whole. A frame of bits has 512 words, bit `b` of word `w` is page `64 w + b`
-//! of what the frame covers, as in `KVM_GET_DIRTY_LOG`; above it are at most three levels of frames that hold frame
-//! numbers. A slot of 128 MiB or less has one frame, one of 64 GiB or less one level above.
+//! Shape: frames of bits that follow each other, where the pool has so many in a row; else a radix tree of frames that is made
+//! whole. A frame of bits has 512 words, bit `b` of word `w` is page `64 w + b` of what the frame covers, as in
+//! `KVM_GET_DIRTY_LOG`; above it are at most three levels of frames that hold frame numbers. A slot of 128 MiB or less has one
+//! frame; one of 64 GiB or less has 512 in a row, or one level above.
 //!
 //! Invariants: INV-7: what [`Bitmap::make`] took, [`Bitmap::free`] gives back; a failed `make` has given back all it took.
 //! Bits at and above the slot's pages stay 0.
@@ -25,6 +26,12 @@ const fn span(height: u8) -> u64 {
     PAGES * WORDS.pow(height as u32 + 1)
 }
 
+/// The order of a row of frames for the bits of `pages` pages, if there are rows of such an order.
+fn order_of(pages: u64) -> Option<Order> {
+    let frames = pages.div_ceil(span(0)).next_power_of_two();
+    Order::new(frames.trailing_zeros() as u8).filter(|order| *order <= Order::BLOCK)
+}
+
 /// Levels above the frames of bits for `pages` pages.
 fn height_of(pages: u64) -> u8 {
     (0..MAX_HEIGHT).find(|height| span(*height) >= pages).unwrap_or(MAX_HEIGHT)
@@ -39,19 +46,30 @@ fn count(height: u8, pages: u64) -> u64 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bitmap {
     root: Pfn,
+    /// 0 for a row of frames.
     height: u8,
 }
 
 impl Bitmap {
     /// Bits for `pages` pages, all clear.
     pub(crate) fn make<M: Machine>(supply: &Supply<'_, M>, pages: u64) -> Result<Self, OutOfMemory> {
+        if let Some(order) = order_of(pages)
+            && let Ok(root) = supply.pool.take(supply.cpu, order)
+        {
+            let row = PfnRange::new(root, order.frames()).expect("the pool's frames do not wrap");
+            supply.machine.zero(row);
+            return Ok(Self { root, height: 0 });
+        }
         let height = height_of(pages);
         Ok(Self { root: build(supply, height, pages)?, height })
     }
 
-    /// Frames that a bitmap of `pages` pages is made of.
-    pub(crate) fn frames(pages: u64) -> u64 {
-        count(height_of(pages), pages)
+    /// Frames that the bitmap, of `pages` pages, is made of.
+    pub(crate) fn frames(self, pages: u64) -> u64 {
+        match order_of(pages) {
+            Some(order) if self.height == 0 => order.frames(),
+            _ => count(self.height, pages),
+        }
     }
 
     /// What it came from by [`Self::from_parts`].
@@ -65,17 +83,28 @@ impl Bitmap {
         Self { root, height }
     }
 
-    /// Gives the frames of a bitmap of `pages` pages to `free`.
-    pub(crate) fn free<M: Machine>(self, machine: &M, pages: u64, free: &mut dyn FnMut(Pfn)) {
-        raze(machine, self.root, self.height, pages, free);
+    /// Gives the frames of a bitmap of `pages` pages to `free`, in blocks of an order.
+    pub(crate) fn free<M: Machine>(self, machine: &M, pages: u64, free: &mut dyn FnMut(Pfn, Order)) {
+        match order_of(pages) {
+            Some(order) if self.height == 0 => free(self.root, order),
+            _ => raze(machine, self.root, self.height, pages, &mut |frame| free(frame, Order::PAGE)),
+        }
     }
 
     /// Where word `index` is.
     #[inline]
     fn word<M: Machine>(self, machine: &M, index: u64) -> Word {
+        // `Word::new` keeps nine bits.
+        if self.height == 0 {
+            return Word::new(self.root.offset(index / WORDS), index as u16);
+        }
+        self.word_below(machine, index)
+    }
+
+    #[inline(never)]
+    fn word_below<M: Machine>(self, machine: &M, index: u64) -> Word {
         let mut frame = self.root;
         for level in (1..=u32::from(self.height)).rev() {
-            // `Word::new` keeps nine bits.
             let above = Word::new(frame, (index >> (level * WORDS.ilog2())) as u16);
             frame = Pfn::new(machine.load(above));
         }
@@ -96,16 +125,16 @@ impl Bitmap {
     /// Sets the bit of `page`. Returns whether it was clear.
     #[inline]
     pub(crate) fn set<M: Machine>(self, machine: &M, page: u64) -> bool {
-        let (word, bit) = (self.word(machine, page / PAGES), 1 << (page % PAGES));
-        let mut old = machine.load(word);
-        // Who fails was overtaken by a CPU that has set or cleared another bit.
-        while old & bit == 0 {
-            match machine.compare_exchange(word, old, old | bit) {
-                Ok(_) => return true,
-                Err(now) => old = now,
-            }
-        }
-        false
+        let bit = 1 << (page % PAGES);
+        machine.set_bits(self.word(machine, page / PAGES), bit) & bit == 0
+    }
+
+    /// The same where the frames of bits follow each other: `None` where they do not.
+    #[inline(always)]
+    pub(crate) fn set_in_row<M: Machine>(self, machine: &M, page: u64) -> Option<bool> {
+        let (index, bit) = (page / PAGES, 1 << (page % PAGES));
+        let word = Word::new(self.root.offset(index / WORDS), index as u16);
+        (self.height == 0).then(|| machine.set_bits(word, bit) & bit == 0)
     }
 
     /// Clears the bits of `mask` in word `index` and returns those that were set.
@@ -177,24 +206,48 @@ mod tests {
         (FlatMachine::coherent(FIRST, frames), pool)
     }
 
+    /// Takes every other frame, so that no two free ones follow each other.
+    fn scatter(pool: &FramePool) -> Vec<Pfn> {
+        let all: Vec<Pfn> = core::iter::from_fn(|| pool.take(0, Order::PAGE).ok()).collect();
+        let (held, free) = all.into_iter().partition(|frame| frame.get() % 2 == 0);
+        Vec::into_iter(free).for_each(|frame| pool.give(0, frame, Order::PAGE));
+        held
+    }
+
     #[test]
     fn frames_are_as_many_as_the_pages_need() {
-        for (pages, frames) in [(1, 1), (32_768, 1), (32_769, 3), (1 << 18, 9), (1 << 20, 33)] {
+        for (pages, row, tree) in [(1, 1, 1), (32_768, 1, 1), (32_769, 2, 3), (1 << 18, 8, 9), (1 << 20, 32, 33)] {
             let (machine, pool) = machine(64);
-            let bitmap = Bitmap::make(&Supply::new(&machine, &pool, 0), pages).unwrap();
-            assert_eq!(64 - pool.free_frames(), frames, "{pages} pages");
-            assert_eq!(Bitmap::frames(pages), frames);
-            bitmap.free(&machine, pages, &mut |frame| pool.give(0, frame, Order::PAGE));
-            assert_eq!(pool.free_frames(), 64);
+            for scattered in [false, true] {
+                let held = if scattered { scatter(&pool) } else { Vec::new() };
+                let (free, frames) = (pool.free_frames(), if scattered { tree } else { row });
+                if free < frames {
+                    continue;
+                }
+                let bitmap = Bitmap::make(&Supply::new(&machine, &pool, 0), pages).unwrap();
+                assert_eq!((free - pool.free_frames(), bitmap.frames(pages)), (frames, frames), "{pages} pages");
+                let last = pages - 1;
+                assert!(
+                    bitmap.set(&machine, last) && bitmap.is_set(&machine, last) && !bitmap.is_set(&machine, 0)
+                        || pages == 1
+                );
+                bitmap.free(&machine, pages, &mut |frame, order| pool.give(0, frame, order));
+                held.into_iter().for_each(|frame| pool.give(0, frame, Order::PAGE));
+                assert_eq!(pool.free_frames(), 64);
+            }
         }
     }
 
     #[test]
     fn whichever_frame_is_missing_none_is_lost() {
-        for frames in 0..9 {
+        for frames in 0..18 {
             let (machine, pool) = machine(frames);
-            assert_eq!(Bitmap::make(&Supply::new(&machine, &pool, 0), 1 << 18), Err(OutOfMemory));
-            assert_eq!(pool.free_frames(), frames);
+            let held = scatter(&pool);
+            let free = pool.free_frames();
+            let made = Bitmap::make(&Supply::new(&machine, &pool, 0), 1 << 18);
+            assert_eq!(made.is_ok(), free >= 9, "{free} frames");
+            assert_eq!(pool.free_frames(), if free >= 9 { free - 9 } else { free });
+            assert_eq!(held.len() as u64 + free, frames);
         }
     }
 

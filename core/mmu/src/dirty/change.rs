@@ -10,7 +10,7 @@
 
 use entresol_addr::{Gfn, GfnRange, PageSize};
 use entresol_backing::{ObjectHandle, Order};
-use entresol_fault::{Access, Cause, Fault};
+use entresol_fault::Access;
 use entresol_machine::Machine;
 use entresol_slot::{Change, Hint, Slot, SlotError, SlotRef};
 use entresol_sync::{MutexGuard, Pin};
@@ -19,6 +19,7 @@ use entresol_table::{Entry, Format, LEAF_LEVEL, Permissions, Reserve, Straddle};
 use super::bitmap::Bitmap;
 use super::{LogError, Logs};
 use crate::mapping::choose;
+use crate::share::made;
 use crate::vm::Vm;
 
 /// The slot before and after.
@@ -76,7 +77,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 if to.is_some_and(|to| to.base == from.base) {
                     self.put_together(cpu, from.range());
                 }
-                let free = &mut |frame| self.host.pool.give(cpu, frame, Order::PAGE);
+                let free = &mut |frame, order| self.host.pool.give(cpu, frame, order);
                 self.logs.free(&self.host.machine, from.id, from.count, free);
             }
             _ => {}
@@ -97,7 +98,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             let split = walk.is_some_and(|at| at.level == LEAF_LEVEL);
             if split && self.may_be_block(&pin, gfn) {
                 // What comes of it is the same for the guest.
-                let _ = self.touch(&pin, &Hint::new(), &read_of(gfn));
+                let _ = self.touch(&pin, &Hint::new(), &made(gfn, Access::Read));
             }
         }
     }
@@ -107,7 +108,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let block = |slot: SlotRef| {
             let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()))?;
             let grant = object.present(&self.host.machine, slot.object_frame(gfn))?;
-            Some(choose(&slot, &grant, &read_of(gfn), self.options.largest, self.host.features()).leaf.size)
+            Some(choose(&slot, &grant, &made(gfn, Access::Read), self.options.largest, self.host.features()).leaf.size)
         };
         self.slots.find(pin, gfn, &Hint::new()).and_then(block).is_some_and(|size| size != PageSize::Size4K)
     }
@@ -149,18 +150,5 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         }
         // Who was faster did something else with it; a write will see what.
         Ok(result.is_ok())
-    }
-}
-
-/// A read that finds no entry.
-const fn read_of(gfn: Gfn) -> Fault {
-    Fault {
-        gpa: gfn.base(),
-        access: Access::Read,
-        cause: Cause::Translation,
-        stage1_walk: false,
-        cache_maintenance: false,
-        transfer: None,
-        syndrome: 0,
     }
 }

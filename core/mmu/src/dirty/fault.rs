@@ -4,17 +4,18 @@
 //! set. It is then 4 KiB large, and a block in the way is split, with the table pages in hand before anything changes.
 //! Device memory is not logged: nobody can copy it.
 
-use entresol_addr::{Gfn, PageSize};
-use entresol_backing::{Order, OutOfMemory};
+use entresol_addr::{Gfn, PageSize, PfnRange};
+use entresol_backing::{ObjectHandle, Order, OutOfMemory};
 use entresol_fault::{Cause, Fault};
-use entresol_machine::{Features, Machine};
+use entresol_machine::{Features, Machine, Word};
 use entresol_slot::{Hint, SlotRef};
 use entresol_sync::{Pin, planted};
 use entresol_table::{Entry, Format, MapError, Mapped, Memory, PageWork, RelaxError, Reserve, Walk};
 
 use super::Logs;
 use crate::mapping::Mapping;
-use crate::outcome::Outcome;
+use crate::notifier::Sample;
+use crate::outcome::{Outcome, Reason};
 use crate::vm::{Prepare, Vm};
 
 /// Cache work, then the bit, before a writable entry is seen (INV-1, INV-4).
@@ -39,23 +40,120 @@ impl<M: Machine> PageWork for Written<'_, M> {
     }
 }
 
+/// A fault in a slot that logs is as every other, but for this: a write to what is mapped.
+enum Again {
+    /// It is done.
+    Done,
+    /// Another CPU has changed the entry.
+    Lost,
+    /// The page is part of a block, the word of which held this.
+    Block { word: Word, raw: u64 },
+    /// It is something else, or something moves.
+    Other,
+}
+
 impl<M: Machine, F: Format> Vm<'_, M, F> {
-    /// [`Vm::handle`] from the slot on, for one that logs. It looks for the slot again, so that the hot path keeps its own in
-    /// registers.
+    /// [`Vm::handle`] from `slot` on, which was found after `sample` and logs; a write may go through it.
+    // The way of [`Again::Done`] returns from no call: it needs no registers to be saved.
+    #[inline(never)]
+    pub(crate) fn handle_logged(
+        &self,
+        pin: &Pin<'_>,
+        hint: &Hint,
+        fault: &Fault,
+        sample: Sample,
+        slot: SlotRef,
+    ) -> Outcome {
+        match self.write_again(pin, fault, sample, &slot) {
+            Again::Done => Outcome::Resume,
+            Again::Lost => self.retry(),
+            Again::Block { word, raw } => self.write_into_block(pin.cpu(), &slot, fault.gfn(), word, raw),
+            Again::Other => self.decide_logged(pin, hint, fault, sample),
+        }
+    }
+
+    /// What nearly every fault in a slot that logs is: a write to memory of the object's own that is mapped, and that its owner
+    /// has write-protected. What is mapped is what the object has, unless an invalidation is in progress.
+    #[inline(always)]
+    fn write_again(&self, pin: &Pin<'_>, fault: &Fault, sample: Sample, slot: &SlotRef) -> Again {
+        if !matches!(fault.cause, Cause::Permission { .. }) || !fault.is_write() || planted!(ZA10) {
+            return Again::Other;
+        }
+        let (gfn, machine) = (fault.gfn(), &self.host.machine);
+        let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()));
+        let (Some(object), Some(at)) = (object, self.table.walk_to_page(machine, gfn)) else {
+            return Again::Other;
+        };
+        let Entry::Leaf(leaf) = at.entry else { return Again::Other };
+        let moved = !self.notifier.is_quiet(sample) || !self.slots.is_current(slot, pin);
+        if leaf.memory != Memory::Normal || leaf.size == PageSize::Size1G || !object.is_own() || moved {
+            return Again::Other;
+        }
+        if leaf.size != PageSize::Size4K {
+            return Again::Block { word: at.word, raw: at.raw };
+        }
+        if !self.logs.mark_alone(machine, slot, gfn) {
+            return Again::Other;
+        }
+        self.stats.populated.bump();
+        self.stats.permission.bump();
+        let flushes = self.flushes(&self.stats.tlb_ipa);
+        if self.table.permit_write(machine, flushes, gfn, &at) { Again::Done } else { Again::Lost }
+    }
+
+    /// The end of it where the page is part of a block, whose word held `raw`.
+    #[inline(never)]
+    fn write_into_block(&self, cpu: usize, slot: &SlotRef, gfn: Gfn, word: Word, raw: u64) -> Outcome {
+        let (machine, pool) = (&self.host.machine, &self.host.pool);
+        let Ok(frame) = pool.take(cpu, Order::PAGE) else {
+            return self.out_of_memory(cpu);
+        };
+        machine.zero(PfnRange::single(frame));
+        self.stats.populated.bump();
+        self.stats.permission.bump();
+        self.logs.mark(machine, cpu, slot, gfn);
+        let (flushes, around) = (self.flushes(&self.stats.tlb_ipa), self.switches.around());
+        match self.table.split_for_write(machine, flushes, gfn, word, raw, frame, around) {
+            Ok(()) => self.unless_full(cpu, Outcome::Resume),
+            Err(frame) => {
+                pool.give(cpu, frame, Order::PAGE);
+                self.retry()
+            }
+        }
+    }
+
+    /// How a fault ends that was handled so, on CPU `cpu`.
+    fn unless_full(&self, cpu: usize, outcome: Outcome) -> Outcome {
+        if outcome == Outcome::Resume && self.logs.rings.is_full_on(cpu) {
+            return Outcome::Exit(Reason::DirtyRingFull);
+        }
+        outcome
+    }
+
     #[cold]
     #[inline(never)]
-    pub(crate) fn handle_logged(&self, pin: &Pin<'_>, hint: &Hint, fault: &Fault) -> Outcome {
+    fn decide_logged(&self, pin: &Pin<'_>, hint: &Hint, fault: &Fault, sample: Sample) -> Outcome {
         match self.decide(pin, hint, fault) {
             Ok((slot, grant, mapping)) if slot.logs_dirty() => {
                 self.count_grant(&grant);
-                if !grant.writable && !matches!(fault.cause, Cause::Permission { .. }) {
+                let relaxes = matches!(fault.cause, Cause::Permission { .. });
+                if !grant.writable && !relaxes {
                     return self.map_read_only(pin, fault);
                 }
-                self.publish_logged(pin, &slot, fault, &mapping)
+                let outcome = self.publish_logged(pin, &slot, fault, &mapping);
+                // What a split has left out comes back many pages at a time.
+                if outcome == Outcome::Resume
+                    && !fault.is_write()
+                    && !relaxes
+                    && let Some(object) = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()))
+                {
+                    self.map_around(pin, fault.gfn(), &slot, object, sample);
+                }
+                self.unless_full(pin.cpu(), outcome)
             }
             // Logging ended in between.
             Ok(_) => self.retry(),
-            Err(outcome) => outcome,
+            Err(outcome) => self.unless_full(pin.cpu(), outcome),
         }
     }
 

@@ -51,11 +51,12 @@ use alloc::vec::Vec;
 
 use bitmap::Bitmap;
 use entresol_addr::{Gfn, Pfn};
+use entresol_backing::Order;
 use entresol_machine::Machine;
 use entresol_slot::Slot;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU64, Ordering};
-pub use owner::LogError;
+pub use owner::{LogError, LogPart};
 pub use ring::{RESERVE, Ring, RingEntry, RingState};
 use rings::Rings;
 pub use rings::{RingFull, RingsError};
@@ -128,6 +129,7 @@ impl Logs {
     }
 
     /// The log of slot `id`.
+    #[inline]
     fn get(&self, id: u16) -> Option<Bitmap> {
         self.cells.get(usize::from(id))?.get()
     }
@@ -142,6 +144,13 @@ impl Logs {
         }
     }
 
+    /// The same in few instructions, where there are no rings and the bits lie in a row; `false` if nothing was done.
+    #[inline(always)]
+    fn mark_alone<M: Machine>(&self, machine: &M, slot: &Slot, gfn: Gfn) -> bool {
+        let bitmap = self.get(slot.id).filter(|_| !self.rings.are_made());
+        bitmap.and_then(|bitmap| bitmap.set_in_row(machine, gfn.since(slot.base))).is_some()
+    }
+
     /// Whether the page of `slot` behind `gfn` is dirty; `None` if logging has not begun there.
     pub(crate) fn is_dirty<M: Machine>(&self, machine: &M, slot: &Slot, gfn: Gfn) -> Option<bool> {
         let cell = self.cells.get(usize::from(slot.id)).filter(|cell| cell.is_armed())?;
@@ -149,7 +158,7 @@ impl Logs {
     }
 
     /// Gives the log of slot `id`, of `pages` pages, to `free`. Nobody reaches it any more.
-    pub(crate) fn free<M: Machine>(&self, machine: &M, id: u16, pages: u64, free: &mut dyn FnMut(Pfn)) {
+    pub(crate) fn free<M: Machine>(&self, machine: &M, id: u16, pages: u64, free: &mut dyn FnMut(Pfn, Order)) {
         if let Some(bitmap) = self.cells.get(usize::from(id)).and_then(Cell::take) {
             bitmap.free(machine, pages, free);
         }

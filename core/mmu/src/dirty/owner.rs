@@ -9,7 +9,7 @@ use entresol_addr::{Gfn, GfnRange};
 use entresol_machine::Machine;
 use entresol_slot::Slot;
 use entresol_sync::{hint, planted};
-use entresol_table::{Format, Permissions};
+use entresol_table::Format;
 
 use super::bitmap::{Bitmap, PAGES};
 use crate::Invalidation;
@@ -88,6 +88,17 @@ impl fmt::Display for LogError {
 }
 
 impl core::error::Error for LogError {}
+
+/// What was read of a log, and of which slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPart {
+    /// The slot's first frame.
+    pub base: Gfn,
+    /// Its pages.
+    pub pages: u64,
+    /// Pages that were read.
+    pub count: u64,
+}
 
 /// Words that `pages` pages have.
 const fn words(pages: u64) -> u64 {
@@ -169,11 +180,30 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let _owner = self.logs.owner();
         let (slot, log) = self.log_of(cpu, slot)?;
         check_buffer(to, slot.count)?;
+        self.copy_words(log, 0..words(slot.count), to);
+        Ok(to.iter().map(|word| u64::from(word.count_ones())).sum())
+    }
+
+    /// The same for the part of the log that begins with page `first` and is as long as `to`, or ends with the slot; words
+    /// after that become 0.
+    ///
+    /// # Errors
+    ///
+    /// [`LogError`]: `first` is a multiple of 64 and lies in the slot.
+    pub fn read_dirty_part(&self, cpu: usize, slot: u16, first: u64, to: &mut [u64]) -> Result<LogPart, LogError> {
+        let _owner = self.logs.owner();
+        let (slot, log) = self.log_of(cpu, slot)?;
+        let left = slot.count.checked_sub(first).ok_or(LogError::Outside { first, count: 0, pages: slot.count })?;
+        let count = (to.len() as u64).saturating_mul(PAGES).min(left);
+        self.copy_words(log, part(first, count, slot.count)?, to);
+        Ok(LogPart { base: slot.base, pages: slot.count, count })
+    }
+
+    fn copy_words(&self, log: Bitmap, part: Range<u64>, to: &mut [u64]) {
         to.fill(0);
-        for (index, word) in (0..words(slot.count)).zip(to.iter_mut()) {
+        for (index, word) in part.zip(to.iter_mut()) {
             *word = log.load(&self.host.machine, index);
         }
-        Ok(to.iter().map(|word| u64::from(word.count_ones())).sum())
     }
 
     /// Clears what `named` names of the pages `first .. first + count` of slot `slot`, after it has write-protected these
@@ -217,12 +247,12 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// Frames of the pool that logs take.
     pub fn log_frames(&self, pin: &entresol_sync::Pin<'_>) -> u64 {
-        let log = |slot: &Slot| self.logs.get(slot.id).map_or(0, |_| Bitmap::frames(slot.count));
+        let log = |slot: &Slot| self.logs.get(slot.id).map_or(0, |log| log.frames(slot.count));
         self.slots.iter(pin).map(|slot| log(&slot)).sum()
     }
 
-    /// Where the log of slot `id` stands, for audits: the frame of bits, if the slot has at most 32,768 pages, or the first
-    /// of the frames above it.
+    /// Where the log of slot `id` stands, for audits: the first frame of bits, if all follow each other (as for a slot of at most
+    /// 32,768 pages), or the first of the frames above them.
     pub fn log_root(&self, pin: &entresol_sync::Pin<'_>, id: u16) -> Option<entresol_addr::Pfn> {
         self.slots.get(pin, id).and_then(|slot| self.logs.get(slot.id)).map(|log| log.parts().0)
     }
@@ -298,7 +328,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     pub(super) fn reprotect(&self, cpu: usize, pages: impl Iterator<Item = Gfn>) {
         let _pin = self.host.epoch.pin(cpu);
         let flushes = self.flushes(&self.stats.tlb_range);
-        let changed = self.table.protect_frames(&self.host.machine, flushes, pages, Permissions::WRITE);
+        let changed = self.table.protect_frames(&self.host.machine, flushes, pages);
         self.stats.reprotected.add(changed);
     }
 }

@@ -10,7 +10,10 @@
 //! An owner may share the entries with somebody it does not trust, so what stands in them is not believed: a page that does
 //! not exist is ignored at the reset, and an entry that says harvested but was not pushed is not looked at.
 //!
-//! Invariants: `pushed − reset` is at most the size.
+//! A ring can be off, and be used in part: its limit is 0 then, or less than the entries that it was made with. Entries are
+//! never made a second time, because whoever pushes takes no lock.
+//!
+//! Invariants: `pushed − reset` is at most the number of entries.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -92,6 +95,8 @@ impl RingEntry {
 #[derive(Debug)]
 pub struct Ring {
     entries: Box<[RingEntry]>,
+    /// How many may be used; 0 while it is off.
+    limit: AtomicU32,
     pushed: AtomicU32,
     reset: AtomicU32,
 }
@@ -102,12 +107,28 @@ impl Ring {
         entries.is_power_of_two() && SIZES.contains(&entries)
     }
 
-    /// `entries` free entries, a size that [`Self::is_size`].
+    /// `entries` free entries, a size that [`Self::is_size`]; all of them are used.
     pub(super) fn new(entries: u32) -> Result<Self, OutOfHeap> {
         let mut all = Vec::new();
         all.try_reserve_exact(entries as usize).map_err(|_| OutOfHeap)?;
         all.resize_with(entries as usize, RingEntry::default);
-        Ok(Self { entries: all.into_boxed_slice(), pushed: AtomicU32::new(0), reset: AtomicU32::new(0) })
+        let (pushed, reset) = (AtomicU32::new(0), AtomicU32::new(0));
+        Ok(Self { entries: all.into_boxed_slice(), limit: AtomicU32::new(entries), pushed, reset })
+    }
+
+    /// Uses `entries` of its entries from now on, a size that [`Self::is_size`] and that it has; or none, with 0: it is off.
+    pub(super) fn set_limit(&self, entries: u32) {
+        self.limit.store(entries, Ordering::Release);
+    }
+
+    /// Whether pages are pushed.
+    pub(super) fn is_on(&self) -> bool {
+        self.limit.load(Ordering::Acquire) != 0
+    }
+
+    /// Frees every entry, whatever it says. It is off since a grace period, and the caller holds the owner's lock.
+    pub(super) fn clear(&self) {
+        self.free(self.used());
     }
 
     /// The entries. Number `n` that is pushed goes to place `n` modulo their number.
@@ -127,12 +148,13 @@ impl Ring {
 
     /// Whether it is at the soft limit: the vCPU is not to run before a reset.
     pub fn is_full(&self) -> bool {
-        self.used() >= self.entries.len() as u32 - RESERVE
+        let limit = self.limit.load(Ordering::Relaxed);
+        limit != 0 && self.used() >= limit - RESERVE
     }
 
     /// Names a page. Returns whether there was room. The caller is the CPU that the ring's vCPU runs on.
     pub(super) fn push(&self, slot: u16, offset: u64) -> bool {
-        if self.used() as usize >= self.entries.len() {
+        if self.used() >= self.limit.load(Ordering::Relaxed) {
             return false;
         }
         let pushed = self.pushed.load(Ordering::Relaxed);
@@ -143,13 +165,23 @@ impl Ring {
 
     /// Marks every dirty entry harvested, in order, and tells `f` of each. Returns how many.
     pub fn harvest(&self, mut f: impl FnMut(u32, u64)) -> u32 {
+        self.harvest_while(|slot, offset| {
+            f(slot, offset);
+            true
+        })
+    }
+
+    /// The same as long as `f` takes them: the first that it does not take stays dirty, and so do those after it.
+    pub fn harvest_while(&self, mut f: impl FnMut(u32, u64) -> bool) -> u32 {
         let (mut next, end) = (self.reset.load(Ordering::Acquire), self.pushed.load(Ordering::Acquire));
         let mut harvested = 0;
         while next != end {
             let entry = self.entry(next);
             if entry.state() == RingState::Dirty {
                 let (slot, offset) = entry.page();
-                f(slot, offset);
+                if !f(slot, offset) {
+                    break;
+                }
                 entry.harvest();
                 harvested += 1;
             }
@@ -203,6 +235,26 @@ mod tests {
         }
         assert!(!ring.push(3, 128), "no entry is written over");
         assert_eq!(ring.used(), 128);
+    }
+
+    #[test]
+    fn a_part_of_a_ring_has_its_own_soft_limit() {
+        let ring = Ring::new(512).unwrap();
+        ring.set_limit(128);
+        for page in 0..128 {
+            assert_eq!(ring.is_full(), page >= 64, "{page}");
+            assert!(ring.push(3, page));
+        }
+        assert!(!ring.push(3, 128));
+        ring.set_limit(0);
+        assert!(!ring.is_full() && !ring.is_on() && !ring.push(3, 128));
+        ring.clear();
+        ring.set_limit(512);
+        assert_eq!(ring.used(), 0);
+        assert!(ring.push(3, 7) && ring.is_on());
+        assert_eq!(ring.harvest_while(|_, _| false), 0);
+        assert_eq!(ring.harvested(0), None, "what was not taken stays dirty");
+        assert_eq!(ring.harvest(|slot, page| assert_eq!((slot, page), (3, 7))), 1);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! All dirty rings of a virtual machine.
 //!
-//! Protocol: [`Vm::enable_dirty_rings`] once; then [`Vm::enter`] before each run of a vCPU and [`Vm::leave`] after it say
-//! whose ring the writes of a CPU go to, as [`Vm::write`] for a device goes to that of the vCPU which made it act. Where none
-//! runs, the page is in the log only.
+//! Protocol: [`Vm::enter`] before each run of a vCPU and [`Vm::leave`] after it say whose ring the writes of a CPU go to, as
+//! [`Vm::write`] for a device goes to that of the vCPU which made it act. Where none runs, the page is in the log only. Rings
+//! are made by the first [`Vm::enable_dirty_rings`] and stay; [`Vm::disable_dirty_rings`] empties them. Both may be called while
+//! vCPUs run. A write that takes its ring to the soft limit is done, and its fault ends with [`Reason::DirtyRingFull`](crate::Reason::DirtyRingFull).
 //!
 //! A reset takes the harvested entries of each ring from the oldest on, up to the first that is not harvested. Neighbours are
 //! taken together: pages of one slot in one aligned group of 64 cost one grace period and one flush. A group is a word of the
@@ -36,8 +37,15 @@ pub enum RingsError {
         /// What was asked for.
         value: u32,
     },
-    /// There are rings already.
+    /// They are enabled already.
     Enabled,
+    /// The rings were made before, with fewer entries or for other vCPUs.
+    Made {
+        /// vCPUs that have a ring.
+        vcpus: u32,
+        /// Entries of each.
+        entries: u32,
+    },
     /// The heap has no room.
     OutOfHeap,
 }
@@ -47,7 +55,10 @@ impl fmt::Display for RingsError {
         match self {
             Self::Entries { value } => write!(f, "entries {value}: must be a power of two from 128 to 65536"),
             Self::Vcpus { value } => write!(f, "vcpus {value}: must be 1 to {}", u16::MAX),
-            Self::Enabled => f.write_str("dirty rings: must be enabled once at most"),
+            Self::Enabled => f.write_str("dirty rings: must not be enabled already"),
+            Self::Made { vcpus, entries } => {
+                write!(f, "entries: must be at most {entries}, and for {vcpus} vCPUs, as the rings were made first")
+            }
             Self::OutOfHeap => f.write_str("dirty rings: the heap has no room for them"),
         }
     }
@@ -79,13 +90,29 @@ impl Rings {
         self.all().get(vcpu as usize)
     }
 
+    /// The ring of the vCPU that runs on CPU `cpu`.
+    fn on(&self, cpu: usize) -> Option<&Ring> {
+        let running = self.running.get(cpu).map_or(0, |running| running.load(Ordering::Relaxed));
+        running.checked_sub(1).and_then(|vcpu| self.of(vcpu))
+    }
+
     /// Page `offset` of `slot` was written on CPU `cpu`, which is the caller's. Where no ring has room for that, the log
     /// says it alone.
     pub(super) fn push(&self, cpu: usize, slot: u16, offset: u64) {
-        let running = self.running.get(cpu).map_or(0, |running| running.load(Ordering::Relaxed));
-        if let Some(ring) = running.checked_sub(1).and_then(|vcpu| self.of(vcpu)) {
+        if let Some(ring) = self.on(cpu) {
             ring.push(slot, offset);
         }
+    }
+
+    /// Whether there are rings, which may be off.
+    #[inline]
+    pub(super) fn are_made(&self) -> bool {
+        self.rings.is_completed()
+    }
+
+    /// Whether the vCPU that runs on CPU `cpu` has to stop for its ring.
+    pub(super) fn is_full_on(&self, cpu: usize) -> bool {
+        self.on(cpu).is_some_and(Ring::is_full)
     }
 }
 
@@ -114,7 +141,7 @@ impl Group {
 }
 
 impl<M: Machine, F: Format> Vm<'_, M, F> {
-    /// Makes a ring of `entries` entries for each of the vCPUs `0 .. vcpus`.
+    /// From now on each of the vCPUs `0 .. vcpus` has a ring of `entries` entries.
     ///
     /// # Errors
     ///
@@ -127,8 +154,17 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             return Err(RingsError::Vcpus { value: vcpus });
         }
         let _owner = self.logs.owner();
-        if self.logs.rings.rings.is_completed() {
+        let made = self.logs.rings.all();
+        if made.iter().any(Ring::is_on) {
             return Err(RingsError::Enabled);
+        }
+        if let Some(first) = made.first() {
+            let has = first.entries().len() as u32;
+            if made.len() as u32 != vcpus || has < entries {
+                return Err(RingsError::Made { vcpus: made.len() as u32, entries: has });
+            }
+            made.iter().for_each(|ring| ring.set_limit(entries));
+            return Ok(());
         }
         let mut rings = Vec::new();
         rings.try_reserve_exact(vcpus as usize).map_err(|_| RingsError::OutOfHeap)?;
@@ -139,9 +175,19 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         Ok(())
     }
 
+    /// From now on there are no rings; what stood in them is in the log. Not called by a pinned CPU.
+    pub fn disable_dirty_rings(&self) {
+        let _owner = self.logs.owner();
+        let rings = self.logs.rings.all();
+        rings.iter().for_each(|ring| ring.set_limit(0));
+        // Whoever is about to push is pinned.
+        self.host.epoch.synchronize();
+        rings.iter().for_each(Ring::clear);
+    }
+
     /// The ring of vCPU `vcpu`, if rings are enabled.
     pub fn dirty_ring(&self, vcpu: u32) -> Option<&Ring> {
-        self.logs.rings.of(vcpu)
+        self.logs.rings.of(vcpu).filter(|ring| ring.is_on())
     }
 
     /// CPU `cpu` is about to run vCPU `vcpu`, until [`Vm::leave`].
@@ -150,10 +196,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     ///
     /// [`RingFull`]: it must not run.
     pub fn enter(&self, cpu: usize, vcpu: u32) -> Result<(), RingFull> {
-        let Some(ring) = self.logs.rings.of(vcpu) else {
-            return Ok(());
-        };
-        if ring.is_full() {
+        if self.logs.rings.of(vcpu).is_some_and(Ring::is_full) {
             return Err(RingFull);
         }
         self.set_running(cpu, vcpu + 1);

@@ -51,6 +51,10 @@ pub enum Part {
     Pages,
     /// Faults with 2 MiB entries
     Blocks,
+    /// A dirty log with 4 KiB entries: faults, and fetching it
+    Log,
+    /// A dirty log with 2 MiB entries: faults that split them
+    Split,
     /// A Linux boot, bare and as a guest
     Boot,
 }
@@ -77,13 +81,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let bench = Bench { qemu, guest, plugin, hypervisor: image::build(&[])?.raw, work };
     let wanted = |part: Part| options.only.is_empty() || options.only.contains(&part);
     let mut rows = Rows::default();
-    if wanted(Part::Pages) {
-        let peer = options.peer.map(|Peer::Kvm| peer::operations(&bench, Part::Pages)).transpose()?;
-        rows.add(operations::measure(&bench, Part::Pages)?, peer.as_ref());
-    }
-    if wanted(Part::Blocks) {
-        let peer = options.peer.map(|Peer::Kvm| peer::operations(&bench, Part::Blocks)).transpose()?;
-        rows.add(operations::measure(&bench, Part::Blocks)?, peer.as_ref());
+    for part in [Part::Pages, Part::Blocks, Part::Log, Part::Split].into_iter().filter(|part| wanted(*part)) {
+        let peer = options.peer.map(|Peer::Kvm| peer::operations(&bench, part)).transpose()?;
+        rows.add(operations::measure(&bench, part)?, peer.as_ref());
     }
     if wanted(Part::Boot) {
         rows.0.extend(boot::measure(&bench, options.peer.is_some())?);

@@ -21,10 +21,14 @@ const PAGES: [(&str, u8); 7] = [
 /// Of the same run: what KVM does not carry out for a guest.
 const OURS: [(&str, u8); 2] = [("mmio_pair", 8), ("cmo_trap", 9)];
 const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
+const LOG: [(&str, u8); 2] = [("dirty_log_fault", 12), ("get_dirty_log_1g_16384", 13)];
+const SPLIT: [(&str, u8); 2] = [("dirty_log_split", 14), ("dirty_log_split_page", 15)];
 
 /// Memory of the outer machine and of the guest.
 pub const OUTER: (u64, &str) = (4 << 30, "4G");
 pub const GUEST: (u64, &str) = (512 << 20, "512M");
+/// Memory of a guest that logs.
+pub const LOGGED: (u64, &str) = (1 << 30, "1G");
 
 /// Where the guest expects a zone of coalesced MMIO, of one page, and a doorbell of 4 bytes.
 const COALESCED: u64 = 0x0c00_0000;
@@ -35,7 +39,17 @@ pub const DONE: &str = "BENCH DONE";
 
 /// The guest's command line.
 pub fn arguments(part: Part) -> &'static str {
-    if part == Part::Blocks { "bench=blocks" } else { "bench=pages" }
+    match part {
+        Part::Blocks => "bench=blocks",
+        Part::Log => "bench=log",
+        Part::Split => "bench=split",
+        Part::Pages | Part::Boot => "bench=pages",
+    }
+}
+
+/// The guest's memory.
+pub fn memory(part: Part) -> (u64, &'static str) {
+    if matches!(part, Part::Log | Part::Split) { LOGGED } else { GUEST }
 }
 
 /// What the guest's own hypervisor may be asked for besides.
@@ -50,10 +64,11 @@ pub type Results = Vec<(&'static str, Statistics)>;
 /// When the machine does not come to its end, or a phase is missing.
 pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
     let name = arguments(part);
-    let page_size = if part == Part::Blocks { LargestEntry::Block2M } else { LargestEntry::Page4K };
+    let blocks = matches!(part, Part::Blocks | Part::Split);
+    let page_size = if blocks { LargestEntry::Block2M } else { LargestEntry::Page4K };
     let vm = WrittenVm {
         name: "bench".to_owned(),
-        memory: GUEST.1.to_owned(),
+        memory: memory(part).1.to_owned(),
         kernel: guests::flat("bench")?.to_string_lossy().into_owned(),
         cmdline: format!("{} {ALL}", arguments(part)),
         policies: WrittenPolicies {
@@ -92,7 +107,12 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
 /// # Errors
 /// When a phase is missing: the guest skipped it.
 pub fn phases(part: Part, counts: &Counts) -> Result<Results> {
-    each(if part == Part::Blocks { &BLOCKS } else { &PAGES }, counts)
+    match part {
+        Part::Blocks => each(&BLOCKS, counts),
+        Part::Log => each(&LOG, counts),
+        Part::Split => each(&SPLIT, counts),
+        Part::Pages | Part::Boot => each(&PAGES, counts),
+    }
 }
 
 fn each(keys: &[(&'static str, u8)], counts: &Counts) -> Result<Results> {

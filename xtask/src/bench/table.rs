@@ -9,7 +9,7 @@ use super::plugin::Statistics;
 
 /// Targets: medians, in instructions, and what KVM's median is on the same machine where nobody measures it again; none
 /// where KVM does not carry the operation out.
-const TARGETS: [(&str, u64, Option<u64>); 10] = [
+const TARGETS: [(&str, u64, Option<u64>); 14] = [
     ("fault_populated_4k", 700, Some(4447)),
     ("fault_fresh_4k", 1400, Some(7277)),
     ("fault_populated_2m", 900, Some(4610)),
@@ -20,6 +20,10 @@ const TARGETS: [(&str, u64, Option<u64>); 10] = [
     ("mmio_pair", 1100, None),
     ("cmo_trap", 400, None),
     ("hvc", 250, Some(1056)),
+    ("dirty_log_fault", 500, Some(2883)),
+    ("get_dirty_log_1g_16384", 1_500_000, Some(11_100_000)),
+    ("dirty_log_split", 900, Some(3077)),
+    ("dirty_log_split_page", 1400, Some(3077)),
 ];
 
 /// One line.

@@ -17,6 +17,11 @@
 //!
 //! Phases 8 and 9 with the argument `all` only: KVM refuses the one and lets the hardware do the other.
 //!
+//! | 12 | `bench=log`: store to a page that the dirty log has write-protected |
+//! | 13 | the same: fetching the log of 1 GiB with 16,384 dirty pages |
+//! | 14 | `bench=split`: store to a write-protected block of 2 MiB |
+//! | 15 | the same: store to another page of it |
+//!
 //! In `bench=blocks`, for a VM that may use blocks, phase 3: first store to a 2 MiB block as in phase 2.
 //!
 //! Populated but not mapped: the guest asks for the range's second-stage entries to be taken away. Our own hypervisor
@@ -31,6 +36,15 @@ use core::arch::asm;
 use guest_rt::machine::{Machine, UART};
 use guest_rt::smccc::{self, psci};
 use guest_rt::{guest, memory, println};
+
+macro_rules! measured {
+    ($operation:literal, $($operand:tt)*) => {
+        // SAFETY: the operation's address is outside the image (checked where it is computed); markers do nothing.
+        unsafe { asm!("movz xzr, #0xb000", $operation, "movz xzr, #0xe000", $($operand)*, options(nostack)) }
+    };
+}
+
+mod dirty;
 
 guest!(main);
 
@@ -55,6 +69,11 @@ const FR: u64 = UART + 0x18;
 const IFLS: u64 = UART + 0x34;
 
 fn main(machine: &Machine) {
+    match machine.argument("bench") {
+        Some("log") => return dirty::log(machine),
+        Some("split") => return dirty::split(machine),
+        _ => {}
+    }
     let blocks = machine.argument("bench") == Some("blocks");
     let (count, size) = if blocks { (BLOCKS, BLOCK) } else { (PAGES, PAGE) };
     let free = machine.free();
@@ -85,13 +104,6 @@ fn main(machine: &Machine) {
 fn phase<const MARKER: u16>() {
     // SAFETY: moves to the zero register do nothing.
     unsafe { asm!("movz xzr, #{}", const MARKER, options(nomem, nostack)) };
-}
-
-macro_rules! measured {
-    ($operation:literal, $($operand:tt)*) => {
-        // SAFETY: the operation's address is outside the image (checked where it is computed); markers do nothing.
-        unsafe { asm!("movz xzr, #0xb000", $operation, "movz xzr, #0xe000", $($operand)*, options(nostack)) }
-    };
 }
 
 fn touch(start: u64, count: u64, size: u64) {

@@ -199,5 +199,6 @@ fn number(outcome: Outcome) -> u32 {
         Outcome::Exit(Reason::BadObject) => 9,
         Outcome::Unshare => 10,
         Outcome::Exit(Reason::Stored { .. }) => 11,
+        Outcome::Exit(Reason::DirtyRingFull) => 12,
     }
 }

@@ -19,7 +19,7 @@
 //!
 //! Trust: a file is read as if a stranger had made it; its configuration is checked as a bundle's is.
 //!
-//! Known holes: machines with flash, a balloon, devices of their own, or slots that were added are not saved.
+//! Known holes: machines with flash, a balloon, memory tagging, devices of their own, or slots that were added are not saved.
 //!
 //! Lock order: as the store's tasks; the list of images is a leaf.
 

@@ -158,8 +158,8 @@ fn check_config(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Res
         bundle.file(*file).map(|file| file.data.len() as u64).ok_or_else(|| "not in the bundle".to_string())
     };
     all.check(&mut length).map_err(|refusal| Refused(Error::refused(Code::BadField, refusal)))?;
-    if config.flash.is_some() || config.balloon || !config.pass_through.is_empty() {
-        let text = "the snapshot's configuration: must have no flash, no balloon and no pass_through";
+    if config.flash.is_some() || config.balloon || config.mte || !config.pass_through.is_empty() {
+        let text = "the snapshot's configuration: must have no flash, no balloon, no mte and no pass_through";
         return Err(Refused::because(text));
     }
     Ok(())
@@ -256,7 +256,7 @@ impl Parts {
 /// A disk over `image` on which nothing is written yet, but may be.
 fn overlay(image: &'static [u8], read_only: bool) -> Result<Arc<Overlay>, Refused> {
     let host = host::get();
-    let spec = Spec::Anonymous { frames: (image.len() as u64).div_ceil(PAGE_SIZE), policy: Policy::Pages };
+    let spec = Spec::anonymous((image.len() as u64).div_ceil(PAGE_SIZE), Policy::Pages);
     let object = host.objects.create(&host.supply(cpu::index()), spec).map_err(Refused::out_of_memory)?;
     Ok(Overlay::over(image, read_only, object))
 }

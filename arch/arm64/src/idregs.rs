@@ -426,7 +426,9 @@ mod tests {
         let mut shown = named(SysReg::ID_AA64PFR1_EL1, 0x21);
         assert_eq!(shown.next(), Some(("BT", 1)));
         assert_eq!(shown.next(), Some(("SSBS", 2)));
+        assert_eq!(shown.next(), Some(("MTE", 0)));
         assert_eq!(shown.next(), Some(("CSV2_frac", 0)));
+        assert_eq!(shown.next(), Some(("MTE_frac", 0)));
         assert_eq!(shown.next(), None);
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use entresol_addr::{Gfn, Gpa, PAGE_SIZE};
-use entresol_slot::Hint;
+use entresol_slot::{Hint, SlotFlags};
 
 use super::{CPU, Relative, Subject};
 use crate::input::Input;
@@ -77,6 +77,10 @@ impl Reference {
             return None;
         }
         let renamed: BTreeMap<u32, u32> = self.slots.iter().map(|(id, slot)| (slot.object, numbers[id])).collect();
-        Some(self.renamed(&renamed))
+        let mut child = self.renamed(&renamed);
+        // Its owner has asked for no log yet.
+        child.slots.values_mut().for_each(|slot| slot.flags &= !SlotFlags::LOG_DIRTY.bits());
+        child.dirty.clear();
+        Some(child)
     }
 }

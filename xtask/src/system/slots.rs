@@ -24,7 +24,7 @@ pub fn only_what_is_free_is_passed_through(context: &Context) -> Result<()> {
         let mut vm = vm("")?;
         vm.pass_through = vec![PassThrough { machine, base: DEVICE, size: 0x1000 }];
         let refused = Builder::new(context, &format!("pass_through_{name}"))?.boot(vec![vm])?;
-        let rule = "must be pages of virtio-mmio transports, without the control channel's";
+        let rule = "must be pages of virtio-mmio transports, without the hypervisor's own";
         refused.expect_refusal(&format!("vm slots: pass_through[0].machine = {machine:#x}: {rule}"))?;
     }
     Ok(())

@@ -40,20 +40,24 @@ fn store(rng: &mut Rng, address: u64) {
         0 => memory::store8(address + rng.below(64), value as u8),
         1 => memory::store32(address + 4, value as u32),
         2 => memory::store64(address + 8, value),
-        // SAFETY (here and below): the address is in the range, where no Rust object is.
+        // SAFETY: the address is in the range, where no Rust object is.
         3 => unsafe { asm!("stp {v}, {v}, [{a}, #16]", v = in(reg) value, a = in(reg) address, options(nostack)) },
+        // SAFETY: as above.
         4 => unsafe {
             asm!("2: ldxr {t}, [{a}]", "add {t}, {t}, {v}", "stxr {s:w}, {t}, [{a}]", "cbnz {s:w}, 2b",
                 t = out(reg) _, s = out(reg) _, v = in(reg) value, a = in(reg) address, options(nostack))
         },
+        // SAFETY: as above.
         5 => unsafe {
             asm!(".arch_extension lse", "ldadd {v}, {t}, [{a}]", ".arch_extension nolse",
                 v = in(reg) value, t = out(reg) _, a = in(reg) address, options(nostack))
         },
+        // SAFETY: as above.
         6 => unsafe {
             asm!("str {v}, [{a}], #8", "str {v}, [{a}, #8]!", v = in(reg) value, a = inout(reg) address => _,
                 options(nostack))
         },
+        // SAFETY: as above.
         _ => unsafe { asm!("stlr {v}, [{a}]", v = in(reg) value, a = in(reg) address, options(nostack)) },
     }
 }

@@ -24,7 +24,9 @@ use scoped_tls::scoped_thread_local;
 use crate::check::coalesced::Posted;
 use crate::check::inv04::Log;
 use crate::check::inv11::Oracle;
+use crate::check::written::Written;
 use crate::check::{self, Check, Checks, Violation, inv03, inv04, inv05, inv07, inv15};
+use crate::explore::access::WORD;
 use crate::explore::schedule::{Go, Schedule};
 use crate::guest::record::Records;
 use crate::machine::config::{Config, MAX_CPUS};
@@ -57,6 +59,8 @@ pub struct Lab {
     pub posted: Posted,
     /// Slots that log.
     pub logs: Vec<Log>,
+    /// What was written, for whoever names it.
+    pub written: Written,
     /// For each CPU whether it is resetting dirty rings.
     pub resetting: [bool; MAX_CPUS],
     /// Events that happened.
@@ -83,7 +87,6 @@ scoped_thread_local!(static OUT_3: Yielder<(), ()>);
 /// host address has these bits.
 const PAGE: usize = 1 << 62;
 const TLB: usize = 1 << 61;
-const WORD: usize = 1 << 60;
 
 /// Puts a new machine on the table, with what the thread has learned about places of the source.
 pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::access::Sites) {
@@ -99,6 +102,7 @@ pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::acc
         protected: Vec::new(),
         flags_update: [None; MAX_CPUS],
         logs: Vec::new(),
+        written: Written::default(),
         resetting: [false; MAX_CPUS],
         monitors: [None; MAX_CPUS],
         posted: Posted::default(),
@@ -216,6 +220,14 @@ impl Lab {
     pub fn found(&mut self, check: Check, what: Option<String>) {
         if let Some(what) = what.filter(|_| self.checks.has(check) && self.violation.is_none()) {
             self.violation = Some(Violation { check, what });
+        }
+    }
+
+    /// The hypervisor is about to read or write `frames`.
+    fn uses(&mut self, frames: PfnRange) {
+        if self.checks.has(Check::Inv7) {
+            let wrong = inv07::used(&self.world, frames);
+            self.found(Check::Inv7, wrong);
         }
     }
 
@@ -374,6 +386,7 @@ impl Hardware {
         step(page_key(frames.start()), true, site);
         with(|lab| {
             let cpu = lab.schedule.current();
+            lab.uses(frames);
             change(lab, cpu);
             lab.log(Some(site), || match frames.count() {
                 1 => format!("{what} frame {:#x}", frames.start()),
@@ -396,14 +409,22 @@ impl Model for Hardware {
     #[track_caller]
     fn load(&self, word: Word) -> u64 {
         step(word_key(word), false, Location::caller());
-        with(|lab| lab.machine(|world, pick| world.load(word, pick)))
+        let value = with(|lab| {
+            lab.uses(PfnRange::single(word.frame()));
+            lab.machine(|world, pick| world.load(word, pick))
+        });
+        settle();
+        value
     }
 
     #[track_caller]
     fn store(&self, word: Word, value: u64) {
         let site = Location::caller();
         step(word_key(word), true, site);
-        with(|lab| change(lab, word, value, site));
+        with(|lab| {
+            lab.uses(PfnRange::single(word.frame()));
+            change(lab, word, value, site);
+        });
         settle();
     }
 
@@ -412,6 +433,7 @@ impl Model for Hardware {
         let site = Location::caller();
         step(word_key(word), true, site);
         let result = with(|lab| {
+            lab.uses(PfnRange::single(word.frame()));
             let found = lab.machine(|world, pick| world.load(word, pick));
             if found != current {
                 return Err(found);
@@ -483,6 +505,7 @@ impl Model for Hardware {
     fn read(&self, from: Hpa, to: &mut [u8]) {
         step(page_key(from.frame()), false, Location::caller());
         with(|lab| {
+            lab.uses(PfnRange::single(from.frame()));
             for (byte, address) in to.iter_mut().zip(from.get()..) {
                 let word = lab.machine(|world, pick| world.load(word_at(address), pick));
                 *byte = word.to_le_bytes()[(address % 8) as usize];

@@ -24,7 +24,7 @@ fn quick() -> Plan {
 fn the_core_passes_and_every_scenario_shows_what_it_is_about() {
     for path in files() {
         let scenario = Scenario::load(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let report = explore(&scenario, Setting::default(), &quick(), &|_| {});
+        let report = explore(&scenario, Setting::default(), &quick().fitting(&scenario), &|_| {});
         let found = report.failure.as_ref().map(|failure| format!("{} [{}]", failure.violation, failure.trail));
         assert_eq!(found, None, "{}", path.display());
         let missing = report.missing(&scenario);
@@ -40,7 +40,7 @@ fn the_core_passes_on_other_machines_too() {
             let machine = Config { fwb, dic, ..scenario.machine };
             let scenario = Scenario { machine, ..scenario.clone() };
             let plan = Plan { exhaustive: 500, pct: 200, sticky: 200, ..Plan::default() };
-            let report = explore(&scenario, Setting::default(), &plan, &|_| {});
+            let report = explore(&scenario, Setting::default(), &plan.fitting(&scenario), &|_| {});
             let found = report.failure.map(|failure| format!("{} [{}]", failure.violation, failure.trail));
             assert_eq!(found, None, "{}, fwb {fwb}, dic {dic}", path.display());
         }
@@ -52,7 +52,7 @@ fn every_request_for_a_frame_may_be_refused() {
     let mut most = 0;
     for path in files() {
         let scenario = Scenario::load(&path).unwrap();
-        let (schedules, failure) = starve(&scenario, Setting::default(), 20);
+        let (schedules, failure) = starve(&scenario, Setting::default(), if scenario.long { 1 } else { 20 });
         let found = failure.map(|failure| format!("{} [{}]", failure.violation, failure.trail));
         assert_eq!(found, None, "{}", path.display());
         most = most.max(schedules);

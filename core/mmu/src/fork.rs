@@ -32,6 +32,7 @@ use entresol_backing::{Frozen, Kind, ObjectHandle, Order};
 use entresol_machine::Machine;
 use entresol_slot::{ObjectId, Slot, SlotError, SlotFlags, SlotRequest};
 use entresol_sync::epoch::Moment;
+use entresol_sync::planted;
 use entresol_table::{Detached, Format, Permissions, Straddle};
 
 use crate::create::root_order;
@@ -230,7 +231,9 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         let invalidation = started.inspect_err(|_| {
             self.host.pool.give(cpu, stash.start(), root_order(self.table.geometry()));
         })?;
-        self.host.epoch.synchronize();
+        if !planted!(ZG4) {
+            self.host.epoch.synchronize();
+        }
         self.withdraw_writable(cpu, stash);
         let supply = self.host.supply(cpu);
         let mut outcome = Ok(());
@@ -278,7 +281,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
     pub fn reclaim(&self, cpu: usize, limit: u64) -> bool {
         let mut place = self.detached.lock();
         let Some(retiring) = place.as_mut() else { return true };
-        if !self.host.epoch.is_over(retiring.since) {
+        if !self.host.epoch.is_over(retiring.since) && !planted!(ZG5) {
             return false;
         }
         let (machine, pool) = (&self.host.machine, &self.host.pool);

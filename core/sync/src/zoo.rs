@@ -56,6 +56,10 @@ pub enum Bug {
     ZG2,
     /// Z-G3: two pages are compared before writes to them are kept out, and then become one.
     ZG3,
+    /// Z-G4: a fork shares memory while faults that it does not know of are still publishing.
+    ZG4,
+    /// Z-G5: tables that a fork detached are freed while somebody may stand in them.
+    ZG5,
     /// Z-F1: the generation moves, and the update goes on, before the grace period is over.
     ZF1,
     /// Z-F2: an update that is given up leaves its slot invalid.
@@ -77,18 +81,18 @@ pub enum Bug {
 }
 
 std::thread_local! {
-    static PLANTED: Cell<u32> = const { Cell::new(0) };
+    static PLANTED: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Switches exactly these bugs on, on this thread.
 pub fn plant(bugs: &[Bug]) {
-    PLANTED.set(bugs.iter().fold(0, |set, bug| set | 1 << *bug as u8));
+    PLANTED.set(bugs.iter().fold(0, |set, bug| set | 1u64 << *bug as u8));
 }
 
 /// Whether `bug` is switched on, on this thread.
 #[inline]
 pub fn is_planted(bug: Bug) -> bool {
-    PLANTED.get() & 1 << bug as u8 != 0
+    PLANTED.get() & 1u64 << bug as u8 != 0
 }
 
 #[cfg(test)]

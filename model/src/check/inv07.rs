@@ -1,7 +1,7 @@
 //! INV-7: every frame reference is released exactly once, on every path; and nobody reaches a frame that is free.
 //!
 //! Watches the pool giving a frame back (no translation, in a table or in a cache, may lead to it), each store of an
-//! entry (what it points to is given out), and the end of a schedule (every frame is accounted for). That a frame is
+//! entry (what it points to is given out), each access of the hypervisor (not to what is free), and the end of a schedule (every frame is accounted for). That a frame is
 //! not given back twice the pool itself asserts.
 
 use entresol_addr::{GfnRange, PfnRange};
@@ -44,6 +44,13 @@ pub fn entry(world: &World, write: &EntryWrite) -> Option<String> {
         write.span.start(),
         write.vm
     ))
+}
+
+/// The hypervisor is about to read or write `frames`.
+pub fn used(world: &World, frames: PfnRange) -> Option<String> {
+    let mut all = (0..frames.count()).map(|offset| frames.start().offset(offset));
+    let free = all.find(|pfn| world.frame(*pfn).is_some_and(|frame| !frame.taken))?;
+    Some(format!("the hypervisor uses frame {free:#x}, which is free"))
 }
 
 /// What the frames of a schedule that has ended are used for.

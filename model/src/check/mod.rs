@@ -22,6 +22,7 @@ pub mod inv14;
 pub mod inv15;
 pub mod maintenance;
 pub mod slots;
+pub mod written;
 
 use std::fmt;
 
@@ -63,6 +64,8 @@ pub enum Check {
     Coalesced,
     /// Instructions take effect once, or not at all.
     Completion,
+    /// Dirty logs, dirty rings and differences name what was written.
+    Written,
     /// Outcomes that the litmus file forbids.
     Forbidden,
     /// A panic of the core.
@@ -71,7 +74,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -88,6 +91,7 @@ impl Check {
         Self::Maintenance,
         Self::Coalesced,
         Self::Completion,
+        Self::Written,
         Self::Forbidden,
         Self::Panic,
     ];
@@ -116,6 +120,7 @@ impl Check {
             Self::Maintenance => "cache-ops",
             Self::Coalesced => "coalesced",
             Self::Completion => "completion",
+            Self::Written => "written",
             Self::Forbidden => "forbidden",
             Self::Panic => "panic",
         }

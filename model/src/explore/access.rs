@@ -3,7 +3,8 @@
 //! Purpose: letting another CPU go before an operation matters only if the operation is on something that another CPU
 //! touches too, and one of them changes it. The explorer learns from each schedule which places of the source have such
 //! operations ([`Sites::is_shared`]) and decides only there; an exhaustive search starts again when it learns of a new
-//! one. That is sound for sequentially consistent memory: between two shared operations of a CPU nothing that it does is
+//! one. Of a place that goes through the words of a page only those words count that some place shares: copying a node of 512
+//! words is a decision where another CPU may use the same word, and not 512. That is sound for sequentially consistent memory: between two shared operations of a CPU nothing that it does is
 //! seen by others, so any schedule equals one that switches just before shared operations.
 //!
 //! The same record tells who waits in vain: a CPU in a waiting loop goes on when another CPU has changed something that
@@ -11,6 +12,7 @@
 
 use std::collections::HashMap;
 
+use entresol_machine::Word;
 use entresol_sync::lab::Site;
 
 /// Places that touched one address, before all count as shared without asking further.
@@ -22,8 +24,18 @@ pub struct Sites {
     by_pointer: HashMap<usize, u16, Spread>,
     by_name: HashMap<(&'static str, u32, u32), u16>,
     shared: Vec<bool>,
-    /// How many are shared.
+    /// Words of pages that are shared, whichever page and place it is.
+    words: [u64; Word::PER_FRAME as usize / 64],
+    /// How many places and words are shared.
     count: usize,
+}
+
+/// Marks the addresses of words of pages among those that operations announce. No host address has this bit.
+pub const WORD: usize = 1 << 60;
+
+/// Which word of a page `address` is, if it is one.
+fn word(address: usize) -> Option<usize> {
+    (address & WORD != 0).then_some(address >> 3 & (Word::PER_FRAME as usize - 1))
 }
 
 /// A hasher for keys that are addresses: one multiplication.
@@ -76,7 +88,12 @@ impl Sites {
         self.shared[usize::from(site)]
     }
 
-    /// How many places are shared: it only grows.
+    /// Whether an operation there on `address` may be one on what others touch.
+    pub fn is_shared_at(&self, site: u16, address: usize) -> bool {
+        self.is_shared(site) && word(address).is_none_or(|word| self.words[word / 64] >> (word % 64) & 1 != 0)
+    }
+
+    /// How many places and words are shared: it only grows.
     pub fn shared(&self) -> usize {
         self.count
     }
@@ -101,6 +118,19 @@ impl Sites {
             if other.is_shared(*number) {
                 self.share(mine);
             }
+        }
+        for (mine, others) in self.words.iter_mut().zip(other.words) {
+            self.count += (others & !*mine).count_ones() as usize;
+            *mine |= others;
+        }
+    }
+
+    /// An address is shared.
+    fn share_word(&mut self, address: usize) {
+        if let Some(word) = word(address) {
+            let (place, bit) = (&mut self.words[word / 64], 1 << (word % 64));
+            self.count += usize::from(*place & bit == 0);
+            *place |= bit;
         }
     }
 
@@ -213,6 +243,7 @@ impl Accesses {
         }
         // Once shared, always shared: places that come later conflict themselves.
         if conflict {
+            sites.share_word(address);
             for site in &record.sites[..usize::from(record.used)] {
                 sites.share(*site);
             }
@@ -261,6 +292,19 @@ mod tests {
         accesses.clear(2);
         accesses.note(&mut sites, 1, 0x200, true, c, 1);
         assert!(!sites.is_shared(c), "another schedule's accesses do not count");
+    }
+
+    #[test]
+    fn a_place_that_goes_through_a_page_is_shared_at_shared_words() {
+        let (mut sites, mut accesses) = (Sites::default(), Accesses::new(2));
+        let [a, b] = [here(), here()].map(|site| sites.number(site));
+        (0..512).for_each(|word| accesses.note(&mut sites, 0, WORD | 0x1000 | word << 3, false, a, 1));
+        accesses.note(&mut sites, 1, WORD | 0x1018, true, b, 2);
+        assert_eq!(sites.shared(), 3, "two places and a word");
+        assert!(sites.is_shared_at(a, WORD | 0x5018) && !sites.is_shared_at(a, WORD | 0x1020));
+        let mut others = Sites::default();
+        others.learn(&sites);
+        assert_eq!(others.shared(), 3);
     }
 
     #[test]

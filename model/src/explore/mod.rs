@@ -36,6 +36,8 @@ const LESSONS: u64 = 64;
 const SHARED_OUT: usize = 6;
 /// Schedules between two looks at the clock.
 const BETWEEN_LOOKS: u64 = 64;
+/// How much more a schedule of a long scenario takes than another.
+const LONG: u64 = 20;
 /// Schedules that end with everything destroyed: one in so many.
 const DESTROYED: u64 = 32;
 
@@ -60,6 +62,17 @@ impl Default for Plan {
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Self { exhaustive: 2_000_000, pct: 5_000, sticky: 5_000, seed: 1, limit: Duration::from_secs(60), threads }
+    }
+}
+
+impl Plan {
+    /// What can be spent on a scenario: less of one whose schedules are long.
+    pub fn fitting(self, scenario: &Scenario) -> Self {
+        if !scenario.long {
+            return self;
+        }
+        let Self { exhaustive, pct, sticky, .. } = self;
+        Self { exhaustive: exhaustive / LONG, pct: pct / LONG, sticky: sticky / LONG, ..self }
     }
 }
 

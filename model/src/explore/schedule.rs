@@ -116,7 +116,7 @@ impl Schedule {
         }
         self.steps += 1;
         let number = self.sites.number(site);
-        let shared = self.sites.is_shared(number);
+        let shared = self.sites.is_shared_at(number, address);
         let me = self.current;
         self.choose(false, shared);
         // The operation happens when this CPU goes again; its order among the others is then that of `touch`.

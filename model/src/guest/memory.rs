@@ -12,6 +12,7 @@ use super::operation::{Line, Operation, STAGE1_AF};
 use super::vcpu::Attempt;
 use crate::check::Check;
 use crate::check::inv11::{Cleaned, Place};
+use crate::check::written::Page;
 use crate::lab::Lab;
 use crate::litmus::outcome::Value;
 use crate::machine::walk::Translated;
@@ -45,7 +46,8 @@ pub fn reach(lab: &mut Lab, attempt: &Attempt, found: &Translated) -> Value {
     }
     let place = place(lab, walker.vm, gpa);
     let uncached = mmu_off && !lab.world.config.fwb;
-    let access = Reaching { cpu: walker.cpu, found, word: word(found, gpa), place, read_only, uncached };
+    let page = page(lab, walker.vm, gpa);
+    let access = Reaching { cpu: walker.cpu, found, word: word(found, gpa), place, page, read_only, uncached };
     access.perform(lab, what)
 }
 
@@ -58,6 +60,12 @@ pub fn place(lab: &Lab, vm: usize, gpa: Gpa) -> Option<Place> {
     let slot = lab.records.stable_at(vm, gpa.frame(), lab.world.now())?;
     let frame = slot.offset + gpa.frame().since(slot.range.start());
     Some(Place { object: slot.object, frame, word: (gpa.page_offset() / 8) as u16 })
+}
+
+/// The page at a guest address, for what is said of pages that are written.
+pub fn page(lab: &Lab, vm: usize, gpa: Gpa) -> Page {
+    let shown = place(lab, vm, gpa).map(|place| (place.object, place.frame));
+    Page { vm, gfn: gpa.frame(), shown }
 }
 
 /// Maintenance of the line at `gpa` begins.
@@ -100,6 +108,7 @@ struct Reaching<'a> {
     found: &'a Translated,
     word: u16,
     place: Option<Place>,
+    page: Page,
     /// What is stored is no content of the object.
     read_only: bool,
     uncached: bool,
@@ -163,6 +172,7 @@ impl Reaching<'_> {
         });
         if let Some(place) = self.place.filter(|_| !self.read_only) {
             lab.oracle.store(place, value, uncached, fwb);
+            lab.written.wrote(&self.page, None);
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! [`vcpu`] is a guest's access as hardware makes it, [`context`] what the vCPU has of it, [`operation`] what the manual says about it, [`memory`] its effect;
 //! [`owner`] what the owner of a virtual machine asks of the core;
-//! [`posted`] is coalesced MMIO; [`record`] what the lab remembers of that; [`stage`] puts machine, objects and virtual machines up and runs scripts.
+//! [`posted`] is coalesced MMIO; [`relatives`] forks and ends machines; [`record`] what the lab remembers of that; [`stage`] puts machine, objects and virtual machines up and runs scripts.
 
 pub mod context;
 pub mod dirty;
@@ -11,5 +11,6 @@ pub mod operation;
 pub mod owner;
 pub mod posted;
 pub mod record;
+pub mod relatives;
 pub mod stage;
 pub mod vcpu;

@@ -7,9 +7,9 @@ use entresol_slot::{ObjectId, SlotFlags, SlotRequest, Update};
 use entresol_table::{Permissions, Reserve, Retired, Straddle};
 
 use super::dirty;
-use super::memory;
 use super::record::SlotRecord;
 use super::stage::{Actor, Kind, Stage};
+use super::{memory, relatives};
 use crate::check::inv11::Place;
 use crate::check::{Check, inv03};
 use crate::lab::{self, Hardware};
@@ -29,12 +29,24 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         Step::Range { vm, range, what } => ranged(stage, actor, *vm, *range, *what),
         Step::End => end(stage, actor),
         Step::Unshare { vm, gpa } => unshare(stage, cpu, *vm, *gpa),
-        Step::Fork { .. } => unreachable!("the stage forks, in its setup"),
+        Step::Fork { vm, child, object, to } => {
+            let value = relatives::fork(stage, cpu, *vm, *child, *object);
+            stage.result(to, value);
+        }
+        Step::Kill { vm, to } => {
+            let value = relatives::kill(stage, actor, *vm);
+            stage.result(to, value);
+        }
+        Step::Differ { object, base, to } => {
+            let value = relatives::differ(stage, cpu, *object, *base);
+            stage.result(to, value);
+        }
+        Step::Reclaim => relatives::reclaim(stage, cpu),
         Step::Object { object, frame, count, punch } => content(stage, cpu, *object, *frame, *count, *punch),
         Step::Slot { vm, id, what } => slot(stage, cpu, *vm, *id, *what),
         Step::Log { vm, id, what, to } => stage.result(to, dirty::log(stage, cpu, *vm, *id, *what)),
         Step::Ring { vm, what, to } => stage.result(to, dirty::ring(stage, cpu, *vm, *what)),
-        Step::CleanAll { vm } => stage.vms[*vm].clean_all(cpu),
+        Step::CleanAll { vm } => stage.vm(*vm).clean_all(cpu),
         Step::Reap => {
             stage.host.pool.reap(&stage.host.epoch, cpu, usize::MAX);
         }
@@ -63,6 +75,8 @@ fn place(vm: usize, gpa: Gpa) -> Option<Place> {
 }
 
 fn write(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa, value: u64) {
+    let page = lab::with(|lab| memory::page(lab, vm, gpa));
+    let since = lab::with(|lab| lab.written.begin(actor.cpu, page));
     let begun = place(vm, gpa).map(|place| {
         lab::with(|lab| {
             let mapped = matches!(lab.world.tables.current(vm, gpa.frame()), (Descriptor::Leaf(_), _));
@@ -70,16 +84,22 @@ fn write(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa, value: u64) {
             lab.oracle.begin(place, value, mapped && !lab.world.config.fwb)
         })
     });
-    let result = stage.vms[vm].write(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &value.to_le_bytes());
+    let result = stage.vm(vm).write(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &value.to_le_bytes());
     refused(result.is_err());
-    if let (Some(begun), Ok(())) = (begun, result) {
-        lab::with(|lab| lab.oracle.end(begun));
-    }
+    lab::with(|lab| {
+        if let (Some(begun), Ok(())) = (begun, result) {
+            lab.oracle.end(begun);
+        }
+        if result.is_ok() {
+            lab.written.wrote(&page, Some(since));
+        }
+        lab.written.end(actor.cpu);
+    });
 }
 
 fn read(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa) -> Value {
     let mut bytes = [0; 8];
-    let result = stage.vms[vm].read(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &mut bytes);
+    let result = stage.vm(vm).read(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &mut bytes);
     refused(result.is_err());
     if result.is_err() {
         return Value::Refused;
@@ -118,14 +138,15 @@ fn expect_unreachable(vm: usize, range: GfnRange) {
 
 fn ranged(stage: &Stage<'_>, actor: &mut Actor, vm: usize, range: GfnRange, what: RangeVerb) {
     let (cpu, machine) = (actor.cpu, &stage.host.machine);
-    let (table, vmid) = (stage.vms[vm].table(), stage.vmid(vm));
+    let (memory, vmid) = (stage.vm(vm), stage.vmid(vm));
+    let table = memory.table();
     lab::with(|lab| lab.log(None, || format!("owner: {what:?} {:#x}, {} pages", range.start(), range.count())));
     match what {
         RangeVerb::Zap => {
-            refused(stage.vms[vm].zap(cpu, range).is_err());
+            refused(stage.vm(vm).zap(cpu, range).is_err());
             unmapped(vm, range);
         }
-        RangeVerb::Start => match stage.vms[vm].invalidate_range_start(cpu, range) {
+        RangeVerb::Start => match stage.vm(vm).invalidate_range_start(cpu, range) {
             Ok(invalidation) => {
                 expect_unreachable(vm, range);
                 unmapped(vm, range);
@@ -170,12 +191,17 @@ fn ranged(stage: &Stage<'_>, actor: &mut Actor, vm: usize, range: GfnRange, what
 fn retire(stage: &Stage<'_>, vm: usize, retired: Retired) {
     let machine: &Modelled<Hardware> = &stage.host.machine;
     let defer = |frame| stage.host.pool.defer(frame, entresol_backing::Order::PAGE);
-    retired.drain(machine, stage.vms[vm].table().format(), defer);
+    retired.drain(machine, stage.vm(vm).table().format(), defer);
 }
 
 fn unshare(stage: &Stage<'_>, cpu: usize, vm: usize, gpa: Gpa) {
     lab::with(|lab| lab.log(None, || format!("owner breaks the sharing of {gpa:#x}")));
-    let outcome = stage.vms[vm].unshare(cpu, gpa);
+    lab::with(|lab| {
+        let page = memory::page(lab, vm, gpa);
+        lab.written.begin(cpu, page);
+    });
+    let outcome = stage.vm(vm).unshare(cpu, gpa);
+    lab::with(|lab| lab.written.end(cpu));
     refused(outcome != Outcome::Retry);
     unmapped(vm, GfnRange::single(gpa.frame()));
 }
@@ -193,16 +219,22 @@ fn end(stage: &Stage<'_>, actor: &mut Actor) {
         }
         lab.log(None, || format!("owner: the invalidation of {:#x} ends", range.start()));
     });
-    stage.vms[vm].invalidate_range_end(invalidation);
+    stage.vm(vm).invalidate_range_end(invalidation);
 }
 
 fn content(stage: &Stage<'_>, cpu: usize, object: usize, frame: u64, count: u64, punch: bool) {
     let pin = stage.host.epoch.pin(cpu);
-    let Some(found) = stage.host.objects.get(&pin, stage.objects[object]) else {
+    let Some(found) = stage.object(object).and_then(|handle| stage.host.objects.get(&pin, handle)) else {
         refused(true);
         return;
     };
     let supply = stage.host.supply(cpu);
+    let frames = frame..frame.saturating_add(count).min(found.frames());
+    lab::with(|lab| {
+        for frame in frames {
+            if punch { lab.written.punched(object, frame) } else { lab.written.changed(object, frame) }
+        }
+    });
     if !punch {
         refused(found.populate(&supply, frame, count).is_err());
         return;
@@ -243,7 +275,10 @@ fn slot(stage: &Stage<'_>, cpu: usize, vm: usize, id: u32, what: SlotVerb) {
             lab::with(|lab| lab.records.end(vm, id, at, lab.world.now()));
         }
         (SlotVerb::Delete, Some(old)) => {
-            lab::with(|lab| lab.records.begin_change(vm, id));
+            lab::with(|lab| {
+                lab.written.forget_slot(vm, id);
+                lab.records.begin_change(vm, id);
+            });
             let deleted = set(stage, cpu, &old, old.range.start(), false, false);
             if deleted {
                 expect_unreachable(vm, old.range);
@@ -255,7 +290,7 @@ fn slot(stage: &Stage<'_>, cpu: usize, vm: usize, id: u32, what: SlotVerb) {
         (SlotVerb::Move { base }, Some(old)) => relocate(stage, cpu, &old, base),
         (SlotVerb::Flags { log }, Some(old)) => {
             lab::with(|lab| lab.flags_update[cpu] = Some(old.range));
-            dirty::before_flags(vm, old.range);
+            dirty::before_flags(vm, id, old.range);
             let logs = set(stage, cpu, &old, old.range.start(), log, true) && log;
             dirty::after_flags(stage, cpu, vm, id, old.range, logs);
             lab::with(|lab| lab.flags_update[cpu] = None);
@@ -274,6 +309,7 @@ fn relocate(stage: &Stage<'_>, cpu: usize, old: &SlotRecord, base: Gfn) {
     let range = GfnRange::new(base, old.range.count());
     let Some(range) = range else { return refused(true) };
     lab::with(|lab| {
+        lab.written.forget_slot(vm, id);
         lab.records.begin_change(vm, id);
         lab.records.begin_create(SlotRecord { range, ..old.clone() });
     });
@@ -293,7 +329,7 @@ fn request(stage: &Stage<'_>, record: &SlotRecord, base: Gfn, log: bool, keep: b
         id: record.id,
         base: base.base(),
         size: if keep { record.range.count() * PAGE_SIZE } else { 0 },
-        object: ObjectId::new(stage.objects[record.object].raw()),
+        object: ObjectId::new(stage.object(record.object).expect("a slot's object is there").raw()),
         offset: record.offset * PAGE_SIZE,
         flags: flags.bits(),
     }
@@ -301,7 +337,7 @@ fn request(stage: &Stage<'_>, record: &SlotRecord, base: Gfn, log: bool, keep: b
 
 /// `set_slot`; returns whether it was accepted.
 fn set(stage: &Stage<'_>, cpu: usize, record: &SlotRecord, base: Gfn, log: bool, keep: bool) -> bool {
-    let result = stage.vms[record.vm].set_slot(cpu, &request(stage, record, base, log, keep));
+    let result = stage.vm(record.vm).set_slot(cpu, &request(stage, record, base, log, keep));
     refused(result.is_err());
     result.is_ok()
 }
@@ -309,7 +345,7 @@ fn set(stage: &Stage<'_>, cpu: usize, record: &SlotRecord, base: Gfn, log: bool,
 /// Begins to delete the slot, and gives up after it was withdrawn: what a failed preparation does.
 fn revert(stage: &Stage<'_>, record: &SlotRecord) {
     let request = request(stage, record, record.range.start(), false, false);
-    match stage.vms[record.vm].slots().update(&stage.host.epoch, &request, None) {
+    match stage.vm(record.vm).slots().update(&stage.host.epoch, &request, None) {
         Ok(Update::Withdraw(withdraw)) => withdraw.invalidate().revert(),
         Ok(Update::Unchanged | Update::Publish(_)) | Err(_) => refused(true),
     }

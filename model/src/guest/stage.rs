@@ -1,6 +1,7 @@
 //! Machine, objects and virtual machines of a scenario, put up with the production core, and its scripts run on them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_arch_arm64::stage2::Stage2;
@@ -12,9 +13,8 @@ use entresol_slot::Hint;
 use entresol_sync::Mutex;
 
 use super::context::Context;
-use super::record::SlotRecord;
 use super::vcpu::{self, Attempt};
-use super::{owner, posted};
+use super::{dirty, owner, posted, relatives};
 use crate::check::inv07::{self, Account};
 use crate::check::inv11::Oracle;
 use crate::check::{Check, inv14};
@@ -24,6 +24,7 @@ use crate::litmus::step::Step;
 use crate::litmus::{GuestPolicy, Object, Scenario};
 use crate::machine::FIRST;
 use crate::machine::content::Content;
+use crate::machine::tlb::NEVER;
 use crate::machine::walk::Walker;
 
 /// The first frame of a device: no memory is there.
@@ -38,12 +39,14 @@ pub type LabVm<'h> = Vm<'h, Modelled<Hardware>, Stage2>;
 pub struct Stage<'h> {
     /// The machine, its frames, its objects.
     pub host: &'h LabHost,
-    /// Virtual machines, by number.
-    pub vms: Vec<LabVm<'h>>,
-    /// Objects, by number.
-    pub objects: Vec<ObjectHandle>,
+    /// Virtual machines, by number; those that a fork makes are not there before.
+    vms: Vec<RefCell<Option<Rc<LabVm<'h>>>>>,
+    /// Objects, by number; the same.
+    objects: Vec<Cell<Option<ObjectHandle>>>,
     /// For each object what it is made of.
     pub kinds: Vec<Kind>,
+    /// For each object whether it is made of blocks.
+    pub blocks: Vec<bool>,
     /// What the owner decided about guests.
     pub policy: GuestPolicy,
     /// Coalesced writes; who shares a ring locks it.
@@ -117,69 +120,72 @@ impl<'h> Stage<'h> {
     /// As [`host`].
     pub fn new(host: &'h LabHost, scenario: &Scenario) -> Self {
         let mut rom = FIRST + scenario.machine.frames;
-        let objects = scenario.objects.iter().map(|object| create(host, object, &mut rom)).collect();
+        let forks = || scenario.steps().filter_map(Step::forks);
+        let made = |object: usize| forks().any(|(_, by_fork)| by_fork == object);
+        let objects = scenario.objects.iter().enumerate().map(|(number, object)| {
+            let handle = (!made(number)).then(|| create(host, object, &mut rom));
+            Cell::new(handle)
+        });
+        let objects = objects.collect();
         let initial = scenario.objects.iter().map(|object| object.rom.unwrap_or(0)).collect();
         lab::with(|lab| lab.oracle = Oracle::new(initial));
-        let machine = scenario.machine;
+        let forked = |vm: usize| forks().any(|(by_fork, _)| by_fork == vm);
         let vms = (0..scenario.vms.len()).map(|number| {
-            let options = Options {
-                ipa_bits: machine.ipa_bits,
-                slots: 8,
-                largest: PageSize::Size1G,
-                read_only_ivac: scenario.policy.read_only_ivac.into(),
-                tags: machine.tags,
-            };
-            let vm = Vm::new(host, 0, Stage2 { fwb: machine.fwb }, options).expect("frames for the scenario's tables");
-            let (level, root) = (vm.table().geometry().root_level(), vm.table().root());
-            lab::with(|lab| lab.world.add_root(number, level, root));
-            vm
+            let vm = (!forked(number)).then(|| Rc::new(switch_on(host, scenario, number)));
+            RefCell::new(vm)
         });
         let kinds = scenario.objects.iter().map(kind).collect();
+        let blocks = scenario.objects.iter().map(|object| object.blocks).collect();
         let (policy, registers) = (scenario.policy, RefCell::default());
-        let mut stage = Self { host, vms: vms.collect(), objects, kinds, policy, ring: Mutex::default(), registers };
+        let vms = vms.collect();
+        let stage = Self { host, vms, objects, kinds, blocks, policy, ring: Mutex::default(), registers };
         let mut actor = Actor::new(0);
         for step in &scenario.setup {
-            match step {
-                Step::Fork { vm, child, object } => {
-                    // The lab believes that a running CPU may still reach what hangs from no root any more.
-                    stage.leave(&mut actor);
-                    stage.fork(*vm, *child, *object);
-                }
-                step => stage.run(&mut actor, step),
+            stage.run(&mut actor, step);
+            if let Some((child, _)) = step.forks() {
+                assert!(stage.is_there(child), "frames for the scenario's fork");
+                relatives::reclaim(&stage, 0);
             }
         }
         stage.leave(&mut actor);
         stage
     }
 
-    /// Makes `child`, which has no slot, a fork of `vm`, whose slots show one object; the copy gets number `object`.
-    ///
-    /// # Panics
-    ///
-    /// If the scenario's pool is too small for it.
-    fn fork(&mut self, vm: usize, child: usize, object: usize) {
-        let host = self.host;
-        let forked = self.vms[vm].fork(0).expect("frames for the scenario's fork");
-        // The lab follows entries in every table that is one still, whether a root leads to it or not.
-        assert!(self.vms[vm].reclaim(0, u64::MAX), "nobody is pinned");
-        let handle = {
-            let pin = host.epoch.pin(0);
-            forked.slots().iter(&pin).next().map(|slot| ObjectHandle::from_raw(slot.object.get()))
-        };
-        let unused = std::mem::replace(&mut self.objects[object], handle.expect("the parent has a slot"));
-        host.objects.destroy(&host.supply(0), &host.epoch, unused).expect("nothing shows it yet");
-        lab::with(|lab| {
-            lab.world.tables.uproot(child);
-            lab.world.add_root(child, forked.table().geometry().root_level(), forked.table().root());
-            let slots: Vec<_> = lab.records.of(vm).cloned().collect();
-            for slot in slots {
-                lab.oracle.fork(slot.object, object);
-                let (id, at) = (slot.id, slot.range.start());
-                lab.records.begin_create(SlotRecord { vm: child, object, ..slot });
-                lab.records.end(child, id, Some(at), lab.world.now());
-            }
-        });
-        std::mem::replace(&mut self.vms[child], forked).destroy(0);
+    /// Virtual machine `vm`, which is there.
+    pub fn vm(&self, vm: usize) -> Rc<LabVm<'h>> {
+        Rc::clone(self.vms[vm].borrow().as_ref().expect("a step of a machine that is there"))
+    }
+
+    /// Whether virtual machine `vm` is there.
+    pub fn is_there(&self, vm: usize) -> bool {
+        self.vms[vm].borrow().is_some()
+    }
+
+    /// Those that are there.
+    pub fn vms(&self) -> Vec<Rc<LabVm<'h>>> {
+        self.vms.iter().filter_map(|vm| vm.borrow().clone()).collect()
+    }
+
+    /// Virtual machine `vm` is there from now on, or not.
+    pub fn set_vm(&self, vm: usize, is: Option<Rc<LabVm<'h>>>) {
+        *self.vms[vm].borrow_mut() = is;
+    }
+
+    /// Takes virtual machine `vm` away, if it is there and nobody is using it.
+    pub fn take_vm(&self, vm: usize) -> Option<LabVm<'h>> {
+        let runs = lab::with(|lab| lab.world.tlb.residences().iter().any(|one| one.vm == vm && one.until == NEVER));
+        let taken = self.vms[vm].borrow_mut().take().filter(|_| !runs)?;
+        Rc::try_unwrap(taken).map_err(|used| self.set_vm(vm, Some(used))).ok()
+    }
+
+    /// Object `object`, if it is there.
+    pub fn object(&self, object: usize) -> Option<ObjectHandle> {
+        self.objects[object].get()
+    }
+
+    /// Object `object` is there from now on, or not.
+    pub fn set_object(&self, object: usize, is: Option<ObjectHandle>) {
+        self.objects[object].set(is);
     }
 
     /// Runs the script of one CPU.
@@ -193,6 +199,10 @@ impl<'h> Stage<'h> {
     }
 
     fn run(&self, actor: &mut Actor, step: &Step) {
+        if step.vm().is_some_and(|vm| !self.is_there(vm)) {
+            owner::refused(true);
+            return self.answer(step.result(), Value::Refused);
+        }
         match step {
             Step::Guest { vm, what, gpa, to } => {
                 let vmid = self.enter(actor, *vm);
@@ -213,8 +223,12 @@ impl<'h> Stage<'h> {
 
     /// A step has a result.
     pub fn result(&self, to: &Option<String>, value: Value) {
+        self.answer(to.as_deref(), value);
+    }
+
+    fn answer(&self, to: Option<&str>, value: Value) {
         if let Some(register) = to {
-            self.registers.borrow_mut().insert(register.clone(), value);
+            self.registers.borrow_mut().insert(register.to_owned(), value);
         }
     }
 
@@ -224,8 +238,9 @@ impl<'h> Stage<'h> {
             return vmid;
         }
         self.leave(actor);
-        self.vms[vm].enter(actor.cpu, actor.cpu as u32).expect("scripts are too short to fill a ring");
-        let vmid = self.vms[vm].load(actor.cpu);
+        let memory = self.vm(vm);
+        memory.enter(actor.cpu, actor.cpu as u32).expect("scripts are too short to fill a ring");
+        let vmid = memory.load(actor.cpu);
         lab::with(|lab| {
             let wrong = inv14::load(&lab.world, vm, vmid);
             lab.found(Check::Inv14, wrong);
@@ -241,8 +256,9 @@ impl<'h> Stage<'h> {
     pub fn leave(&self, actor: &mut Actor) {
         if let Some((vm, _)) = actor.runs.take() {
             lab::with(|lab| lab.world.put_vm(actor.cpu));
-            self.vms[vm].put(actor.cpu);
-            self.vms[vm].leave(actor.cpu);
+            let memory = self.vm(vm);
+            memory.put(actor.cpu);
+            memory.leave(actor.cpu);
         }
     }
 
@@ -256,13 +272,18 @@ impl<'h> Stage<'h> {
 
     /// All scripts have ended: frames that waited become free, and everything is accounted for (INV-7).
     pub fn balance(&self) {
+        relatives::settled(self);
+        dirty::settled(self);
         let pool = &self.host.pool;
+        let vms = self.vms();
+        vms.iter().for_each(|vm| assert!(vm.reclaim(0, u64::MAX), "nobody is pinned any more"));
         while self.host.supply(0).reclaim(usize::MAX) != 0 {}
         while pool.deferred_frames() != 0 && pool.reap(&self.host.epoch, 0, usize::MAX) != 0 {}
         let root = |vm: &LabVm<'_>| vm.table().root().count().next_power_of_two();
-        let tables = self.vms.iter().map(|vm| vm.census().tables + root(vm)).sum();
+        let tables = vms.iter().map(|vm| vm.census().tables + root(vm)).sum();
         let pin = self.host.epoch.pin(0);
-        let live: Vec<_> = self.objects.iter().filter_map(|handle| self.host.objects.get(&pin, *handle)).collect();
+        let live: Vec<_> =
+            self.objects.iter().filter_map(|handle| self.host.objects.get(&pin, handle.get()?)).collect();
         // What relatives share is there once.
         let mut frames = std::collections::BTreeSet::new();
         live.iter().for_each(|object| object.visit_frames(&self.host.machine, &mut |pfn| frames.extend([pfn.get()])));
@@ -271,7 +292,7 @@ impl<'h> Stage<'h> {
             free: pool.free_frames(),
             tables,
             objects: frames.len() as u64,
-            logs: self.vms.iter().map(|vm| vm.log_frames(&pin)).sum(),
+            logs: vms.iter().map(|vm| vm.log_frames(&pin)).sum(),
         };
         lab::with(|lab| lab.found(Check::Inv7, inv07::balance(&account)));
     }
@@ -280,10 +301,13 @@ impl<'h> Stage<'h> {
     pub fn destroy(self) {
         let Self { host, vms, objects, .. } = self;
         for (number, vm) in vms.into_iter().enumerate() {
-            lab::with(|lab| lab.world.tables.uproot(number));
-            vm.destroy(0);
+            let vm = vm.into_inner().and_then(Rc::into_inner);
+            if let Some(vm) = vm {
+                lab::with(|lab| lab.world.tables.uproot(number));
+                vm.destroy(0);
+            }
         }
-        for handle in objects {
+        for handle in objects.into_iter().filter_map(Cell::into_inner) {
             // One that is still held was held twice: the balance shows it.
             if host.objects.destroy(&host.supply(0), &host.epoch, handle).is_err() {
                 lab::with(|lab| {
@@ -296,6 +320,22 @@ impl<'h> Stage<'h> {
         let account = Account { total, free, ..Account::default() };
         lab::with(|lab| lab.found(Check::Inv7, inv07::balance(&account)));
     }
+}
+
+/// Virtual machine `number` of a scenario.
+fn switch_on<'h>(host: &'h LabHost, scenario: &Scenario, number: usize) -> LabVm<'h> {
+    let machine = scenario.machine;
+    let options = Options {
+        ipa_bits: machine.ipa_bits,
+        slots: 8,
+        largest: PageSize::Size1G,
+        read_only_ivac: scenario.policy.read_only_ivac.into(),
+        tags: machine.tags,
+    };
+    let vm = Vm::new(host, 0, Stage2 { fwb: machine.fwb }, options).expect("frames for the scenario's tables");
+    let (level, root) = (vm.table().geometry().root_level(), vm.table().root());
+    lab::with(|lab| lab.world.add_root(number, level, root));
+    vm
 }
 
 fn kind(object: &Object) -> Kind {

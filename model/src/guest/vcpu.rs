@@ -47,7 +47,17 @@ const PERMISSION: u64 = 0b0011;
 /// Makes the access, and looks at what the vCPU has of it.
 pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) -> Value {
     let before = actor.context;
+    let writes = attempt.what.needs() == Access::Write;
+    if writes {
+        lab::with(|lab| {
+            let page = memory::page(lab, vm, attempt.gpa);
+            lab.written.begin(actor.cpu, page);
+        });
+    }
     let end = perform(stage, actor, vm, attempt);
+    if writes {
+        lab::with(|lab| lab.written.end(actor.cpu));
+    }
     let value = match end {
         Value::Word(value) => Some(value),
         Value::Mmio => Some(answer(&attempt)),
@@ -83,7 +93,7 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
         });
         lab::settle();
         let fault = abort::fault(esr, attempt.gpa.get(), attempt.gpa.get() >> PAGE_SHIFT << 4);
-        let outcome = stage.vms[vm].handle(&stage.host.epoch.pin(actor.cpu), &actor.hint, &fault);
+        let outcome = stage.vm(vm).handle(&stage.host.epoch.pin(actor.cpu), &actor.hint, &fault);
         let needs_write = fault.is_write();
         lab::with(|lab| judge(lab, stage, &attempt, since, Door::Abort { needs_write }, outcome));
         lab::settle();
@@ -93,7 +103,7 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
             Outcome::Resume => {}
             Outcome::Retry => entresol_sync::hint::spin_loop(),
             Outcome::Unshare => {
-                let _ = stage.vms[vm].unshare(actor.cpu, attempt.gpa);
+                let _ = stage.vm(vm).unshare(actor.cpu, attempt.gpa);
             }
             Outcome::Mmio => return conclude(stage, actor, &attempt, Value::Mmio),
             Outcome::Skip => return conclude(stage, actor, &attempt, Value::Skipped),
@@ -165,7 +175,7 @@ fn maintain(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, 
             lab.log(None, || format!("guest {} {gpa:#x} traps", attempt.what.name()));
             (lab.world.now(), memory::begin_clean(lab, vm, gpa, line))
         });
-        let outcome = stage.vms[vm].maintain(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, line.trapped());
+        let outcome = stage.vm(vm).maintain(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, line.trapped());
         lab::with(|lab| {
             judge(lab, stage, attempt, since, Door::Trap, outcome);
             if outcome == Outcome::Skip {
@@ -177,7 +187,7 @@ fn maintain(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, 
             Outcome::Skip => return conclude(stage, actor, attempt, Value::Skipped),
             Outcome::Retry | Outcome::Resume => entresol_sync::hint::spin_loop(),
             Outcome::Unshare => {
-                let _ = stage.vms[vm].unshare(actor.cpu, gpa);
+                let _ = stage.vm(vm).unshare(actor.cpu, gpa);
             }
             Outcome::Mmio => return conclude(stage, actor, attempt, Value::Mmio),
             Outcome::Inject(_) => return conclude(stage, actor, attempt, Value::Abort),

@@ -46,6 +46,8 @@ pub struct Scenario {
     pub marks: Vec<String>,
     /// Preemptions in an exhaustive search.
     pub bound: Option<u32>,
+    /// A schedule has thousands of steps, so tests and the zoo try fewer of them.
+    pub long: bool,
 }
 
 /// A memory object of a scenario.
@@ -136,6 +138,8 @@ struct Written {
     marks: Vec<String>,
     #[serde(default = "two")]
     bound: Bound,
+    #[serde(default)]
+    long: bool,
 }
 
 #[derive(Deserialize)]
@@ -234,9 +238,6 @@ impl Scenario {
         let mut setup = written.slot.iter().map(|slot| create(slot, names)).collect::<Result<Vec<_>, _>>()?;
         setup.extend(steps(&written.setup)?);
         let cpus = written.cpu.iter().map(|cpu| steps(&cpu.steps)).collect::<Result<Vec<_>, _>>()?;
-        if cpus.iter().flatten().any(|step: &Step| matches!(step, Step::Fork { .. })) {
-            return Err(field("cpu", "fork", "must stand in setup"));
-        }
         let conditions =
             |texts: &[String]| texts.iter().map(|text| Condition::parse(text)).collect::<Result<Vec<_>, _>>();
         let bound = match written.bound {
@@ -257,15 +258,39 @@ impl Scenario {
             required: conditions(&written.required)?,
             marks: written.marks,
             bound,
+            long: written.long,
         };
         scenario.check_registers()?;
+        scenario.check_forks()?;
         Ok(scenario)
+    }
+
+    /// All steps.
+    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.setup.iter().chain(self.cpus.iter().flatten())
+    }
+
+    /// What a fork makes is not there before.
+    fn check_forks(&self) -> Result<(), LitmusError> {
+        let object_of = |step: &Step| match step {
+            Step::Slot { what: SlotVerb::Create { object, .. }, .. } | Step::Object { object, .. } => Some(*object),
+            _ => None,
+        };
+        for (vm, object) in self.steps().filter_map(Step::forks) {
+            if self.steps().any(|step| object_of(step) == Some(object)) {
+                let rule = "is made by a fork, so no slot and no other step may name it";
+                return Err(field("object", &self.objects[object].name, rule));
+            }
+            if vm == 0 {
+                return Err(field("vms", &self.vms[vm], "is the first, so no fork can make it"));
+            }
+        }
+        Ok(())
     }
 
     /// A condition on a register that nothing sets would never hold.
     fn check_registers(&self) -> Result<(), LitmusError> {
-        let all = self.setup.iter().chain(self.cpus.iter().flatten());
-        let set: Vec<&str> = all.filter_map(Step::result).collect();
+        let set: Vec<&str> = self.steps().filter_map(Step::result).collect();
         for condition in self.forbidden.iter().chain(&self.required) {
             if let Some(unset) = condition.registers().find(|register| !set.contains(register)) {
                 return Err(field("condition", condition, format!("no step sets {unset}")));

@@ -85,6 +85,7 @@ impl Table {
             table: matches!(history[place].descriptor, Descriptor::Table(_)),
             from: history[place].at,
             until: history.get(place + 1).map_or(NEVER, |next| next.at),
+            cut: None,
         }
     }
 }
@@ -162,16 +163,33 @@ impl Tables {
         }
         let parents =
             self.tables.iter().enumerate().filter(|(_, parent)| parent.level + 1 == this.level && parent.vm == this.vm);
-        parents.flat_map(|(number, parent)| parent.words.iter().map(move |word| (number, parent, word))).any(
-            |(number, parent, (index, history))| {
-                history.iter().enumerate().any(|(place, past)| {
-                    let last = place + 1 == history.len();
-                    past.child == Some(table)
-                        && (last && self.is_reachable(tlb, number)
-                            || tlb.may_hold(None, None, &parent.standing(*index, history, place)))
-                })
-            },
-        )
+        parents.map(|(number, _)| View::new(self, tlb, number)).any(|mut view| {
+            view.table.words.iter().any(|(index, history)| {
+                let mut pointers = history.iter().enumerate().filter(|(_, past)| past.child == Some(table));
+                pointers.any(|(place, _)| view.standing(*index, history, place).is_some())
+            })
+        })
+    }
+
+    /// When the last way to a table ended that no walk can come to now: a flush that began later and covers the way to an
+    /// entry of it leaves nothing of that in any cache. `None` if there never was one.
+    fn cut(&self, tlb: &Tlb, table: usize) -> Option<Stamp> {
+        let this = &self.tables[table];
+        let parents = self.tables.iter().enumerate().filter(|(_, parent)| parent.level + 1 == this.level);
+        let ways = parents.flat_map(|(number, parent)| parent.words.iter().map(move |(_, history)| (number, history)));
+        let pointers = ways.flat_map(|(number, history)| {
+            let next = |place: usize| history.get(place + 1).map_or(NEVER, |next| next.at);
+            let points =
+                move |(place, past): (usize, &Past)| (past.child == Some(table)).then(|| (number, next(place)));
+            history.iter().enumerate().filter_map(points)
+        });
+        // A pointer is of no use in a table that was cut off itself.
+        pointers
+            .map(|(parent, until)| {
+                let reachable = self.is_reachable(tlb, parent);
+                if reachable { until } else { until.min(self.cut(tlb, parent).unwrap_or(NEVER)) }
+            })
+            .max()
     }
 
     /// Calls `see` for every leaf by which some CPU may still reach memory: those in reachable tables, and stale ones in
@@ -179,7 +197,7 @@ impl Tables {
     pub fn each_seen(&self, tlb: &Tlb, vm: Option<usize>, range: Option<GfnRange>, mut see: impl FnMut(Seen)) {
         let wanted = self.tables.iter().enumerate().filter(|(_, table)| vm.is_none_or(|vm| table.vm == vm));
         for (number, table) in wanted {
-            let mut reachable = None;
+            let mut view = View::new(self, tlb, number);
             for (index, history) in &table.words {
                 let span = table.span(*index);
                 if range.is_some_and(|range| !range.overlaps(span)) {
@@ -187,11 +205,8 @@ impl Tables {
                 }
                 for (place, past) in history.iter().enumerate() {
                     let Descriptor::Leaf(leaf) = past.descriptor else { continue };
-                    let last = place + 1 == history.len();
-                    let walked = last && *reachable.get_or_insert_with(|| self.is_reachable(tlb, number));
-                    let held = || leaf.accessed && tlb.may_hold(None, None, &table.standing(*index, history, place));
-                    if walked || held() {
-                        see(Seen { table: number, index: *index, span, leaf, stale: !walked });
+                    if let Some(stale) = view.standing(*index, history, place) {
+                        see(Seen { table: number, index: *index, span, leaf, stale });
                     }
                 }
             }
@@ -201,19 +216,51 @@ impl Tables {
     /// Calls `see` with the level of every table entry that points to `frame` and that some CPU may still follow.
     pub fn each_pointer(&self, tlb: &Tlb, frame: Pfn, mut see: impl FnMut(u8)) {
         for (number, table) in self.tables.iter().enumerate() {
+            let mut view = View::new(self, tlb, number);
             for (index, history) in &table.words {
                 for (place, past) in history.iter().enumerate() {
-                    if past.descriptor != Descriptor::Table(frame) {
-                        continue;
-                    }
-                    let last = place + 1 == history.len();
-                    if last && self.is_reachable(tlb, number)
-                        || tlb.may_hold(None, None, &table.standing(*index, history, place))
-                    {
+                    let points = past.descriptor == Descriptor::Table(frame);
+                    if points && view.standing(*index, history, place).is_some() {
                         see(table.level);
                     }
                 }
             }
         }
+    }
+}
+
+/// One table as CPUs see it. Whether a walk comes to it is looked up once, when it is first wanted.
+struct View<'a> {
+    tables: &'a Tables,
+    tlb: &'a Tlb,
+    number: usize,
+    table: &'a Table,
+    /// Whether a walk can come to it, and since when not.
+    reached: Option<(bool, Option<Stamp>)>,
+}
+
+impl<'a> View<'a> {
+    fn new(tables: &'a Tables, tlb: &'a Tlb, number: usize) -> Self {
+        Self { tables, tlb, number, table: tables.get(number), reached: None }
+    }
+
+    /// Whether some CPU can use value `place` of a word: `false` if a walk finds it, `true` if only a cache may have it.
+    fn standing(&mut self, index: u16, history: &[Past], place: usize) -> Option<bool> {
+        let last = place + 1 == history.len();
+        let standing = self.table.standing(index, history, place);
+        let held =
+            |standing: &Standing| history[place].descriptor.is_cacheable() && self.tlb.may_hold(None, None, standing);
+        if !last && !held(&standing) {
+            return None;
+        }
+        let (tables, tlb, number) = (self.tables, self.tlb, self.number);
+        let (reachable, cut) = *self.reached.get_or_insert_with(|| {
+            let reachable = tables.is_reachable(tlb, number);
+            (reachable, if reachable { None } else { tables.cut(tlb, number) })
+        });
+        if last && reachable {
+            return Some(false);
+        }
+        held(&Standing { cut, ..standing }).then_some(true)
     }
 }

@@ -49,6 +49,8 @@ pub struct Standing {
     pub from: Stamp,
     /// When it was overwritten, or [`NEVER`].
     pub until: Stamp,
+    /// When its table was cut off, if no walk can come to it any more: it stands there, and nobody finds it.
+    pub cut: Option<Stamp>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -115,6 +117,13 @@ impl Tlb {
         covering.map(|flush| flush.began).max().unwrap_or(0)
     }
 
+    /// The same for invalidations that cover the way to the entry as well.
+    fn floor_of_way(&self, vmid: Vmid, entry: &Standing) -> Stamp {
+        let leaf_only = |op| matches!(op, TlbOp::Ipa { leaf_only: true, .. });
+        let whole = self.completed.iter().filter(|flush| !leaf_only(flush.op) && covers(flush.op, vmid, entry));
+        whole.map(|flush| flush.began).max().unwrap_or(0)
+    }
+
     /// Whether a cache of `cpu` (of any CPU, for `None`) may hold the entry, under `vmid` if one is given.
     pub fn may_hold(&self, cpu: Option<usize>, vmid: Option<Vmid>, entry: &Standing) -> bool {
         let mut ran = self.residences.iter().filter(|one| {
@@ -122,7 +131,8 @@ impl Tlb {
         });
         ran.any(|one| {
             let from = one.from.max(entry.from).max(self.floor(one.vmid, entry));
-            from < one.until.min(entry.until)
+            let gone = entry.cut.is_some_and(|cut| self.floor_of_way(one.vmid, entry) > cut);
+            from < one.until.min(entry.until) && !gone
         })
     }
 
@@ -165,7 +175,7 @@ mod tests {
     const VMID: Vmid = Vmid::new(1);
 
     fn page(from: Stamp, until: Stamp) -> Standing {
-        Standing { vm: 0, level: 3, span: GfnRange::single(Gfn::new(5)), table: false, from, until }
+        Standing { vm: 0, level: 3, span: GfnRange::single(Gfn::new(5)), table: false, from, until, cut: None }
     }
 
     fn ipa(leaf_only: bool) -> TlbOp {
@@ -194,6 +204,19 @@ mod tests {
         tlb.complete(1);
         assert!(!tlb.may_hold(None, None, &page(10, 20)));
         assert!(tlb.may_hold(None, None, &page(10, 31)), "overwritten after it began");
+    }
+
+    #[test]
+    fn what_hangs_from_a_table_that_was_cut_off_goes_with_the_next_flush_of_the_way_to_it() {
+        let mut tlb = Tlb::default();
+        tlb.load(0, 0, VMID, 1);
+        let cut = Standing { cut: Some(20), ..page(10, NEVER) };
+        for (op, began, holds) in [(ipa(true), 30, true), (TlbOp::Vmid(VMID), 19, true), (ipa(false), 30, false)] {
+            tlb.begin(0, op, began);
+            tlb.complete(0);
+            assert_eq!(tlb.may_hold(None, None, &cut), holds, "{op:?} at {began}");
+            assert!(tlb.may_hold(None, None, &page(10, NEVER)), "one that is not cut off is found again");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 41] = [
+pub const VERBS: [(&str, &str); 44] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -37,7 +37,10 @@ pub const VERBS: [(&str, &str); 41] = [
     ("end", "invalidate_range_end of the CPU's last start"),
     ("punch OBJECT FRAME COUNT", "the owner makes frames of an object vacant"),
     ("populate OBJECT FRAME COUNT", "the owner makes frames of an object present"),
-    ("fork VM OBJECT", "in setup: VM, which has no slot, becomes a fork, and OBJECT its memory"),
+    ("fork VM OBJECT", "VM, which is not there before, becomes a fork, and OBJECT its memory"),
+    ("kill", "the owner ends the virtual machine, which nobody runs, and its memory"),
+    ("differ OBJECT BASE", "the owner asks in what OBJECT and its relative BASE differ: in how many frames"),
+    ("reclaim", "tables that forks detached, and tree nodes that nobody refers to, are taken apart"),
     ("unshare GPA", "the owner breaks the sharing of the page through the notifier"),
     ("slot ID GPA PAGES OBJECT OFFSET [ro]", "the owner creates a slot"),
     ("delete ID", "the owner deletes a slot"),
@@ -131,7 +134,27 @@ pub enum Step {
         child: usize,
         /// The child's memory.
         object: usize,
+        /// The register for 0.
+        to: Option<String>,
     },
+    /// A virtual machine is ended.
+    Kill {
+        /// Which.
+        vm: usize,
+        /// The register for 0.
+        to: Option<String>,
+    },
+    /// Two relatives are compared.
+    Differ {
+        /// One.
+        object: usize,
+        /// The other.
+        base: usize,
+        /// The register for how many frames differ.
+        to: Option<String>,
+    },
+    /// What forks left is taken apart.
+    Reclaim,
     /// The notifier's way to a page of one's own.
     Unshare {
         /// Whose.
@@ -302,10 +325,39 @@ impl Step {
         match self {
             Self::Guest { to, .. }
             | Self::Read { to, .. }
+            | Self::Fork { to, .. }
+            | Self::Kill { to, .. }
+            | Self::Differ { to, .. }
             | Self::Log { to, .. }
             | Self::Ring { to, .. }
             | Self::Post { to, .. }
             | Self::Drain { to } => to.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The virtual machine whose step it is.
+    pub fn vm(&self) -> Option<usize> {
+        match self {
+            Self::Guest { vm, .. }
+            | Self::Write { vm, .. }
+            | Self::Read { vm, .. }
+            | Self::Range { vm, .. }
+            | Self::Fork { vm, .. }
+            | Self::Kill { vm, .. }
+            | Self::Unshare { vm, .. }
+            | Self::Slot { vm, .. }
+            | Self::Log { vm, .. }
+            | Self::Ring { vm, .. }
+            | Self::CleanAll { vm } => Some(*vm),
+            _ => None,
+        }
+    }
+
+    /// The virtual machine and the object that it makes.
+    pub fn forks(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::Fork { child, object, .. } => Some((*child, *object)),
             _ => None,
         }
     }

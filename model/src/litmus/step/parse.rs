@@ -179,7 +179,13 @@ impl Said<'_> {
             "drain" => Step::Drain { to: self.to.clone() },
             "write" => Step::Write { vm, gpa: words.gpa()?, value: words.number("VALUE")? },
             "read" => Step::Read { vm, gpa: words.gpa()?, to: self.to.clone() },
-            "fork" => Step::Fork { vm, child: words.vm()?, object: words.object()? },
+            "fork" => Step::Fork { vm, child: words.vm()?, object: words.object()?, to: self.to.clone() },
+            "kill" => Step::Kill { vm, to: self.to.clone() },
+            "differ" => {
+                let object = words.object()?;
+                Step::Differ { object, base: words.object_as("BASE")?, to: self.to.clone() }
+            }
+            "reclaim" => Step::Reclaim,
             "unshare" => Step::Unshare { vm, gpa: words.gpa()? },
             "punch" | "populate" => {
                 let (object, frame, count) = (words.object()?, words.number("FRAME")?, words.number("COUNT")?);

@@ -19,6 +19,7 @@ fn every_verb_is_read() {
         ("ID", "1"),
         ("VM", "b"),
         ("OBJECT", "ram"),
+        ("BASE", "ram"),
         ("FRAME", "3"),
         ("COUNT", "1"),
         ("OFFSET", "0"),

@@ -67,9 +67,13 @@ impl<'a> Words<'a> {
     }
 
     pub(super) fn object(&mut self) -> Result<usize, StepError> {
-        let name = self.word("OBJECT")?;
+        self.object_as("OBJECT")
+    }
+
+    pub(super) fn object_as(&mut self, what: &str) -> Result<usize, StepError> {
+        let name = self.word(what)?;
         let known = self.names.objects.iter().position(|object| object == name);
-        known.ok_or_else(|| self.error(format!("OBJECT {name:?} must be the name of an object")))
+        known.ok_or_else(|| self.error(format!("{what} {name:?} must be the name of an object")))
     }
 
     pub(super) fn id(&mut self) -> Result<u32, StepError> {

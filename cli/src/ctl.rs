@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use entresol_wire::config::parse_size;
-use entresol_wire::control::{Alias, Answer, Op, State};
+use entresol_wire::control::{Alias, Answer, MergeStatus, Op, State};
 use serde::Serialize;
 
 use crate::client::{Client, ClientError, unexpected};
@@ -126,6 +126,12 @@ pub enum Command {
         /// Bytes of the range
         #[arg(long, value_name = "BYTES", value_parser = number, requires = "base")]
         size: Option<u64>,
+    },
+    /// Show how far the search for equal pages is and what it took
+    Merge {
+        /// Go N times over all memory that takes part, at once, and wait for that: two make equal pages one that stay as they are
+        #[arg(long, value_name = "N")]
+        rounds: Option<u32>,
     },
     /// Join this terminal to a virtual machine's console; Ctrl-] q leaves it
     Console {
@@ -268,6 +274,10 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
             }
             out.answer(&young, || table::young(&young))?;
         }
+        Command::Merge { rounds } => {
+            let status = merge(&mut client, rounds)?;
+            out.answer(&status, || table::merge(&status))?;
+        }
         Command::Console { vm } => return Ok(left(console::attach(&mut client, &vm)?)),
         Command::Snapshot { vm, file, base } => {
             let base = base.map(Into::into);
@@ -289,6 +299,23 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
     }
     Ok(Exit::Done)
 }
+
+/// Asks for rounds and waits for the last, or only asks how far it is.
+fn merge(client: &mut Client, rounds: Option<u32>) -> Result<MergeStatus, ClientError> {
+    let mut op = Op::Merge { rounds };
+    loop {
+        match client.call(op.clone())? {
+            Answer::Merge(status) if rounds.is_none() || status.rounds_left == 0 => return Ok(status),
+            // The hypervisor answers between two steps; asking more often would only make it slower.
+            Answer::Merge(_) => std::thread::sleep(MERGE_POLL),
+            other => return Err(unexpected(&op, &other)),
+        }
+        op = Op::Merge { rounds: None };
+    }
+}
+
+/// How long `merge` waits before it asks again.
+const MERGE_POLL: Duration = Duration::from_millis(100);
 
 /// A number, decimal or after `0x`, or a size like `64K`.
 fn number(text: &str) -> Result<u64, String> {

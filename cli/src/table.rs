@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use entresol_wire::config::format_size;
-use entresol_wire::control::{Files, PageRun, Posted, SlotRow, Stats, VmRow};
+use entresol_wire::control::{Files, MergeStatus, PageRun, Posted, SlotRow, Stats, VmRow};
 
 /// Columns whose numbers are easier to compare with their last digits above each other.
 fn table(header: &[&str], right: &[usize]) -> Table {
@@ -60,6 +60,13 @@ pub fn stats(stats: &Stats<'_>) -> String {
         ("frames", "resident", stats.resident_frames),
         ("frames", "free", stats.free_frames),
         ("mmio", "unclaimed", stats.unclaimed_mmio),
+        ("merge", "scanned", stats.merge.scanned),
+        ("merge", "offered", stats.merge.offered),
+        ("merge", "joined", stats.merge.joined),
+        ("merge", "vacated", stats.merge.vacated),
+        ("merge", "blocks broken", stats.merge.broken),
+        ("merge", "differed", stats.merge.differed),
+        ("shared", "copied", stats.merge.copied),
     ];
     let exits = stats.exits.iter().map(|(reason, count)| ("exits", reason.as_ref(), *count));
     let balloon = stats.balloon.as_ref().map(|balloon| {
@@ -78,6 +85,25 @@ pub fn stats(stats: &Stats<'_>) -> String {
     let guest = guest.map(|(name, count)| ("guest", name.as_ref(), *count));
     for (what, kind, count) in fixed.into_iter().chain(balloon.into_iter().flatten()).chain(guest).chain(exits) {
         table.add_row([what, kind, &count.to_string()]);
+    }
+    text(&table)
+}
+
+/// `merge`.
+pub fn merge(status: &MergeStatus) -> String {
+    let mut table = table(&["WHAT", "COUNT"], &[1]);
+    let per_page = status.nanoseconds.checked_div(status.scanned).unwrap_or(0);
+    for (what, count) in [
+        ("virtual machines", u64::from(status.vms)),
+        ("rounds", status.rounds),
+        ("rounds left", status.rounds_left.into()),
+        ("pages a second, at most", status.pages_per_second.into()),
+        ("pages read", status.scanned),
+        ("pages given back", status.given_back),
+        ("nanoseconds a page", per_page),
+        ("frames for sums", status.held_frames),
+    ] {
+        table.add_row([what, &count.to_string()]);
     }
     text(&table)
 }
@@ -192,7 +218,7 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         let shown = super::stats(&stats);
         let line = |what: &str| shown.lines().find(|line| line.contains(what)).expect(what).split_whitespace().last();
         assert_eq!((line("translation"), line("injected"), line("wfi")), (Some("11"), Some("99"), Some("77")));
-        assert_eq!(shown.lines().count(), 1 + 20 + 1);
+        assert_eq!(shown.lines().count(), 1 + 27 + 1);
     }
 
     #[test]
@@ -204,6 +230,6 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         for line in [["balloon", "target", "5"], ["balloon", "actual", "3"], ["guest", "free-memory", "4096"]] {
             assert!(shown.contains(&line.to_vec()), "{line:?}");
         }
-        assert_eq!(shown.len(), 1 + 20 + 8 + 1);
+        assert_eq!(shown.len(), 1 + 27 + 8 + 1);
     }
 }

@@ -8,7 +8,7 @@ use entresol_metal_arm64::{cpu, gic};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::sched::KICK;
-use crate::{console, control, host, registry, store};
+use crate::{console, control, host, merge, registry, store};
 
 /// The CPU that does it.
 pub const CPU: usize = 0;
@@ -26,6 +26,8 @@ pub enum Work {
     Reclaim = 1 << 3,
     /// The disk of the store has finished something, or a task of the store goes on.
     Store = 1 << 4,
+    /// Its owner waits for equal pages to be merged.
+    Merge = 1 << 5,
 }
 
 static PENDING: AtomicU64 = AtomicU64::new(0);
@@ -41,7 +43,7 @@ pub fn raise(work: Work) {
 /// Whether CPU `cpu` should look after it now.
 #[inline]
 pub fn pending(cpu: usize) -> bool {
-    cpu == CPU && PENDING.load(Ordering::SeqCst) != 0
+    cpu == CPU && PENDING.load(Ordering::SeqCst) != 0 || merge::is_due(cpu)
 }
 
 /// Deferred frames given back in one go.
@@ -67,6 +69,9 @@ pub fn run(cpu: usize) {
     }
     if has(Work::Lifecycle) {
         registry::settle();
+    }
+    if has(Work::Merge) || merge::is_due(cpu) {
+        merge::run(cpu);
     }
     if has(Work::Reclaim) && !registry::reclaim(cpu) {
         raise(Work::Reclaim);

@@ -40,6 +40,7 @@ mod heap;
 mod host;
 mod host_work;
 mod irq;
+mod merge;
 mod physical_timer;
 mod registry;
 mod report;

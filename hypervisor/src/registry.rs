@@ -18,7 +18,7 @@ use crate::console::Terminal;
 use crate::host_work::{self, Work};
 use crate::vm::build::{self, Built};
 use crate::vm::{BuildError, FlashMemory, ForkError, Hold, Media, OutOfHeap, Overlay, Status, Stop, Vm};
-use crate::{console, control, report, sched, snapshot};
+use crate::{console, control, merge, report, sched, snapshot};
 
 /// A place for a virtual machine.
 struct Place {
@@ -61,6 +61,11 @@ pub struct Row {
 /// The name of the first that cannot be built, and why. Nothing is started then.
 pub fn init(bundle: Bundle<'static>) -> Result<(), (String, BuildError)> {
     let bundle = BUNDLE.call_once(|| bundle);
+    merge::init(if bundle.config().vms.iter().any(|vm| vm.merge) {
+        bundle.config().outer.merge_pages_per_second
+    } else {
+        0
+    });
     let mut built: Vec<(Place, Built)> = Vec::new();
     for (number, config) in bundle.config().vms.iter().enumerate() {
         let named = |error: BuildError| (config.name.clone(), error);

@@ -14,7 +14,7 @@ use crate::exit::{self, Next};
 use crate::sched::{self, Leave, VcpuRef};
 use crate::vcpu::State;
 use crate::vm::Pause;
-use crate::{host_work, irq};
+use crate::{host_work, irq, merge};
 
 /// Length of a turn while others are ready, in milliseconds.
 const SLICE_MS: u64 = 10;
@@ -47,7 +47,8 @@ fn idle(cpu: usize) {
 
 /// Sets the CPU's timer to the first moment at which something must happen.
 pub fn arm(cpu: usize, slice_end: Option<u64>, vcpu_deadline: Option<u64>) {
-    let deadline = [slice_end, vcpu_deadline, sched::next_expiry(cpu)].into_iter().flatten().min();
+    let deadline =
+        [slice_end, vcpu_deadline, sched::next_expiry(cpu), merge::deadline(cpu)].into_iter().flatten().min();
     match deadline {
         Some(deadline) => timer::set_deadline(deadline),
         None => timer::clear(),

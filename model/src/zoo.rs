@@ -48,7 +48,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 35] = {
+pub const ZOO: [Exhibit; 36] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv9, Inv11, Inv13, Inv14, Inv15,
         Maintenance, Panic, Slots, Written,
@@ -156,6 +156,13 @@ pub const ZOO: [Exhibit; 35] = {
             "fork-write.toml",
             &[Inv11, Inv15, Written],
             "a write goes through a shared node, and relatives see it"
+        ),
+        exhibit!(
+            "Z-G3",
+            ZG3,
+            "merge-write.toml",
+            &[Inv11, Forbidden],
+            "two pages are compared before writes to them are kept out"
         ),
         exhibit!("Z-E2", ZE2, "tags-touch.toml", &[Inv1], "a page is there before its tags are cleared"),
         exhibit!("Z-E3", ZE3, "tags-block.toml", &[Inv1], "of a block, only the first page's tags are cleared"),

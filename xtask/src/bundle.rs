@@ -39,7 +39,14 @@ pub fn disk(file: &Path) -> WrittenDisk {
 
 /// A configuration of these virtual machines on an outer machine of this size.
 pub fn written(outer_memory: &str, outer_cpus: u32, vms: Vec<WrittenVm>) -> Written {
-    Written { outer: WrittenOuter { memory: Some(outer_memory.to_owned()), cpus: Some(outer_cpus.into()) }, vms }
+    Written {
+        outer: WrittenOuter {
+            memory: Some(outer_memory.to_owned()),
+            cpus: Some(outer_cpus.into()),
+            ..WrittenOuter::default()
+        },
+        vms,
+    }
 }
 
 /// Checks a configuration that a command put together; paths in it are absolute.

@@ -17,6 +17,7 @@ mod fork;
 mod kernels;
 mod linux;
 pub mod machine;
+mod merge;
 mod mmio;
 pub mod owner;
 mod page;
@@ -75,6 +76,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "a_full_store_harms_nobody",
         about: "a snapshot that has no room: a reason, the guest goes on, the store is as it was",
         run: snapshot::a_full_store_harms_nobody,
+    },
+    SystemTest {
+        name: "equal_guests_give_memory_back",
+        about: "two guests with 400 MiB alike: merging gives most of one back, writes are private, data stays right",
+        run: merge::equal_guests_give_memory_back,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

@@ -170,3 +170,13 @@ fn wrong_commands_end_with_status_2() {
         assert_eq!(ctl(&fake, wrong).status.code(), Some(2), "{wrong:?}");
     }
 }
+
+#[test]
+fn merge_waits_for_the_rounds_that_it_asks_for() {
+    let fake = Fake::start(Manner::Good);
+    let merge = ctl(&fake, &["merge", "--rounds", "2"]);
+    let shown = text(&merge.stdout);
+    let line = |what: &str| shown.lines().find(|line| line.starts_with(what)).expect(what).split_whitespace().last();
+    assert_eq!((line("rounds left"), line("nanoseconds a page")), (Some("0"), Some("50")));
+    assert_eq!(merge.status.code(), Some(0));
+}

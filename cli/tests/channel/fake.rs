@@ -145,6 +145,7 @@ impl Guest {
             Op::Stats { .. } => self.respond(id, Ok(Answer::Stats(Box::new(stats())))),
             Op::Slots { from, .. } => self.respond(id, Ok(Answer::Slots(page(*from)))),
             Op::Posted { .. } => self.respond(id, Ok(Answer::Posted(posted()))),
+            Op::Merge { rounds } => self.respond(id, Ok(Answer::Merge(merge(*rounds)))),
             Op::Console { vm } => {
                 self.vm = Some(vm.to_string());
                 self.respond(id, Ok(Answer::Done));
@@ -226,6 +227,12 @@ fn row(name: &'static str, state: State) -> VmRow<'static> {
 
 fn stats() -> Stats<'static> {
     Stats { table_pages: 5, exits: [("wfi".into(), 6)].into(), ..Stats::default() }
+}
+
+/// Asked for rounds, it has one left; asked again, none.
+fn merge(rounds: Option<u32>) -> MergeStatus {
+    let rounds_left = u32::from(rounds.is_some());
+    MergeStatus { vms: 2, rounds: 7, rounds_left, scanned: 100, nanoseconds: 5000, ..MergeStatus::default() }
 }
 
 fn posted() -> Posted {

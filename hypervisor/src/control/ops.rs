@@ -30,7 +30,7 @@ use super::stored;
 use super::{ATTACHED, NOBODY, ROOM, describe, dirty};
 use crate::registry::{self, ForkRefusal, Row};
 use crate::vm::{Alias, ForkError, Pause, Status, Stop, Vm};
-use crate::{console, host, sched};
+use crate::{console, host, merge, sched};
 
 /// How a request ends that is not refused.
 pub enum Outcome {
@@ -74,6 +74,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Fork { vm, name, count } => fork(vm, name, *count)?.into(),
         Op::Dirty { vm, what } => dirty::carry_out(&alive(vm)?, vm, what, attached)?.into(),
         Op::Young { vm, base, size } => dirty::young(&*alive(vm)?, *base, *size)?.into(),
+        Op::Merge { rounds } => merge(*rounds)?.into(),
         Op::Console { vm } => attach(vm, attached)?.into(),
         Op::Detach => {
             detach(attached);
@@ -168,6 +169,15 @@ fn stats(vm: &Vm) -> Stats<'static> {
         free_frames: host.pool.free_frames(),
         unclaimed_mmio: vm.unclaimed.get(),
         balloon: vm.balloon(),
+        merge: control::Merge {
+            scanned: counted.merge_scanned.get(),
+            offered: counted.merge_offered.get(),
+            joined: counted.merge_joined.get(),
+            vacated: counted.merge_vacated.get(),
+            broken: counted.merge_broken.get(),
+            differed: counted.merge_differed.get(),
+            copied: counted.copied.get(),
+        },
     }
 }
 
@@ -296,6 +306,18 @@ pub fn fork_refused(parent: &str, refusal: ForkRefusal) -> Error {
         }
         ForkRefusal::Failed(error) => Error::new(Code::OutOfMemory, alloc::format!("fork: {error}")),
     }
+}
+
+/// How far merging is; with `rounds`, so many more begin at once.
+fn merge(rounds: Option<u32>) -> Result<Answer<'static>, Error> {
+    if let Some(rounds) = rounds {
+        if !(1..=merge::MOST_ROUNDS).contains(&rounds) {
+            let rule = alloc::format!("must be from 1 to {}", merge::MOST_ROUNDS);
+            return Err(Error::refused(Code::BadField, Refusal::new("rounds", rounds, rule)));
+        }
+        merge::request(rounds);
+    }
+    Ok(Answer::Merge(merge::status()))
 }
 
 fn fork_names(name: &str, count: Option<u32>) -> Result<Vec<String>, Error> {

@@ -102,6 +102,9 @@ pub fn build(
     all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
     let vm = assemble(config, bundle, terminal, media, Inside { gic, vcpus: all, ram: create_ram(config)? })?;
     let boot = guest.place(&vm.memory)?;
+    if config.merge {
+        vm.memory.enable_merging(cpu::index()).map_err(|error| because("merge")(&error))?;
+    }
     Ok(Built { vm, boot })
 }
 

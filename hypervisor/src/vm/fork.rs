@@ -133,6 +133,11 @@ impl Vm {
             sched::release(vcpus.len());
             ForkError::Memory(error)
         })?;
+        if config.merge
+            && let Err(error) = memory.enable_merging(cpu::index())
+        {
+            log::warn!("vm {}: its pages are not merged: {error}", config.name);
+        }
         let ram = {
             let pin = host::get().epoch.pin(cpu::index());
             let slot = memory.slots().find(&pin, Gpa::new(virt::RAM_BASE).frame(), &Hint::new());

@@ -29,6 +29,7 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
         mte: false,
         policies: Default::default(),
         autostart: true,
+        merge: false,
     }
 }
 

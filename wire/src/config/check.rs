@@ -8,9 +8,9 @@ use arrayvec::ArrayVec;
 
 use super::{
     CoalescedZone, Config, Console, DEVICE_PAGE, Disk, FIRMWARE_BASE, FLASH_BASE, KernelFormat, MAX_CMDLINE,
-    MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_FLASH, MAX_NAME, MAX_OUTER_CPUS, MAX_OUTER_MEMORY, MAX_PASS_THROUGH,
-    MAX_ROMS, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_FLASH, MIN_OUTER_MEMORY, OWNERS_WINDOW, Outer, ROM_ALIGN,
-    ROM_END, SECTOR, Vm, format_size,
+    MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_FLASH, MAX_MERGE_PAGES_PER_SECOND, MAX_NAME, MAX_OUTER_CPUS,
+    MAX_OUTER_MEMORY, MAX_PASS_THROUGH, MAX_ROMS, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_FLASH, MIN_OUTER_MEMORY,
+    OWNERS_WINDOW, Outer, ROM_ALIGN, ROM_END, SECTOR, Vm, format_size,
 };
 use crate::Refusal;
 
@@ -48,8 +48,9 @@ impl<F: fmt::Display> Config<F> {
 }
 
 fn outer(outer: Outer) -> Result<(), Refusal> {
-    let Outer { memory, cpus } = outer;
+    let Outer { memory, cpus, merge_pages_per_second } = outer;
     outer_cpus(i64::from(cpus))?;
+    merge_rate(i64::from(merge_pages_per_second))?;
     let rule = if memory < MIN_OUTER_MEMORY {
         format!("must be at least {}", format_size(MIN_OUTER_MEMORY))
     } else if memory > MAX_OUTER_MEMORY {
@@ -66,6 +67,13 @@ fn outer(outer: Outer) -> Result<(), Refusal> {
 pub(super) fn outer_cpus(cpus: i64) -> Result<u32, Refusal> {
     within(cpus, MAX_OUTER_CPUS)
         .ok_or_else(|| Refusal::new("outer.cpus", cpus, format!("must be from 1 to {MAX_OUTER_CPUS}")))
+}
+
+/// What the scanner reads in a second, if it may be so much.
+pub(super) fn merge_rate(rate: i64) -> Result<u32, Refusal> {
+    let rule = || format!("must be from 0 to {MAX_MERGE_PAGES_PER_SECOND}");
+    let allowed = u32::try_from(rate).ok().filter(|rate| *rate <= MAX_MERGE_PAGES_PER_SECOND);
+    allowed.ok_or_else(|| Refusal::new("outer.merge_pages_per_second", rate, rule()))
 }
 
 /// A VM's vCPUs, if there may be so many.

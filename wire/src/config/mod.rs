@@ -79,6 +79,10 @@ pub const MAX_PASS_THROUGH: usize = 4;
 pub const DEVICE_PAGE: u64 = 4 << 10;
 /// Most doorbells of one virtual machine.
 pub const MAX_DOORBELLS: usize = 8;
+/// Pages that are read in a second to find equal ones, if the owner says nothing.
+pub const MERGE_PAGES_PER_SECOND: u32 = 5_000;
+/// Most of them: 4 GiB.
+pub const MAX_MERGE_PAGES_PER_SECOND: u32 = 1 << 20;
 /// Bytes in a disk's sector.
 pub const SECTOR: u64 = 512;
 
@@ -100,11 +104,18 @@ pub struct Outer {
     pub memory: u64,
     /// CPUs.
     pub cpus: u32,
+    /// Pages that the scanner for equal ones reads in a second, of all VMs that take part; 0: only when its owner asks.
+    #[serde(default = "merge_rate")]
+    pub merge_pages_per_second: u32,
+}
+
+const fn merge_rate() -> u32 {
+    MERGE_PAGES_PER_SECOND
 }
 
 impl Default for Outer {
     fn default() -> Self {
-        Self { memory: 4 << 30, cpus: 2 }
+        Self { memory: 4 << 30, cpus: 2, merge_pages_per_second: MERGE_PAGES_PER_SECOND }
     }
 }
 
@@ -154,6 +165,9 @@ pub struct Vm<F> {
     pub policies: Policies,
     /// Whether it starts with the hypervisor; else it waits, paused, for a `resume`.
     pub autostart: bool,
+    /// Whether its pages may become one with equal pages, its own and those of other VMs that say so too.
+    #[serde(default)]
+    pub merge: bool,
 }
 
 /// A zone of coalesced MMIO.
@@ -462,6 +476,7 @@ impl<F> Vm<F> {
             mte: self.mte,
             policies: self.policies,
             autostart: self.autostart,
+            merge: self.merge,
         })
     }
 }

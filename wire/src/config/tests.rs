@@ -65,8 +65,12 @@ fn defaults_are_as_documented() {
         mte: false,
         policies: Policies { console: Console::Foreground, ..Policies::default() },
         autostart: true,
+        merge: false,
     };
-    assert_eq!(config, Config { outer: Outer { memory: 4 << 30, cpus: 2 }, vms: [expected].into() });
+    assert_eq!(
+        config,
+        Config { outer: Outer { memory: 4 << 30, cpus: 2, merge_pages_per_second: 5_000 }, vms: [expected].into() }
+    );
 }
 
 #[test]
@@ -119,6 +123,8 @@ fn each_broken_rule_names_field_value_and_rule() {
         (one(json!({ "memory": "513M" })), "vms[0].memory = 513M: must be a multiple of 2M"),
         (one(json!({ "memory": "1K" })), "vms[0].memory = 1K: must be a multiple of 2M"),
         (one(json!({ "memory": "0M" })), "vms[0].memory = 0 bytes: must be above zero"),
+        (json!({ "outer": { "merge_pages_per_second": -1 }, "vms": [vm(json!({}))] }), "outer.merge_pages_per_second = -1: must be from 0 to 1048576"),
+        (json!({ "outer": { "merge_pages_per_second": 1048577 }, "vms": [vm(json!({}))] }), "outer.merge_pages_per_second = 1048577: must be from 0 to 1048576"),
         (one(json!({ "memory": "5G" })), "vms[0].memory = 5G: must be at most the machine's: outer.memory = 4G"),
         (one(json!({ "vcpus": 0 })), "vms[0].vcpus = 0: must be from 1 to 8"),
         (one(json!({ "vcpus": 9 })), "vms[0].vcpus = 9: must be from 1 to 8"),
@@ -261,7 +267,7 @@ proptest! {
     #[test]
     fn check_of_any_numbers_never_panics(memory: u64, vcpus: u32, outer: u64, cpus: u32, kernel: u64, initrd: u64, name in ".{0,40}") {
         let mut config = check(one(json!({ "initrd": "initrd" }))).expect("right");
-        config.outer = Outer { memory: outer, cpus };
+        config.outer = Outer { memory: outer, cpus, ..Outer::default() };
         let vm = &mut config.vms[0];
         (vm.memory, vm.vcpus, vm.name) = (memory, vcpus, name);
         let mut length = |path: &String| Ok(if path == "Image" { kernel } else { initrd });

@@ -33,6 +33,8 @@ pub struct WrittenOuter {
     pub memory: Option<String>,
     /// CPUs; 2 if absent.
     pub cpus: Option<i64>,
+    /// See [`Outer::merge_pages_per_second`]; 5000 if absent.
+    pub merge_pages_per_second: Option<i64>,
 }
 
 /// A virtual machine as written.
@@ -82,6 +84,9 @@ pub struct WrittenVm {
     pub policies: WrittenPolicies,
     /// Whether it starts with the hypervisor; yes if absent.
     pub autostart: Option<bool>,
+    /// Whether its pages are merged with equal ones; no if absent.
+    #[serde(default)]
+    pub merge: bool,
 }
 
 /// A block device as written.
@@ -159,6 +164,9 @@ impl WrittenOuter {
         Ok(Outer {
             memory: self.memory.map_or(Ok(default.memory), |text| memory("outer.memory", &text))?,
             cpus: self.cpus.map_or(Ok(default.cpus), check::outer_cpus)?,
+            merge_pages_per_second: self
+                .merge_pages_per_second
+                .map_or(Ok(default.merge_pages_per_second), check::merge_rate)?,
         })
     }
 }
@@ -200,6 +208,7 @@ impl WrittenVm {
             initrd: self.initrd,
             cmdline: self.cmdline,
             autostart: self.autostart.unwrap_or(true),
+            merge: self.merge,
         })
     }
 }

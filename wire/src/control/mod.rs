@@ -38,6 +38,8 @@
 //!   them at a time, and says where the next begin; the pages are to be copied after the answer. What a lost answer named is lost:
 //!   who cannot have that starts the log as `manual`, and clears what it has read by `dirty-clear`. `dirty-harvest` takes from the
 //!   rings, oldest first, and is asked again as long as it says `next`. `dirty-mark` and `dirty-since` are told likewise, without a log.
+//! - `merge` tells how far the search for equal pages is and what it took; with `rounds` so many rounds over all memory that takes
+//!   part are made at once, without a pause between their steps.
 //! - Operations are added as the hypervisor learns them; one that it does not know is refused by its name.
 //!
 //! Memory: what a guest causes (events) is encoded into a buffer that exists already. Reading a request takes heap of at
@@ -65,8 +67,8 @@ pub use files::{FileRow, Files};
 pub use lines::{LineTooLong, Lines};
 pub use posted::{Hex, Posted, PostedWrite, Rings};
 pub use request::{Alias, Malformed, Op, Request};
-pub use response::{Answer, Code, Error, Hello, Response, SlotPage, SlotRow, State, VmRow};
-pub use stats::{Balloon, Entries, Faults, Stats, Tlb};
+pub use response::{Answer, Code, Error, Hello, MergeStatus, Response, SlotPage, SlotRow, State, VmRow};
+pub use stats::{Balloon, Entries, Faults, Merge, Stats, Tlb};
 
 /// Longest line, in bytes, its newline included.
 pub const MAX_LINE: usize = 64 << 10;

@@ -111,6 +111,11 @@ pub enum Op<'a> {
         /// Bytes.
         size: u64,
     },
+    /// How far merging equal pages is.
+    Merge {
+        /// So many rounds shall be made at once.
+        rounds: Option<u32>,
+    },
     /// Attaches its console.
     Console {
         /// Whose.
@@ -184,6 +189,7 @@ impl<'a> Op<'a> {
             Self::Fork { .. } => "fork",
             Self::Dirty { what, .. } => what.name(),
             Self::Young { .. } => "young",
+            Self::Merge { .. } => "merge",
             Self::Console { .. } => "console",
             Self::Detach => "detach",
             Self::Input { .. } => "input",
@@ -200,6 +206,7 @@ impl<'a> Op<'a> {
         match self {
             Self::Hello
             | Self::Ps
+            | Self::Merge { .. }
             | Self::Detach
             | Self::Restore { .. }
             | Self::Files
@@ -250,6 +257,7 @@ impl<'a> Op<'a> {
             "young" => {
                 Self::Young { vm: fields.text("vm")?, base: fields.number("base")?, size: fields.number("size")? }
             }
+            "merge" => Self::Merge { rounds: fields.small_number("rounds")? },
             "console" => Self::Console { vm: fields.text("vm")? },
             "detach" => Self::Detach,
             "input" => Self::Input { vm: fields.text("vm")?, data: fields.bytes("data")? },
@@ -329,6 +337,7 @@ impl Serialize for Request<'_> {
                 map.serialize_entry("base", base)?;
                 map.serialize_entry("size", size)?;
             }
+            Op::Merge { rounds: Some(rounds) } => map.serialize_entry("rounds", rounds)?,
             Op::Input { data, .. } => map.serialize_entry("data", data)?,
             _ => (),
         }

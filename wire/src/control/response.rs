@@ -45,6 +45,8 @@ pub enum Answer<'a> {
     Pages(Pages),
     /// How many pages were cleared, or entries were young.
     Count(u64),
+    /// How far merging is.
+    Merge(MergeStatus),
     /// How many bytes of input the guest's console took.
     Accepted(u32),
     /// What is in the store.
@@ -89,6 +91,28 @@ pub struct VmRow<'a> {
     pub memory: u64,
     /// Bytes of memory that it has.
     pub resident: u64,
+}
+
+/// How far the search for equal pages is, over all virtual machines that take part, and what it took since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MergeStatus {
+    /// Virtual machines that take part.
+    pub vms: u32,
+    /// Rounds that were made.
+    pub rounds: u64,
+    /// Rounds that are still to be made at once.
+    pub rounds_left: u32,
+    /// Pages that it may read in a second when nobody waits for it; 0: none.
+    pub pages_per_second: u32,
+    /// Pages that were read.
+    pub scanned: u64,
+    /// Pages that gave their frames back: joined an equal one, or were zeros.
+    pub given_back: u64,
+    /// Time that the boot CPU spent on all of it, in nanoseconds.
+    pub nanoseconds: u64,
+    /// Frames that hold what is remembered for the search.
+    pub held_frames: u64,
 }
 
 /// What a virtual machine does.
@@ -246,6 +270,7 @@ impl Answer<'_> {
             Self::Posted(posted) => Answer::Posted(posted),
             Self::Pages(pages) => Answer::Pages(pages),
             Self::Count(count) => Answer::Count(count),
+            Self::Merge(status) => Answer::Merge(status),
             Self::Accepted(bytes) => Answer::Accepted(bytes),
             Self::Files(files) => Answer::Files(files.into_owned()),
         }

@@ -30,6 +30,9 @@ pub struct Stats<'a> {
     /// Its balloon, if it has one.
     #[serde(default, borrow, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon<'a>>,
+    /// What merging equal pages did.
+    #[serde(default)]
+    pub merge: Merge,
 }
 
 impl Stats<'_> {
@@ -92,6 +95,26 @@ pub struct Faults {
     pub outside: u64,
     /// Ended as an abort in the guest.
     pub injected: u64,
+}
+
+/// Pages that became one with equal ones, and what that took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Merge {
+    /// Pages that the scanner read.
+    pub scanned: u64,
+    /// Pages that are never written again, so that others may join them.
+    pub offered: u64,
+    /// Pages that joined an equal one: each gave its frame back.
+    pub joined: u64,
+    /// Pages of zeros that became vacant: likewise.
+    pub vacated: u64,
+    /// Blocks that were broken up for that.
+    pub broken: u64,
+    /// Pages that were compared, and differed.
+    pub differed: u64,
+    /// Pages and blocks that were copied because a write met what is shared, by merging or by a fork.
+    pub copied: u64,
 }
 
 /// Valid second-stage entries, by size.

@@ -88,6 +88,8 @@ fn requests_look_as_documented() {
             Op::Fork { vm: vm(), name: "copy".into(), count: Some(0) },
             r#"{"id":7,"op":"fork","vm":"web","name":"copy","count":0}"#,
         ),
+        (Op::Merge { rounds: None }, r#"{"id":7,"op":"merge"}"#),
+        (Op::Merge { rounds: Some(2) }, r#"{"id":7,"op":"merge","rounds":2}"#),
         (Op::Console { vm: vm() }, r#"{"id":7,"op":"console","vm":"web"}"#),
         (Op::Detach, r#"{"id":7,"op":"detach"}"#),
         (Op::Input { vm: vm(), data }, r#"{"id":7,"op":"input","vm":"web","data":"bHMK"}"#),
@@ -220,6 +222,7 @@ fn stats_read_back() {
         free_frames: 16,
         unclaimed_mmio: 17,
         balloon: Some(Balloon { target: 19, actual: 20, updates: 21, guest, ..Balloon::default() }),
+        merge: Merge { scanned: 18, offered: 19, joined: 20, vacated: 21, broken: 22, differed: 23, copied: 24 },
     };
     let answer = Answer::Stats(Box::new(stats));
     let message = Message::Response(Response { id: Some(0), result: Ok(answer) });
@@ -299,7 +302,7 @@ fn what_does_not_fit_says_so() {
 
 proptest! {
     #[test]
-    fn requests_read_as_written(id in 0..ID_LIMIT, vm in ".{0,40}", data in prop::collection::vec(any::<u8>(), 0..200), from: u32, which in 0..14_u8) {
+    fn requests_read_as_written(id in 0..ID_LIMIT, vm in ".{0,40}", data in prop::collection::vec(any::<u8>(), 0..200), from: u32, which in 0..15_u8) {
         let vm = Cow::Owned(vm);
         let op = match which {
             0 => Op::Hello,
@@ -317,6 +320,7 @@ proptest! {
                 slot: Alias { number: from, base: id, size: id / 2, offset: id / 3, read_only: from % 2 == 0 },
             },
             9 => Op::Input { vm, data: Bytes(data.into()) },
+            13 => Op::Merge { rounds: (from % 2 == 0).then_some(from) },
             12 => Op::Fork { name: vm.clone(), vm, count: (from % 2 == 0).then_some(from) },
             _ => Op::Shutdown,
         };

@@ -32,7 +32,7 @@ pub(crate) const MOST_JOINED: u32 = 128;
 const _: () = assert!((MOST_JOINED as u64) * (MAX_OBJECTS as u64) < 1 << 24, "references are counted in 24 bits");
 
 /// Bytes that are compared at once.
-const CHUNK: usize = 256;
+const CHUNK: usize = 1024;
 
 /// What a scanner finds at one frame of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -130,8 +130,8 @@ pub struct Scan {
 }
 
 impl Scan {
-    /// What a budget pays for, in pages.
-    fn cost(&self) -> u64 {
+    /// What a budget pays for, in pages: those that were read, and a sixteenth of those that were looked at.
+    pub fn cost(&self) -> u64 {
         self.pages + self.looked / LOOKS
     }
 }

@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 44] = [
+pub const VERBS: [(&str, &str); 46] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -42,6 +42,8 @@ pub const VERBS: [(&str, &str); 44] = [
     ("differ OBJECT BASE", "the owner asks in what OBJECT and its relative BASE differ: in how many frames"),
     ("reclaim", "tables that forks detached, and tree nodes that nobody refers to, are taken apart"),
     ("unshare GPA", "the owner breaks the sharing of the page through the notifier"),
+    ("merging", "in setup: the virtual machine's pages may become one with equal ones"),
+    ("join GPA VM GPA", "the owner makes the page at GPA one with VM's at the second GPA, if both read the same"),
     ("slot ID GPA PAGES OBJECT OFFSET [ro]", "the owner creates a slot"),
     ("delete ID", "the owner deletes a slot"),
     ("move ID GPA", "the owner moves a slot"),
@@ -161,6 +163,22 @@ pub enum Step {
         vm: usize,
         /// Where.
         gpa: Gpa,
+    },
+    /// Its memory takes part in merging.
+    Merging {
+        /// Whose.
+        vm: usize,
+    },
+    /// Two pages become one, if they are equal.
+    Join {
+        /// Whose.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+        /// Whose the other is.
+        other: usize,
+        /// Where that is.
+        other_gpa: Gpa,
     },
     /// Something about frames of an object.
     Object {

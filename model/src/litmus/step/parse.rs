@@ -187,6 +187,11 @@ impl Said<'_> {
             }
             "reclaim" => Step::Reclaim,
             "unshare" => Step::Unshare { vm, gpa: words.gpa()? },
+            "merging" => Step::Merging { vm },
+            "join" => {
+                let (gpa, other) = (words.frame()?.base(), words.vm()?);
+                Step::Join { vm, gpa, other, other_gpa: words.frame()?.base() }
+            }
             "punch" | "populate" => {
                 let (object, frame, count) = (words.object()?, words.number("FRAME")?, words.number("COUNT")?);
                 Step::Object { object, frame, count, punch: self.verb == "punch" }

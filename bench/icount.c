@@ -7,17 +7,25 @@
  *   0xa0ii   the intervals that follow belong to phase ii
  *   0xb000   an interval begins
  *   0xe000   it ends
+ *   0xb1nn   a pause of nn members (1 to 16) begins
+ *   0xc0ii   member ii is at work: each says so again and again
  *
  * An interval is every instruction of every exception level on every vCPU from the one behind 0xb000 up to the one
  * before 0xe000: for `marker; op; marker` that is `op` and all that it causes until its successor. The markers are not
  * in it. An instruction that faults and is executed again counts each time.
+ *
+ * A pause ends with 0xe000 too, some time after it is over. For each member the longest silence since 0xb1nn is looked
+ * for; the result is what was executed from the first silence's begin to the last one's end: from the moment in which the
+ * first member stopped to that in which all were at work again.
  *
  * Arguments: out=FILE (needed): the result, as JSON, written when QEMU ends: for each phase the number of intervals and
  * their min, median, p99 (nearest rank), max and mean. start=OPCODE: the instruction with this encoding, executed at a
  * page's first byte, also begins an interval, in phase 254; it and its like restart one that is open. A kernel's first
  * instruction can be told so without changing the kernel. The instruction itself is in that interval.
  *
- * Deterministic under `-icount` with one vCPU; with several, an interval has what all of them executed.
+ * Deterministic under `-icount`, where CPUs take turns; with several, an interval has what all of them executed. Then each
+ * instruction calls back: QEMU 10.0's inline counting addresses the counters of CPUs but the first wrongly where it is
+ * optimised.
  *
  * The few declarations of the plugin interface (version 4: QEMU 9.2 and newer) that are used stand here, because
  * distributions do not package its header.
@@ -33,7 +41,16 @@
 EXPORT int qemu_plugin_version = 4;
 
 typedef uint64_t plugin_id;
-struct qemu_info;
+struct qemu_info {
+	const char *target_name;
+	struct {
+		int min, cur;
+	} version;
+	_Bool system_emulation;
+	struct {
+		int smp_vcpus, max_vcpus;
+	} system;
+};
 struct qemu_plugin_tb;
 struct qemu_plugin_insn;
 struct qemu_plugin_scoreboard;
@@ -55,20 +72,41 @@ uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *);
 struct qemu_plugin_scoreboard *qemu_plugin_scoreboard_new(size_t);
 uint64_t qemu_plugin_u64_sum(plugin_u64);
 
-enum { PHASES = 256, BOOT_PHASE = 254 };
+enum { PHASES = 256, BOOT_PHASE = 254, MEMBERS = 16 };
 
 struct phase {
 	uint64_t *samples;
 	size_t count, room;
 };
 
-static plugin_u64 executed;
+/* The longest silence of one who takes part in a pause, and the last time that it was heard. */
+struct member {
+	uint64_t last, begin, end;
+};
+
+static plugin_u64 inlined;
+static uint64_t called_back;
+static int several;
+static struct member members[MEMBERS];
+static unsigned paused;
 static struct phase phases[PHASES];
 static unsigned phase;
 static int open;
 static uint64_t opened_at;
 static uint32_t start_opcode;
 static const char *out_path;
+
+static uint64_t executed(void)
+{
+	return several ? called_back : qemu_plugin_u64_sum(inlined);
+}
+
+static void on_instruction(unsigned vcpu, void *argument)
+{
+	(void)vcpu;
+	(void)argument;
+	called_back++;
+}
 
 static void die(const char *what)
 {
@@ -89,6 +127,40 @@ static void record(uint64_t instructions)
 	p->samples[p->count++] = instructions;
 }
 
+static void begin_pause(unsigned count, uint64_t now)
+{
+	paused = count;
+	for (unsigned i = 0; i < count; i++)
+		members[i] = (struct member){ now, now, now };
+}
+
+static void hear(unsigned number, uint64_t now)
+{
+	struct member *m = &members[number];
+
+	if (number >= paused)
+		return;
+	if (now - m->last > m->end - m->begin) {
+		m->begin = m->last;
+		m->end = now;
+	}
+	m->last = now;
+}
+
+static uint64_t end_pause(void)
+{
+	uint64_t begin = members[0].begin, end = members[0].end;
+
+	for (unsigned i = 1; i < paused; i++) {
+		if (members[i].begin < begin)
+			begin = members[i].begin;
+		if (members[i].end > end)
+			end = members[i].end;
+	}
+	paused = 0;
+	return end - begin;
+}
+
 /* Callbacks run before the instruction is counted: the sum has everything before it. */
 static void on_marker(unsigned vcpu, void *argument)
 {
@@ -100,12 +172,21 @@ static void on_marker(unsigned vcpu, void *argument)
 		phase = imm & 0xff;
 		break;
 	case 0xb0:
-		opened_at = qemu_plugin_u64_sum(executed) + 1;
+		opened_at = executed() + 1;
 		open = 1;
+		break;
+	case 0xb1:
+		if (imm & 0xff && (imm & 0xff) <= MEMBERS)
+			begin_pause(imm & 0xff, executed() + 1);
+		open = 1;
+		break;
+	case 0xc0:
+		if ((imm & 0xff) < MEMBERS)
+			hear(imm & 0xff, executed());
 		break;
 	case 0xe0:
 		if (open)
-			record(qemu_plugin_u64_sum(executed) - opened_at);
+			record(paused ? end_pause() : executed() - opened_at);
 		open = 0;
 		break;
 	}
@@ -116,7 +197,7 @@ static void on_start(unsigned vcpu, void *argument)
 	(void)vcpu;
 	(void)argument;
 	phase = BOOT_PHASE;
-	opened_at = qemu_plugin_u64_sum(executed);
+	opened_at = executed();
 	open = 1;
 }
 
@@ -133,12 +214,17 @@ static void on_translation(plugin_id id, struct qemu_plugin_tb *block)
 			unsigned imm = opcode >> 5 & 0xffff;
 			int marker = (opcode & 0xffe0001f) == 0xd280001f;
 
-			if (marker && (imm >> 8 == 0xa0 || imm == 0xb000 || imm == 0xe000))
+			unsigned kind = imm >> 8;
+
+			if (marker && (kind == 0xa0 || imm == 0xb000 || kind == 0xb1 || kind == 0xc0 || imm == 0xe000))
 				qemu_plugin_register_vcpu_insn_exec_cb(insn, on_marker, CB_NO_REGS, (void *)(uintptr_t)imm);
 			if (start_opcode && opcode == start_opcode && !(qemu_plugin_insn_vaddr(insn) & 0xfff))
 				qemu_plugin_register_vcpu_insn_exec_cb(insn, on_start, CB_NO_REGS, NULL);
 		}
-		qemu_plugin_register_vcpu_insn_exec_inline_per_vcpu(insn, INLINE_ADD_U64, executed, 1);
+		if (several)
+			qemu_plugin_register_vcpu_insn_exec_cb(insn, on_instruction, CB_NO_REGS, NULL);
+		else
+			qemu_plugin_register_vcpu_insn_exec_inline_per_vcpu(insn, INLINE_ADD_U64, inlined, 1);
 	}
 }
 
@@ -172,7 +258,7 @@ static void on_exit_of_qemu(plugin_id id, void *argument)
 	(void)argument;
 	if (!out)
 		die("cannot write out=");
-	fprintf(out, "{\"executed\":%" PRIu64 ",\"open\":%s,\"phases\":{", qemu_plugin_u64_sum(executed),
+	fprintf(out, "{\"executed\":%" PRIu64 ",\"open\":%s,\"phases\":{", executed(),
 		open ? "true" : "false");
 	for (unsigned i = 0; i < PHASES; i++)
 		if (phases[i].count) {
@@ -186,7 +272,7 @@ static void on_exit_of_qemu(plugin_id id, void *argument)
 
 EXPORT int qemu_plugin_install(plugin_id id, const struct qemu_info *info, int argc, char **argv)
 {
-	(void)info;
+	several = info->system_emulation && info->system.smp_vcpus > 1;
 	for (int i = 0; i < argc; i++) {
 		if (!strncmp(argv[i], "out=", 4))
 			out_path = strdup(argv[i] + 4);
@@ -201,8 +287,8 @@ EXPORT int qemu_plugin_install(plugin_id id, const struct qemu_info *info, int a
 		fprintf(stderr, "icount: out=FILE is needed\n");
 		return 1;
 	}
-	executed.score = qemu_plugin_scoreboard_new(sizeof(uint64_t));
-	executed.offset = 0;
+	inlined.score = qemu_plugin_scoreboard_new(sizeof(uint64_t));
+	inlined.offset = 0;
 	qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
 	qemu_plugin_register_atexit_cb(id, on_exit_of_qemu, NULL);
 	return 0;

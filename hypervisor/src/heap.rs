@@ -15,6 +15,11 @@ pub const fn size(frames: u64) -> u64 {
     frames * crate::host::HEAP_PER_FRAME + (48 << 20)
 }
 
+/// Bytes that nothing was made of.
+pub fn free() -> u64 {
+    HEAP.lock().counters().available_bytes as u64
+}
+
 /// Gives `region` to the allocator.
 ///
 /// # Panics

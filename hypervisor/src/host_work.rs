@@ -8,7 +8,7 @@ use entresol_metal_arm64::{cpu, gic};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::sched::KICK;
-use crate::{console, control, host, merge, registry, store};
+use crate::{console, control, host, merge, registry, service, store};
 
 /// The CPU that does it.
 pub const CPU: usize = 0;
@@ -28,6 +28,8 @@ pub enum Work {
     Store = 1 << 4,
     /// Its owner waits for equal pages to be merged.
     Merge = 1 << 5,
+    /// A guest has called for a service that is not its vCPU's to carry out.
+    Service = 1 << 6,
 }
 
 static PENDING: AtomicU64 = AtomicU64::new(0);
@@ -36,6 +38,14 @@ static PENDING: AtomicU64 = AtomicU64::new(0);
 pub fn raise(work: Work) {
     PENDING.fetch_or(work as u64, Ordering::SeqCst);
     if cpu::index() != CPU {
+        gic::send_sgi(CPU, KICK);
+    }
+}
+
+/// The same for a vCPU that is to enter its guest again only when it is done, where its CPU is the one that does it.
+pub fn raise_and_leave(work: Work) {
+    raise(work);
+    if cpu::index() == CPU {
         gic::send_sgi(CPU, KICK);
     }
 }
@@ -73,7 +83,11 @@ pub fn run(cpu: usize) {
     if has(Work::Merge) || merge::is_due(cpu) {
         merge::run(cpu);
     }
-    if has(Work::Reclaim) && !registry::reclaim(cpu) {
+    if has(Work::Service) {
+        service::carry_out();
+    }
+    // Never behind other work: a fork would make its parent wait for it.
+    if has(Work::Reclaim) && (work != Work::Reclaim as u64 || !registry::reclaim(cpu)) {
         raise(Work::Reclaim);
     }
 }

@@ -111,6 +111,7 @@ pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
     let numbers = places_for(names)?;
     PLACES.lock().try_reserve(names.len()).map_err(|_| OutOfHeap)?;
     console::reserve(names.len())?;
+    let since = timer::now();
     let held = parent.hold();
     let status = parent.status();
     if !matches!(status, Status::Running | Status::Paused(_)) {
@@ -121,6 +122,10 @@ pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
     for (name, place) in names.iter().zip(numbers) {
         children.push((place, Child::of(&held, &parent, number, name, place)?));
     }
+    // The parent's vCPUs are the first to get a CPU again.
+    drop(held);
+    let ticks = timer::now() - since;
+    log::info!("vm {}: {} times forked, held for {} us", parent.config.name, names.len(), micros(ticks));
     host_work::raise(Work::Reclaim);
     for (number, Child { vm, disks, terminal }) in children {
         settle_in(number, vm, terminal, Media { disks, flash: None }, status);
@@ -218,6 +223,10 @@ fn settle_in(number: usize, vm: Arc<Vm>, terminal: Arc<Terminal>, media: Media, 
     vm.follow(status);
 }
 
+fn micros(ticks: u64) -> u64 {
+    ticks.saturating_mul(1_000_000) / timer::frequency()
+}
+
 /// Why nothing was forked.
 #[derive(Debug)]
 pub enum ForkRefusal {
@@ -287,7 +296,7 @@ fn places_for(names: &[String]) -> Result<Vec<usize>, ForkRefusal> {
 /// Takes some of the tables apart that forks have left. True if none are left.
 pub fn reclaim(cpu: usize) -> bool {
     /// Table pages of one virtual machine in one go.
-    const AT_ONCE: u64 = 64;
+    const AT_ONCE: u64 = 16;
     let count = PLACES.lock().len();
     let mut done = true;
     for vm in (0..count).filter_map(find) {

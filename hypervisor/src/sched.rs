@@ -238,7 +238,7 @@ pub fn withdraw(vm: &Vm) {
 pub fn wait_until_off(vm: &Vm) {
     // A running vCPU leaves at its next exit, which the interrupt forces; its CPU never waits for this one.
     while (0..vm.vcpus()).any(|index| matches!(vm.vcpu(index).run(), Run::Running(_))) {
-        core::hint::spin_loop();
+        cpu::relax();
     }
     core::sync::atomic::fence(Ordering::SeqCst);
 }
@@ -260,6 +260,13 @@ pub fn expire(cpu: usize, now: u64) {
 pub fn next_expiry(cpu: usize) -> Option<u64> {
     let queues = QUEUES.lock();
     queues.waiting.iter().filter(|waiter| waiter.cpu == cpu).filter_map(|waiter| waiter.deadline).min()
+}
+
+/// Whether no vCPU but the one on CPU `cpu` runs, or could.
+pub fn is_alone(cpu: usize) -> bool {
+    let queues = QUEUES.lock();
+    let others = (0..cpu::count()).filter(|other| *other != cpu);
+    queues.ready.is_empty() && others.into_iter().all(|other| queues.idle & 1 << other != 0)
 }
 
 /// Whether another vCPU is ready, so that a slice must end.

@@ -5,9 +5,13 @@
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_metal_arm64::cpu;
 use entresol_mmu::CoalescedRing;
+use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_wire::config::check_name;
 
-use crate::sched::VcpuRef;
+use crate::host_work::{self, Work};
+use crate::sched::{self, VcpuRef};
 use crate::vm::{Alias, LogOptions};
+use crate::{heap, host, registry};
 
 /// Takes the second-stage entries of a range away: X1 its first byte, X2 its length in bytes, both page-aligned. Contents
 /// stay. Answers 0, or [`INVALID`].
@@ -21,6 +25,13 @@ const SLOT: u32 = 0xc600_0003;
 /// The machine's dirty log: X1 0 ends it; 1 starts it; 2 fetches and clears that of slot X2, of at most 1 GiB, and answers how
 /// many pages it named; 3 marks this moment; 4 forgets the mark. Answers 0 otherwise, or [`INVALID`].
 const DIRTY: u32 = 0xc600_0010;
+/// Forks the calling machine, soon: X1 ends the copy's name, or is all ones to ask only. The copy learns from its
+/// generation that it is one. Answers 0; or [`INVALID`] while such a call waits to be carried out.
+const FORK: u32 = 0xc600_0004;
+/// Answers how many of something are free: X1 0 for frames, soon or now, 1 for bytes of the heap; or [`INVALID`].
+const FREE: u32 = 0xc600_0005;
+/// Answers 1 if no vCPU but the caller runs or could run, and, if X1 is 0, the hypervisor has nothing to do; else 0.
+const ALONE: u32 = 0xc600_0006;
 /// An argument breaks a rule.
 const INVALID: u64 = -2i64 as u64;
 
@@ -35,7 +46,62 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
         DRAIN => Some(core::iter::from_fn(|| vcpu.vm.posted.take()).take(CoalescedRing::ROOM).count() as u64),
         SLOT => Some(slot(vcpu, x1, x2, x3)),
         DIRTY => Some(dirty(vcpu, x1, x2)),
+        FORK => Some(fork(vcpu, x1)),
+        FREE => Some(free(x1)),
+        ALONE => Some((sched::is_alone(cpu::index()) && (x1 != 0 || !host_work::pending(host_work::CPU))).into()),
         _ => None,
+    }
+}
+
+/// Who wants to be forked: one more than its place in the registry, above the number that ends the copy's name; or 0.
+static WANTED: AtomicU64 = AtomicU64::new(0);
+
+/// By its place: a share of the machine would keep it from ending.
+fn fork(vcpu: &VcpuRef, ends: u64) -> u64 {
+    if ends == u64::MAX {
+        return if WANTED.load(Ordering::SeqCst) == 0 { 0 } else { INVALID };
+    }
+    let (Some(place), Ok(ends)) = (registry::number_of(&vcpu.vm.config.name), u32::try_from(ends)) else {
+        return INVALID;
+    };
+    let wanted = (place as u64 + 1) << 32 | u64::from(ends);
+    if WANTED.compare_exchange(0, wanted, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        return INVALID;
+    }
+    host_work::raise_and_leave(Work::Service);
+    0
+}
+
+/// Host's work: forks who asked for it.
+pub fn carry_out() {
+    fork_wanted(WANTED.load(Ordering::SeqCst));
+    WANTED.store(0, Ordering::SeqCst);
+}
+
+fn fork_wanted(wanted: u64) {
+    let Some((place, row)) = (wanted >> 32).checked_sub(1).and_then(|place| {
+        let place = place as usize;
+        Some((place, registry::row(place)?))
+    }) else {
+        return;
+    };
+    let name = alloc::format!("{}-{}", row.config.name, wanted as u32);
+    // The registry waits for the last share.
+    drop(row);
+    let forked = check_name("name", &name).map_err(|refusal| alloc::format!("{refusal}"));
+    let forked = forked.and_then(|()| {
+        registry::fork(place, core::slice::from_ref(&name)).map_err(|refusal| alloc::format!("{refusal:?}"))
+    });
+    if let Err(refusal) = forked {
+        log::warn!("no fork {name}: {refusal}");
+    }
+}
+
+fn free(what: u64) -> u64 {
+    match what {
+        0 => host::get().pool.free_frames() + host::get().pool.deferred_frames(),
+        1 => heap::free(),
+        _ => INVALID,
     }
 }
 

@@ -116,7 +116,9 @@ impl Vcpu {
     /// run; a wait for an interrupt ends then, as waits may.
     pub fn fork(&self) -> Self {
         let state = self.state.lock();
-        let state = State {
+        let run = if self.run() == Run::Off { OFF } else { PARKED };
+        // Made where it stays: it is large.
+        let state = Mutex::new(State {
             regs: state.regs.clone(),
             el1: state.el1.clone(),
             fp: state.fp.clone(),
@@ -127,9 +129,8 @@ impl Vcpu {
             physical_timer: state.physical_timer,
             watched: state.watched,
             hint: Hint::new(),
-        };
-        let run = if self.run() == Run::Off { OFF } else { PARKED };
-        Self { run: AtomicU64::new(run), boot: Mutex::new(*self.boot.lock()), state: Mutex::new(state) }
+        });
+        Self { run: AtomicU64::new(run), boot: Mutex::new(*self.boot.lock()), state }
     }
 
     /// Its state outside the machine; it is on no CPU.

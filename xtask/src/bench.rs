@@ -2,11 +2,12 @@
 //!
 //! Protocol: every machine is deterministic (`-icount`, one CPU, fixed seeds and clock; [`machine`]), a plugin counts
 //! between markers that a guest executes ([`plugin`]), and the guest is the same program for every hypervisor
-//! ([`operations`]). A boot is counted from the kernel's first instruction to the first of user space ([`boot`]), and
+//! ([`operations`]). Forks are counted with two vCPUs on two CPUs ([`fork`]). A boot is counted from the kernel's first instruction to the first of user space ([`boot`]), and
 //! compared with the bare machine, which is given the device tree that the guest was given. `--peer kvm` runs the same
 //! guests under Debian's own kernel ([`peer`]). The exit status says whether every target is met.
 
 mod boot;
+mod fork;
 mod machine;
 mod operations;
 mod peer;
@@ -55,6 +56,8 @@ pub enum Part {
     Log,
     /// A dirty log with 2 MiB entries: faults that split them
     Split,
+    /// Live forks of guests of several sizes
+    Forks,
     /// A Linux boot, bare and as a guest
     Boot,
 }
@@ -84,6 +87,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     for part in [Part::Pages, Part::Blocks, Part::Log, Part::Split].into_iter().filter(|part| wanted(*part)) {
         let peer = options.peer.map(|Peer::Kvm| peer::operations(&bench, part)).transpose()?;
         rows.add(operations::measure(&bench, part)?, peer.as_ref());
+    }
+    if wanted(Part::Forks) {
+        rows.0.extend(fork::measure(&bench)?);
     }
     if wanted(Part::Boot) {
         rows.0.extend(boot::measure(&bench, options.peer.is_some())?);

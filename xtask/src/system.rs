@@ -83,6 +83,11 @@ pub const TESTS: &[SystemTest] = &[
         run: merge::equal_guests_give_memory_back,
     },
     SystemTest {
+        name: "changed_memory_is_never_stale",
+        about: "every byte through every mapping after forks and copies on write",
+        run: fork::changed_memory_is_never_stale,
+    },
+    SystemTest {
         name: "hostile_guests_harm_nobody",
         about: "three guests attack with a seed each; the fourth answers all the time, and outlives them",
         run: programs::hostile_guests_harm_nobody,

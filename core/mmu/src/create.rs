@@ -1,5 +1,7 @@
 //! The beginning of a virtual machine's memory: everything that can fail fails here, and gives back what it took.
 
+use alloc::collections::VecDeque;
+
 use entresol_addr::{PAGE_SHIFT, PfnRange};
 use entresol_backing::Order;
 use entresol_machine::Machine;
@@ -54,7 +56,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
             CreateError::Root(error)
         })?;
         let (notifier, vmid, stats) = (Notifier::new(), VmVmid::new(), Stats::default());
-        let (switches, forking, detached) = (Switches::default(), Mutex::new(()), Mutex::new(None));
+        let (switches, forking, detached) = (Switches::default(), Mutex::new(()), Mutex::new(VecDeque::new()));
         Ok(Self { host, slots, table, notifier, vmid, logs, options, switches, forking, detached, stats })
     }
 }

@@ -15,8 +15,8 @@
 //!
 //! A child's slots do not log: its owner has asked for nothing yet.
 //!
-//! The detached tables are taken apart later, by [`Vm::reclaim`]: a second fork before that is done does it first, in its
-//! plan.
+//! The detached tables are taken apart later, by [`Vm::reclaim`], so that no fork waits for what another has left: a fork
+//! does it only where [`MOST_DETACHED`] others have left theirs, in its plan.
 //!
 //! Without forced write-back, step 4 does not clean what it unmaps, or the pause would grow with it: a page is cleaned
 //! where its entry is made again, as always, and before it is copied.
@@ -101,6 +101,9 @@ impl From<OutOfHeap> for ForkError {
     }
 }
 
+/// Forks whose tables may wait to be taken apart.
+const MOST_DETACHED: usize = 16;
+
 /// Tables that a fork detached, and since when.
 pub(crate) struct Retiring {
     detached: Detached,
@@ -140,7 +143,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
     /// [`ForkError`].
     pub fn fork(&self, cpu: usize) -> Result<Self, ForkError> {
         let _forking = self.forking.lock();
-        self.reclaim_all(cpu);
+        self.make_room_for_detached(cpu)?;
         let plan = self.plan_fork(cpu)?;
         match self.share_memory(cpu, &plan.pairs) {
             Ok(()) => Ok(plan.child),
@@ -149,6 +152,13 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
                 Err(error)
             }
         }
+    }
+
+    fn make_room_for_detached(&self, cpu: usize) -> Result<(), ForkError> {
+        if self.detached.lock().len() >= MOST_DETACHED {
+            self.reclaim_all(cpu);
+        }
+        Ok(self.detached.lock().try_reserve(1).map_err(|_| OutOfHeap)?)
     }
 
     /// Step 1.
@@ -272,15 +282,16 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         }
         let detached = self.table.detach(machine, self.flushes(&self.stats.tlb_vmid), stash);
         let since = self.host.epoch.advance();
-        let before = self.detached.lock().replace(Retiring { detached, since });
-        assert!(before.is_none(), "a fork takes apart what the one before detached, and one is made at a time");
+        let mut queue = self.detached.lock();
+        assert!(queue.len() < queue.capacity(), "the plan made room, and one fork is made at a time");
+        queue.push_back(Retiring { detached, since });
     }
 
-    /// Takes at most about `limit` table pages apart that a fork detached. `true` if none are left, `false` also while
+    /// Takes at most about `limit` table pages apart of what the oldest fork has left. `true` if none are left, `false` also while
     /// somebody may still be using them. `cpu` is the CPU that the caller runs on.
     pub fn reclaim(&self, cpu: usize, limit: u64) -> bool {
         let mut place = self.detached.lock();
-        let Some(retiring) = place.as_mut() else { return true };
+        let Some(retiring) = place.front_mut() else { return true };
         if !self.host.epoch.is_over(retiring.since) && !planted!(ZG5) {
             return false;
         }
@@ -289,9 +300,9 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         let done = retiring.detached.dismantle(machine, &self.table, limit, free);
         if done {
             pool.give(cpu, retiring.detached.root().start(), root_order(self.table.geometry()));
-            *place = None;
+            place.pop_front();
         }
-        done
+        place.is_empty()
     }
 
     /// All of them. Not called by a pinned CPU.

@@ -83,7 +83,12 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// A new entry, with tables in hand for whatever the way needs.
     pub(crate) fn map_surely(&self, cpu: usize, mapping: &Mapping, features: &Features, replace: bool) -> Outcome {
-        match self.map_with_tables(cpu, mapping, features, 0, replace) {
+        let needed = match self.try_map(mapping, features, &mut Reserve::new(), replace) {
+            Ok(mapped) => return self.installed(mapped),
+            Err(MapError::NoTable { needed }) => needed,
+            Err(error) => return self.not_mapped(error),
+        };
+        match self.map_with_tables(cpu, mapping, features, needed, replace) {
             Outcome::Retry => self.map_with_tables(cpu, mapping, features, Reserve::MOST, replace),
             outcome => outcome,
         }

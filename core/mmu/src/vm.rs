@@ -1,5 +1,7 @@
 //! One virtual machine's memory: its slots, its tables, its notifier.
 
+use alloc::collections::VecDeque;
+
 use entresol_addr::{GfnRange, Gpa, PAGE_SHIFT, PageSize, PfnRange};
 use entresol_machine::{Machine, Vmid};
 use entresol_slot::Slots;
@@ -38,8 +40,8 @@ pub struct Vm<'h, M, F> {
     pub switches: Switches,
     /// Held by whoever forks this machine.
     pub(crate) forking: Mutex<()>,
-    /// What a fork detached and nobody has taken apart yet.
-    pub(crate) detached: Mutex<Option<Retiring>>,
+    /// What forks detached and nobody has taken apart yet, the oldest first.
+    pub(crate) detached: Mutex<VecDeque<Retiring>>,
     /// What happened so far.
     pub stats: Stats,
 }

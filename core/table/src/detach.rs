@@ -22,6 +22,8 @@ pub struct Detached {
     root: PfnRange,
     /// The guest frame that the taking apart has come to.
     next: u64,
+    /// Behind it nothing was mapped.
+    end: u64,
 }
 
 impl<F: Format> Table<F> {
@@ -35,7 +37,7 @@ impl<F: Format> Table<F> {
         machine.zero(stash);
         let ticket = self.ticket();
         let mut moved = None;
-        for number in 0..self.root().count() * u64::from(Word::PER_FRAME) {
+        for number in 0..self.reach() {
             if self.move_word(machine, number, stash, ticket) {
                 let first = moved.map_or(number, |(first, _)| first);
                 moved = Some((first, number));
@@ -49,7 +51,12 @@ impl<F: Format> Table<F> {
             let _ = machine.compare_exchange(word_of(self.root(), number), removed, VACANT);
         }
         machine.published();
-        Detached { root: stash, next: 0 }
+        let frames = |words: u64| words << shift(self.geometry().root_level());
+        moved.map_or(Detached { root: stash, next: 0, end: 0 }, |(first, last)| Detached {
+            root: stash,
+            next: frames(first),
+            end: frames(last + 1),
+        })
     }
 
     /// Moves word `number` of the root; whether there was something to move.
@@ -93,12 +100,11 @@ impl Detached {
         mut free: impl FnMut(Pfn),
     ) -> bool {
         let mut gone = Census::default();
-        let end = table.geometry().frames();
-        while self.next < end && gone.tables < limit {
+        while self.next < self.end && gone.tables < limit {
             self.next = self.step(machine, table, &mut gone, &mut free);
         }
         table.counters.remove(&gone);
-        self.next >= end
+        self.next >= self.end
     }
 
     /// The frames of the second root.

@@ -131,12 +131,22 @@ impl<F: Format> Table<F> {
         if !gfn.is_aligned(size) || !pfn.is_aligned(size) {
             return Err(MapError::Misaligned { gfn, pfn, size });
         }
-        if level_of(size) < self.geometry().root_level() {
-            return Err(MapError::TooLarge { size });
+        if level_of(size) <= self.geometry().root_level() {
+            self.check_at_root(gfn, size)?;
         }
         if pfn.get() >> F::FRAME_BITS != 0 {
             return Err(MapError::Unreachable { pfn });
         }
+        Ok(())
+    }
+
+    /// The same for what would be in the root, or above it.
+    #[cold]
+    fn check_at_root(&self, gfn: Gfn, size: PageSize) -> Result<(), MapError> {
+        if level_of(size) < self.geometry().root_level() {
+            return Err(MapError::TooLarge { size });
+        }
+        self.extend_reach(gfn);
         Ok(())
     }
 
@@ -189,7 +199,12 @@ impl<F: Format> Table<F> {
                 return Err(MapError::NoTable { needed });
             }
             let below = match at.entry {
-                Entry::Vacant => self.link(machine, at.word, reserve)?,
+                Entry::Vacant => {
+                    if at.level == self.geometry().root_level() {
+                        self.extend_reach(gfn);
+                    }
+                    self.link(machine, at.word, reserve)?
+                }
                 Entry::Leaf(_) => self.split_at(machine, vmid, gfn, &at, reserve)?,
                 Entry::Table(below) => below,
                 Entry::Broken => return Err(MapError::Busy),

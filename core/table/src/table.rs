@@ -17,6 +17,8 @@ pub struct Table<F> {
     root: PfnRange,
     pub(crate) counters: Counters,
     tickets: AtomicU64,
+    /// Words of the root, from its first, that ever held anything: where memory is, a root has few.
+    reach: AtomicU64,
 }
 
 /// The frames offered as a root do not fit the geometry.
@@ -76,7 +78,14 @@ impl<F: Format> Table<F> {
         }
         machine.zero(root);
         machine.published();
-        Ok(Self { format, geometry, root, counters: Counters::default(), tickets: AtomicU64::new(0) })
+        Ok(Self {
+            format,
+            geometry,
+            root,
+            counters: Counters::default(),
+            tickets: AtomicU64::new(0),
+            reach: AtomicU64::new(0),
+        })
     }
 
     /// The shape of the tree.
@@ -161,6 +170,16 @@ impl<F: Format> Table<F> {
     /// A name for one more unmap.
     pub(crate) fn ticket(&self) -> Ticket {
         Ticket::new(self.tickets.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The root's word for `gfn` is about to hold something.
+    pub(crate) fn extend_reach(&self, gfn: Gfn) {
+        self.reach.fetch_max((gfn.get() >> shift(self.geometry.root_level())) + 1, Ordering::Relaxed);
+    }
+
+    /// Words of the root behind which none ever held anything. Exact while nobody installs entries.
+    pub(crate) fn reach(&self) -> u64 {
+        self.reach.load(Ordering::Relaxed)
     }
 
     /// Ends the table: flushes the VM's translations, gives every table page to `free`, and returns the root's frames.

@@ -24,7 +24,7 @@ use entresol_mmu::{Counter, Options, ReadOnlyIvac, Vm as Memory};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicUsize};
 use entresol_wire::bundle::{Bundle, FileIndex};
-use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry};
+use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry, SharedBlock};
 
 use super::devices::Devices;
 use super::flash::FlashMemoryError;
@@ -231,6 +231,7 @@ fn create_memory(config: &config::Vm<FileIndex>) -> Result<(Memory<'static, Meta
 pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildError> {
     let host = host::get();
     let policy = match config.policies.page_size {
+        LargestEntry::Block2M if config.policies.shared_block == SharedBlock::Whole => Policy::WholeBlocks,
         LargestEntry::Block2M => Policy::Blocks,
         LargestEntry::Page4K => Policy::Pages,
     };

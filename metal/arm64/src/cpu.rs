@@ -153,10 +153,11 @@ pub fn wait_for_interrupt() {
     }
 }
 
-/// Lets other hardware threads run while this CPU waits for a short time.
+/// Lets other hardware threads, or an emulator's other CPUs, run while this CPU waits for a short time.
 #[inline]
 pub fn relax() {
-    core::hint::spin_loop();
+    // SAFETY: a hint.
+    unsafe { instruction!("yield") };
 }
 
 /// Stops this CPU for good.

@@ -13,7 +13,7 @@
 //! | [`switch`], [`traps`], [`exit`] | how is a guest entered, what may it do, why did it come back? |
 //! | [`live`] | what do the registers of the loaded vCPU hold? |
 //! | [`features`], [`identity`], [`random`] | what can this CPU do? |
-//! | [`Metal`], [`operand`] | how do words, pages, caches and TLBs obey the core? |
+//! | [`Metal`], [`operand`], `bytes` | how do words, pages, caches and TLBs obey the core? How do bytes move? |
 //! | [`gic`], [`timer`], [`console`], [`power`] | the devices that the hypervisor keeps for itself |
 //!
 //! Protocol: the program that links this crate defines two symbols, without mangling, and is linked with `link.ld`:
@@ -47,6 +47,8 @@
 extern crate std;
 
 pub mod boot;
+#[cfg(target_os = "none")]
+mod bytes;
 mod line;
 pub mod operand;
 mod pool;

@@ -268,6 +268,20 @@ pub struct Policies {
     /// What a store to read-only memory does.
     #[serde(default)]
     pub read_only_store: ReadOnlyStore,
+    /// What a write to a block of 2 MiB that a fork shares copies.
+    #[serde(default)]
+    pub shared_block: SharedBlock,
+}
+
+/// What a write to a block of 2 MiB that a fork shares copies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SharedBlock {
+    /// The page of 4 KiB that is written: the block is pages from then on.
+    #[default]
+    Split,
+    /// All of it, where a block is free: a longer write, and no smaller entries after it.
+    Whole,
 }
 
 /// What a store to read-only memory does. It never reaches the memory (INV-13).

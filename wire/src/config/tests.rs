@@ -166,14 +166,18 @@ fn each_broken_rule_names_field_value_and_rule() {
 fn policies_are_taken_over_and_absent_ones_are_safe() {
     let policies = |value| check(one(json!({ "policies": value }))).expect("right").vms[0].policies;
     let all = |policies: Policies| {
-        (policies.no_syndrome, policies.read_only_ivac, policies.cache_maintenance, policies.read_only_store)
+        let Policies { no_syndrome, read_only_ivac, cache_maintenance, read_only_store, shared_block, .. } = policies;
+        (no_syndrome, read_only_ivac, cache_maintenance, read_only_store, shared_block)
     };
     let written = policies(json!({
         "no_syndrome": "stop", "read_only_ivac": "clean", "cache_maintenance": "trap", "read_only_store": "abort",
+        "shared_block": "whole",
     }));
-    let expected = (NoSyndrome::Stop, ReadOnlyIvac::Clean, CacheMaintenance::Trap, ReadOnlyStore::Abort);
+    let expected =
+        (NoSyndrome::Stop, ReadOnlyIvac::Clean, CacheMaintenance::Trap, ReadOnlyStore::Abort, SharedBlock::Whole);
     assert_eq!(all(written), expected);
-    let expected = (NoSyndrome::Inject, ReadOnlyIvac::Abort, CacheMaintenance::Direct, ReadOnlyStore::Ignore);
+    let expected =
+        (NoSyndrome::Inject, ReadOnlyIvac::Abort, CacheMaintenance::Direct, ReadOnlyStore::Ignore, SharedBlock::Split);
     assert_eq!(all(policies(json!({}))), expected);
 }
 
@@ -278,7 +282,7 @@ proptest! {
     }
 
     #[test]
-    fn json_of_a_config_reads_back(vcpus in 1..=8u32, granules in 20..2000u64, cmdline in "[^\0]{0,50}", flags: [bool; 8]) {
+    fn json_of_a_config_reads_back(vcpus in 1..=8u32, granules in 20..2000u64, cmdline in "[^\0]{0,50}", flags: [bool; 9]) {
         let change = json!({ "disks": [{ "file": "disk" }], "roms": [{ "file": "page", "at": 0 }], "flash": "vars" });
         let mut config = check(one(change)).expect("right");
         let vm = &mut config.vms[0];
@@ -290,6 +294,7 @@ proptest! {
         vm.policies.read_only_ivac = if flags[5] { ReadOnlyIvac::Clean } else { ReadOnlyIvac::Abort };
         vm.policies.cache_maintenance = if flags[6] { CacheMaintenance::Trap } else { CacheMaintenance::Direct };
         vm.policies.read_only_store = if flags[7] { ReadOnlyStore::Abort } else { ReadOnlyStore::Ignore };
+        vm.policies.shared_block = if flags[8] { SharedBlock::Whole } else { SharedBlock::Split };
         let json = serde_json::to_string(&config).expect("strings for keys");
         prop_assert_eq!(serde_json::from_str::<Config<String>>(&json).expect("what was written"), config);
     }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::check::{self, FileLength};
 use super::{
     CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, NoSyndrome, OnReset,
-    Outer, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, UnclaimedMmio, Vm, size,
+    Outer, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock, UnclaimedMmio, Vm, size,
 };
 use crate::Refusal;
 
@@ -140,6 +140,9 @@ pub struct WrittenPolicies {
     /// See [`Policies::read_only_store`].
     #[serde(default)]
     pub read_only_store: ReadOnlyStore,
+    /// See [`Policies::shared_block`].
+    #[serde(default)]
+    pub shared_block: SharedBlock,
 }
 
 impl Written {
@@ -194,6 +197,7 @@ impl WrittenVm {
                 read_only_ivac: self.policies.read_only_ivac,
                 cache_maintenance: self.policies.cache_maintenance,
                 read_only_store: self.policies.read_only_store,
+                shared_block: self.policies.shared_block,
             },
             disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
             roms,

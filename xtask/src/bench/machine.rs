@@ -1,6 +1,6 @@
 //! The machine that is measured: the outer machine of every other command, made deterministic.
 //!
-//! One CPU, one instruction a nanosecond, idle time skipped, a clock that starts at a fixed date and runs on virtual time,
+//! One CPU unless a run wants more, which then take turns; one instruction a nanosecond, idle time skipped, a clock that starts at a fixed date and runs on virtual time,
 //! fixed seeds. Two runs of the same files execute the same instructions.
 
 use std::fs::{self, File};
@@ -30,6 +30,8 @@ pub struct Run<'a> {
     pub el2: bool,
     /// For the machine without EL2.
     pub device_tree: Option<&'a Path>,
+    /// CPUs, which the emulator runs one at a time.
+    pub cpus: u32,
     /// Bytes of memory.
     pub memory: u64,
     /// Encoding of the instruction that begins the boot's interval.
@@ -82,7 +84,7 @@ impl Run<'_> {
         } else {
             "virt,gic-version=3,dtb-randomness=off"
         };
-        command.args(["-M", machine, "-cpu", "max,pauth-impdef=on", "-smp", "1"]);
+        command.args(["-M", machine, "-cpu", "max,pauth-impdef=on", "-smp", &self.cpus.to_string()]);
         command.args(["-m", &format!("{}M", self.memory >> 20)]);
         command.args(["-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none", "-serial", "stdio"]);
         command.args(["-global", "virtio-mmio.force-legacy=false"]);

@@ -1,7 +1,9 @@
 //! The guest `bench` on the hypervisor: one run with 4 KiB entries, one with 2 MiB blocks.
 
 use anyhow::{Context, Result};
-use entresol_wire::config::{CacheMaintenance, CoalescedZone, Doorbell, LargestEntry, WrittenPolicies, WrittenVm};
+use entresol_wire::config::{
+    CacheMaintenance, CoalescedZone, Doorbell, LargestEntry, SharedBlock, WrittenPolicies, WrittenVm,
+};
 
 use super::machine::{self, Run};
 use super::plugin::{Counts, Statistics};
@@ -19,7 +21,8 @@ const PAGES: [(&str, u8); 7] = [
     ("hvc", 6),
 ];
 /// Of the same run: what KVM does not carry out for a guest.
-const OURS: [(&str, u8); 2] = [("mmio_pair", 8), ("cmo_trap", 9)];
+const OURS: [(&str, u8); 3] = [("mmio_pair", 8), ("cmo_trap", 9), ("cow_4k", 16)];
+const OURS_OF_BLOCKS: [(&str, u8); 1] = [("cow_2m", 17)];
 const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
 const LOG: [(&str, u8); 2] = [("dirty_log_fault", 12), ("get_dirty_log_1g_16384", 13)];
 const SPLIT: [(&str, u8); 2] = [("dirty_log_split", 14), ("dirty_log_split_page", 15)];
@@ -43,7 +46,7 @@ pub fn arguments(part: Part) -> &'static str {
         Part::Blocks => "bench=blocks",
         Part::Log => "bench=log",
         Part::Split => "bench=split",
-        Part::Pages | Part::Boot => "bench=pages",
+        Part::Pages | Part::Forks | Part::Boot => "bench=pages",
     }
 }
 
@@ -75,6 +78,7 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
             page_size,
             services: true,
             cache_maintenance: CacheMaintenance::Trap,
+            shared_block: SharedBlock::Whole,
             ..WrittenPolicies::default()
         },
         coalesced_mmio: vec![CoalescedZone { base: COALESCED, size: 0x1000 }],
@@ -90,15 +94,14 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
         append: "",
         el2: true,
         device_tree: None,
+        cpus: 1,
         memory: OUTER.0,
         start: None,
         done: DONE,
     };
     let counts = run.to_end(bench)?.counts;
     let mut results = phases(part, &counts)?;
-    if part == Part::Pages {
-        results.extend(each(&OURS, &counts)?);
-    }
+    results.extend(each(if part == Part::Blocks { &OURS_OF_BLOCKS } else { &OURS }, &counts)?);
     Ok(results)
 }
 
@@ -111,7 +114,7 @@ pub fn phases(part: Part, counts: &Counts) -> Result<Results> {
         Part::Blocks => each(&BLOCKS, counts),
         Part::Log => each(&LOG, counts),
         Part::Split => each(&SPLIT, counts),
-        Part::Pages | Part::Boot => each(&PAGES, counts),
+        Part::Pages | Part::Forks | Part::Boot => each(&PAGES, counts),
     }
 }
 

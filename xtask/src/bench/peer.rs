@@ -53,7 +53,18 @@ fn run(
     done: &str,
 ) -> Result<machine::Outcome> {
     let kernel = bench.guest.kernel()?;
-    let run = Run { name, kernel: &kernel, initrd, append, el2: true, device_tree: None, memory: OUTER.0, start, done };
+    let run = Run {
+        name,
+        kernel: &kernel,
+        initrd,
+        append,
+        el2: true,
+        device_tree: None,
+        cpus: 1,
+        memory: OUTER.0,
+        start,
+        done,
+    };
     run.to_end(bench)
 }
 

@@ -9,7 +9,7 @@ use super::plugin::Statistics;
 
 /// Targets: medians, in instructions, and what KVM's median is on the same machine where nobody measures it again; none
 /// where KVM does not carry the operation out.
-const TARGETS: [(&str, u64, Option<u64>); 14] = [
+const TARGETS: [(&str, u64, Option<u64>); 20] = [
     ("fault_populated_4k", 700, Some(4447)),
     ("fault_fresh_4k", 1400, Some(7277)),
     ("fault_populated_2m", 900, Some(4610)),
@@ -24,6 +24,12 @@ const TARGETS: [(&str, u64, Option<u64>); 14] = [
     ("get_dirty_log_1g_16384", 1_500_000, Some(11_100_000)),
     ("dirty_log_split", 900, Some(3077)),
     ("dirty_log_split_page", 1400, Some(3077)),
+    ("cow_4k", 1600, Some(12_777)),
+    ("cow_2m", 2500, None),
+    ("fork_pause_256m", 60_000, None),
+    ("fork_pause_1g", 60_000, None),
+    ("fork_pause_3g", 60_000, None),
+    ("fork_again_1g", 60_000, None),
 ];
 
 /// One line.
@@ -32,6 +38,8 @@ pub enum Row {
     Operation { key: &'static str, ours: Statistics, peer: Option<Statistics> },
     /// A boot, in instructions, with its target as a ratio to the bare machine's.
     Boot { key: &'static str, instructions: u64, bare: u64, target: f64, peer: Option<u64> },
+    /// Something else.
+    Figure { key: &'static str, value: f64, target: f64, unit: &'static str },
 }
 
 impl Row {
@@ -40,6 +48,7 @@ impl Row {
         match self {
             Self::Operation { key, ours, .. } => target(key).is_none_or(|(target, _)| ours.median <= target),
             Self::Boot { instructions, bare, target, .. } => ratio(*instructions, *bare) <= *target,
+            Self::Figure { value, target, .. } => value <= target,
         }
     }
 
@@ -60,6 +69,9 @@ impl Row {
                     "kvm": peer.map(|peer| json!({"instructions": peer, "ratio": ratio(peer, *bare)})),
                 });
                 ((*key).to_owned(), value)
+            }
+            Self::Figure { key, value, target, unit } => {
+                ((*key).to_owned(), json!({"value": value, "target": target, "unit": unit, "met": self.met()}))
             }
         }
     }
@@ -91,7 +103,13 @@ impl Rows {
                 operation(&mut text, key, ours, peer.as_ref(), row.met());
             }
         }
-        if self.0.len() > self.0.iter().filter(|row| matches!(row, Row::Operation { .. })).count() {
+        for row in &self.0 {
+            if let Row::Figure { key, value, target, unit } = row {
+                let mark = verdict(row.met());
+                let _infallible = writeln!(text, "{key:<19} {value:>7.2} {unit:<32} {target:>7} {mark}");
+            }
+        }
+        if self.0.iter().any(|row| matches!(row, Row::Boot { .. })) {
             text += "\ninstructions from the kernel's first to user space's first\n";
             text += "boot            instructions          bare   ratio  target               KVM   ratio\n";
         }

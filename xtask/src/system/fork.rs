@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 
 use anyhow::{Result, bail, ensure};
+use entresol_wire::config::{OnReset, WrittenPolicies, WrittenVm};
 use entresol_wire::control::{Code, Op, State};
 
 use super::Context;
 use super::control::Listener;
 use super::machine::Builder;
 use crate::bundle::{disk, linux};
+use crate::guests;
 use crate::initrd::{self, Initrd};
 
 /// Who is forked.
@@ -170,5 +172,29 @@ fn paused_parents_have_paused_children(owner: &mut Owner) -> Result<()> {
         owner.told.turn_to("copy-1")?;
         owner.told.done(Op::Kill { vm: "sleeper".into() })?;
     }
+    Ok(())
+}
+
+/// Rounds of the guest `stale`, each with a fork.
+const ROUNDS: usize = 6;
+
+/// A guest that looks at every byte with its MMU off, Non-cacheable and Cacheable, before and after forks and the copies on
+/// write that follow, in the original and in each copy, finds what is new.
+pub fn changed_memory_is_never_stale(context: &Context) -> Result<()> {
+    let kernel = guests::flat("stale")?.to_string_lossy().into_owned();
+    let policies = WrittenPolicies { services: true, on_guest_reset: OnReset::Stop, ..WrittenPolicies::default() };
+    let vm = WrittenVm {
+        name: "stale".to_owned(),
+        memory: "128M".to_owned(),
+        kernel,
+        cmdline: format!("rounds={ROUNDS}"),
+        policies,
+        ..WrittenVm::default()
+    };
+    let mut machine = Builder::new(context, "changed_memory_is_never_stale")?.boot(vec![vm])?;
+    machine.expect(&format!("ALL PASS {ROUNDS}"))?;
+    let log = machine.expect_power_off()?;
+    let well = log.lines().filter(|line| line.contains("vm stale-") && line.contains(": powered off")).count();
+    ensure!(!log.contains("FAIL") && well == ROUNDS, "{well} of {ROUNDS} copies ended well");
     Ok(())
 }

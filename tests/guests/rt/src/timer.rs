@@ -38,6 +38,12 @@ pub fn arm_virtual(ticks: u64) {
     sysreg_write!("cntv_ctl_el0", ENABLE);
 }
 
+/// Lets the virtual timer fire when the virtual counter has come to `count`.
+pub fn arm_virtual_at(count: u64) {
+    sysreg_write!("cntv_cval_el0", count);
+    sysreg_write!("cntv_ctl_el0", ENABLE);
+}
+
 /// Lets EL1's physical timer fire in `ticks`.
 pub fn arm_physical(ticks: u64) {
     sysreg_write!("cntp_tval_el0", ticks);

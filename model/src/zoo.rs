@@ -161,7 +161,7 @@ pub const ZOO: [Exhibit; 36] = {
             "Z-G3",
             ZG3,
             "merge-write.toml",
-            &[Inv11, Forbidden],
+            &[Inv11],
             "two pages are compared before writes to them are kept out"
         ),
         exhibit!("Z-E2", ZE2, "tags-touch.toml", &[Inv1], "a page is there before its tags are cleared"),

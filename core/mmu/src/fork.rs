@@ -16,7 +16,7 @@
 //! A child's slots do not log: its owner has asked for nothing yet.
 //!
 //! The detached tables are taken apart later, by [`Vm::reclaim`], so that no fork waits for what another has left: a fork
-//! does it only where [`MOST_DETACHED`] others have left theirs, in its plan.
+//! does it only where [`MOST_DETACHED`] others have left theirs, before it freezes anything.
 //!
 //! Without forced write-back, step 4 does not clean what it unmaps, or the pause would grow with it: a page is cleaned
 //! where its entry is made again, as always, and before it is copied.
@@ -143,7 +143,6 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
     /// [`ForkError`].
     pub fn fork(&self, cpu: usize) -> Result<Self, ForkError> {
         let _forking = self.forking.lock();
-        self.make_room_for_detached(cpu)?;
         let plan = self.plan_fork(cpu)?;
         match self.share_memory(cpu, &plan.pairs) {
             Ok(()) => Ok(plan.child),
@@ -235,6 +234,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
 
     /// Steps 2 to 5.
     pub(crate) fn share_memory(&self, cpu: usize, pairs: &[Pair]) -> Result<(), ForkError> {
+        self.make_room_for_detached(cpu)?;
         let mut frozen: Vec<Frozen<'_>> = with_room(pairs.len())?;
         let stash = self.take_stash(cpu)?;
         let started = self.freeze(pairs, &mut frozen).and_then(|()| Ok(self.notifier.start(self.everything())?));
@@ -283,7 +283,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         let detached = self.table.detach(machine, self.flushes(&self.stats.tlb_vmid), stash);
         let since = self.host.epoch.advance();
         let mut queue = self.detached.lock();
-        assert!(queue.len() < queue.capacity(), "the plan made room, and one fork is made at a time");
+        assert!(queue.len() < queue.capacity(), "there is room for it, and one fork is made at a time");
         queue.push_back(Retiring { detached, since });
     }
 

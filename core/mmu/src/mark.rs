@@ -54,7 +54,6 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
     /// [`ForkError`]; nothing changed.
     pub fn mark(&self, cpu: usize) -> Result<Mark, ForkError> {
         let _forking = self.forking.lock();
-        self.reclaim_all(cpu);
         let slots = self.list_slots(cpu)?;
         let mut mark = Mark { pairs: with_room(slots.len())? };
         let mut made = Ok(());

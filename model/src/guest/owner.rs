@@ -43,7 +43,7 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         }
         Step::Reclaim => relatives::reclaim(stage, cpu),
         Step::Merging { vm } => {
-            stage.vms[*vm].enable_merging(cpu).expect("a scenario's memory is small, and nothing is invalidated");
+            stage.vm(*vm).enable_merging(cpu).expect("a scenario's memory is small, and nothing is invalidated");
         }
         Step::Join { vm, gpa, other, other_gpa } => join(stage, cpu, (*vm, *gpa), (*other, *other_gpa)),
         Step::Object { object, frame, count, punch } => content(stage, cpu, *object, *frame, *count, *punch),
@@ -212,7 +212,7 @@ fn unshare(stage: &Stage<'_>, cpu: usize, vm: usize, gpa: Gpa) {
 
 fn join(stage: &Stage<'_>, cpu: usize, page: (usize, Gpa), other: (usize, Gpa)) {
     lab::with(|lab| lab.log(None, || format!("owner merges {:#x} of VM {} with {:#x}", page.1, page.0, other.1)));
-    let merged = stage.vms[page.0].merge_pages(cpu, page.1, &stage.vms[other.0], other.1);
+    let merged = stage.vm(page.0).merge_pages(cpu, page.1, &stage.vm(other.0), other.1);
     refused(merged.is_err());
     if merged.is_ok() {
         lab::with(|lab| lab.mark("merged"));

@@ -224,10 +224,12 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     fn compare_early(&self, cpu: usize, object: ObjectHandle, start: u64, actions: &mut [Action]) {
         let supply = self.host.supply(cpu);
         for (frame, action) in (start..).zip(actions) {
-            let Action::Join(offered) = core::mem::replace(action, Action::Leave) else { continue };
-            match self.with_object(cpu, object, |object| object.reads_as(&supply, frame, &offered)) {
-                Some(true) => *action = Action::Join(offered),
-                _ => offered.give_back(&supply),
+            let Action::Join(offered) = action else { continue };
+            let equal = self.with_object(cpu, object, |object| object.reads_as(&supply, frame, offered));
+            if equal != Some(true)
+                && let Action::Join(offered) = core::mem::replace(action, Action::Leave)
+            {
+                offered.give_back(&supply);
             }
         }
     }

@@ -10,6 +10,7 @@ use entresol_sync::Mutex;
 use entresol_table::{Format, Geometry, RootError, Table};
 
 use crate::dirty::Logs;
+use crate::pfncache::Caches;
 use crate::{Host, Notifier, Options, OutOfHeap, Stats, Switches, Vm, VmVmid};
 
 /// Why a virtual machine was not created.
@@ -57,6 +58,19 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         })?;
         let (notifier, vmid, stats) = (Notifier::new(), VmVmid::new(), Stats::default());
         let (switches, forking, detached) = (Switches::default(), Mutex::new(()), Mutex::new(VecDeque::new()));
-        Ok(Self { host, slots, table, notifier, vmid, logs, options, switches, forking, detached, stats })
+        Ok(Self {
+            host,
+            slots,
+            table,
+            notifier,
+            vmid,
+            logs,
+            caches: Caches::new(),
+            options,
+            switches,
+            forking,
+            detached,
+            stats,
+        })
     }
 }

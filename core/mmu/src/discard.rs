@@ -94,7 +94,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let _slots_stay = self.logs.owner();
         let mut outcome = Discarded::default();
         let Some(announced) = self.announced(cpu, ranges, &mut outcome) else { return Ok(outcome) };
-        let invalidation = self.notifier.start(announced)?;
+        let invalidation = self.announce(announced)?;
         epoch.synchronize();
         let done = ranges.iter().try_for_each(|range| self.discard_range(cpu, *range, &mut outcome));
         self.notifier.end(invalidation);

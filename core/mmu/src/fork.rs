@@ -237,7 +237,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
         self.make_room_for_detached(cpu)?;
         let mut frozen: Vec<Frozen<'_>> = with_room(pairs.len())?;
         let stash = self.take_stash(cpu)?;
-        let started = self.freeze(pairs, &mut frozen).and_then(|()| Ok(self.notifier.start(self.everything())?));
+        let started = self.freeze(pairs, &mut frozen).and_then(|()| Ok(self.announce(self.everything())?));
         let invalidation = started.inspect_err(|_| {
             self.host.pool.give(cpu, stash.start(), root_order(self.table.geometry()));
         })?;

@@ -59,7 +59,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// [`InvalidateError`]; nothing changed.
     pub fn invalidate_range_start(&self, cpu: usize, range: GfnRange) -> Result<Invalidation, InvalidateError> {
         self.check_range(range)?;
-        let invalidation = self.notifier.start(range)?;
+        let invalidation = self.announce(range)?;
         self.host.epoch.synchronize();
         self.unmap(cpu, range);
         self.stats.invalidations.bump();

@@ -21,7 +21,7 @@
 //! An access that lies outside every slot leaves the pin with that answer: whoever emulates it looks again in the pin in which it
 //! answers, and has the guest try again if a slot is there by then (INV-9).
 //!
-//! Known holes: the MMIO cache and page-frame caches are not here yet.
+//! Known holes: the MMIO cache is not here yet.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -48,6 +48,7 @@ mod merge;
 mod notifier;
 mod out;
 mod outcome;
+mod pfncache;
 mod share;
 mod stats;
 mod switches;
@@ -59,6 +60,8 @@ mod young;
 mod discard_tests;
 #[cfg(test)]
 mod fork_tests;
+#[cfg(test)]
+mod pfncache_tests;
 #[cfg(test)]
 mod tag_tests;
 #[cfg(test)]
@@ -80,6 +83,7 @@ pub use merge::{MergeError, MergeRefusal, Merging, Scan};
 pub use notifier::{Invalidation, Notifier, Sample, TooMany};
 pub use out::{Frames, LeaveError, Shown, begin_out, discard};
 pub use outcome::{Abort, Outcome, Reason};
+pub use pfncache::{CacheError, Piece};
 pub use stats::{Counter, Stats};
 pub use switches::Switches;
 pub use vm::{Options, Vm};

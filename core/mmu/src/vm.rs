@@ -10,6 +10,7 @@ use entresol_table::{Census, Format, PageWork, Table, VmidSource};
 
 use crate::dirty::Logs;
 use crate::fork::Retiring;
+use crate::pfncache::Caches;
 use crate::{Counter, Host, Notifier, ReadOnlyIvac, Stats, Switches, VmVmid};
 
 /// What an owner decides about a virtual machine's memory.
@@ -35,6 +36,7 @@ pub struct Vm<'h, M, F> {
     pub(crate) notifier: Notifier,
     pub(crate) vmid: VmVmid,
     pub(crate) logs: Logs,
+    pub(crate) caches: Caches,
     pub(crate) options: Options,
     /// How memory is copied on write.
     pub switches: Switches,

@@ -1,0 +1,345 @@
+//! Page-frame caches: where a piece of guest memory lies in the machine, kept from one use to the next.
+//!
+//! Purpose: what the hypervisor writes again and again (a vCPU's stolen time) without a walk through slots and objects each
+//! time. A cache knows a piece within one page, and says in a few loads whether what it knows is still true.
+//!
+//! # Protocol
+//!
+//! - *Use* ([`Vm::check`]): pin, check, use, unpin. Between check and unpin the frame stays what it is.
+//! - *Refresh* ([`Vm::refresh`]), one at a time: invalid first, then sample the notifier, let go of the lock, find slot and frame,
+//!   take the lock again, ask the notifier and the slots whether anything moved since; if so, begin again. A frame that a fork
+//!   shares is made the object's own first: what a cache knows may be written.
+//! - *Invalidation*: [`Vm::announce`] raises the notifier's count first, then takes what caches know of the range, then the caller
+//!   waits a grace period. A refresh that holds the lock before the invalidation takes it has what it found taken away; one
+//!   that takes it later sees the count. And whoever checked before is unpinned when the grace period is over.
+//! - Slot updates need no word: a cache keeps the generation that its slot was found in, and one of another is not used.
+//! - `activate` makes a cache one that invalidations look at before it knows anything; `deactivate` takes what it knows first.
+//!
+//! Readers take no lock: what a cache knows is published under a version that is odd while it changes.
+//!
+//! Invariants: INV-3 (nothing is written through a cache once `invalidate_range_start` has returned), INV-4 (who writes where
+//! writes are logged marks after the bytes, as [`Vm::write`] does), INV-7. Nothing allocates after [`Vm::make_caches`].
+//! Lock order: a cache's refreshing → its state → nothing; slots, objects and pool between the two, with the state free.
+//!
+//! Known hole: memory that is outside the hypervisor's own mapping has to be leased for as long as a cache knows it; caches are
+//! for memory that stays in the mapping.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use entresol_addr::{GfnRange, Gpa, Hpa, PAGE_SIZE};
+use entresol_backing::{GrantError, ObjectHandle};
+use entresol_machine::Machine;
+use entresol_slot::{Hint, SlotRef};
+use entresol_sync::atomic::{AtomicU64, Ordering, fence};
+use entresol_sync::{Mutex, Once, Pin, hint};
+use entresol_table::Format;
+
+use crate::guest::CopyError;
+use crate::vm::Vm;
+use crate::{Invalidation, OutOfHeap, TooMany};
+
+/// How often a refresh begins again before it leaves the rest to a later one: others may change the page for long.
+const TRIES: usize = 64;
+
+/// A generation that no slot has been found in: bit 0 says that an update was in progress.
+const NEVER: u64 = 1;
+
+/// Why a cache knows nothing. What it knew before is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheError {
+    /// There is no cache of that number.
+    Absent {
+        /// The number.
+        index: usize,
+    },
+    /// The piece is empty, or does not lie in one page.
+    Straddles {
+        /// Its first byte.
+        gpa: Gpa,
+        /// Its bytes.
+        len: u64,
+    },
+    /// It was not activated.
+    Inactive,
+    /// The memory cannot be written. [`CopyError::Busy`] also where it changes for longer than a refresh waits.
+    Memory(CopyError),
+}
+
+/// What is under the lock.
+#[derive(Debug)]
+struct State {
+    active: bool,
+    gpa: Gpa,
+    len: u64,
+}
+
+/// What a cache knows.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    gpa: Gpa,
+    /// Bytes; 0 for nothing.
+    len: u64,
+    /// Where the first is in the machine.
+    address: Hpa,
+    /// The slots' generation.
+    generation: u64,
+}
+
+impl Known {
+    const NOTHING: Self = Self { gpa: Gpa::new(0), len: 0, address: Hpa::new(0), generation: NEVER };
+}
+
+/// A page-frame cache.
+#[derive(Debug)]
+struct PfnCache {
+    /// Held by whoever refreshes or sets it.
+    refreshing: Mutex<()>,
+    state: Mutex<State>,
+    /// Odd while the rest, which is [`Known`], changes.
+    version: AtomicU64,
+    gpa: AtomicU64,
+    len: AtomicU64,
+    address: AtomicU64,
+    generation: AtomicU64,
+}
+
+/// A piece of guest memory, to be used while the CPU is pinned.
+pub struct Piece<'p, 'e> {
+    known: Known,
+    pin: &'p Pin<'e>,
+}
+
+impl Piece<'_, '_> {
+    /// Where it lies in the machine.
+    pub fn address(&self) -> Hpa {
+        self.known.address
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> u64 {
+        self.known.len
+    }
+}
+
+impl PfnCache {
+    fn new() -> Self {
+        let state = State { active: false, gpa: Gpa::new(0), len: 0 };
+        Self {
+            refreshing: Mutex::new(()),
+            state: Mutex::new(state),
+            version: AtomicU64::new(0),
+            gpa: AtomicU64::new(0),
+            len: AtomicU64::new(0),
+            address: AtomicU64::new(0),
+            generation: AtomicU64::new(NEVER),
+        }
+    }
+
+    /// Says something else from now on. The caller holds the state.
+    fn publish(&self, known: &Known) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.gpa.store(known.gpa.get(), Ordering::Relaxed);
+        self.len.store(known.len, Ordering::Relaxed);
+        self.address.store(known.address.get(), Ordering::Relaxed);
+        self.generation.store(known.generation, Ordering::Relaxed);
+        self.version.store(version.wrapping_add(2), Ordering::Release);
+    }
+
+    fn forget(&self) {
+        self.publish(&Known::NOTHING);
+    }
+
+    /// What it says, unless that changes at the moment.
+    #[inline]
+    fn snapshot(&self) -> Option<Known> {
+        let version = self.version.load(Ordering::Acquire);
+        let known = Known {
+            gpa: Gpa::new(self.gpa.load(Ordering::Relaxed)),
+            len: self.len.load(Ordering::Relaxed),
+            address: Hpa::new(self.address.load(Ordering::Relaxed)),
+            generation: self.generation.load(Ordering::Relaxed),
+        };
+        fence(Ordering::Acquire);
+        let same = version & 1 == 0 && self.version.load(Ordering::Relaxed) == version;
+        same.then_some(known)
+    }
+}
+
+/// The caches of one virtual machine.
+pub(crate) struct Caches(Once<Box<[PfnCache]>>);
+
+impl Caches {
+    pub(crate) const fn new() -> Self {
+        Self(Once::new())
+    }
+
+    fn all(&self) -> &[PfnCache] {
+        self.0.get().map_or(&[], |caches| caches)
+    }
+
+    fn get(&self, index: usize) -> Result<&PfnCache, CacheError> {
+        self.all().get(index).ok_or(CacheError::Absent { index })
+    }
+
+    /// Takes what caches know of `range`, whose invalidation is in progress.
+    fn forget(&self, range: GfnRange) {
+        for cache in self.all() {
+            let state = cache.state.lock();
+            if state.active && range.contains(state.gpa.frame()) {
+                cache.forget();
+            }
+        }
+    }
+}
+
+impl<M: Machine, F: Format> Vm<'_, M, F> {
+    /// First half of `invalidate_range_start`: faults see the range in progress, and caches know nothing of it. The caller
+    /// then waits a grace period before it unmaps.
+    ///
+    /// # Errors
+    ///
+    /// [`TooMany`]; nothing changed.
+    pub(crate) fn announce(&self, range: GfnRange) -> Result<Invalidation, TooMany> {
+        let invalidation = self.notifier.start(range)?;
+        self.caches.forget(range);
+        Ok(invalidation)
+    }
+
+    /// Makes `count` caches, numbered from 0, inactive. Once.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfHeap`].
+    pub fn make_caches(&self, count: usize) -> Result<(), OutOfHeap> {
+        let mut caches = Vec::new();
+        caches.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
+        caches.resize_with(count, PfnCache::new);
+        self.caches.0.call_once(|| caches.into_boxed_slice());
+        Ok(())
+    }
+
+    /// Cache `index` is for the `len` bytes at `gpa` from now on, and knows where they lie. Not called by a pinned CPU; `cpu` is
+    /// the one that the caller runs on.
+    ///
+    /// # Errors
+    ///
+    /// [`CacheError`]. After [`CacheError::Memory`] it is active all the same, and a later refresh may do better.
+    pub fn activate(&self, cpu: usize, index: usize, gpa: Gpa, len: u64) -> Result<(), CacheError> {
+        let cache = self.caches.get(index)?;
+        if len == 0 || gpa.page_offset().checked_add(len).is_none_or(|end| end > PAGE_SIZE) {
+            return Err(CacheError::Straddles { gpa, len });
+        }
+        let _one = cache.refreshing.lock();
+        {
+            let mut state = cache.state.lock();
+            cache.forget();
+            *state = State { active: true, gpa, len };
+        }
+        self.refresh_cache(cpu, cache)
+    }
+
+    /// Cache `index` knows nothing, and nobody looks at it any more.
+    ///
+    /// # Errors
+    ///
+    /// [`CacheError::Absent`].
+    pub fn deactivate(&self, index: usize) -> Result<(), CacheError> {
+        let cache = self.caches.get(index)?;
+        let _one = cache.refreshing.lock();
+        let mut state = cache.state.lock();
+        cache.forget();
+        state.active = false;
+        Ok(())
+    }
+
+    /// Has cache `index` find out where its memory lies now. Not called by a pinned CPU; `cpu` is the one that the caller runs
+    /// on.
+    ///
+    /// # Errors
+    ///
+    /// [`CacheError`].
+    pub fn refresh(&self, cpu: usize, index: usize) -> Result<(), CacheError> {
+        let cache = self.caches.get(index)?;
+        let _one = cache.refreshing.lock();
+        self.refresh_cache(cpu, cache)
+    }
+
+    /// The caller holds `refreshing`, so nobody else moves the piece.
+    fn refresh_cache(&self, cpu: usize, cache: &PfnCache) -> Result<(), CacheError> {
+        for _ in 0..TRIES {
+            let (gpa, len) = {
+                let state = cache.state.lock();
+                cache.forget();
+                if !state.active {
+                    return Err(CacheError::Inactive);
+                }
+                (state.gpa, state.len)
+            };
+            let sample = self.notifier.sample();
+            let pin = self.host.epoch.pin(cpu);
+            let found = match self.find_frame(&pin, gpa) {
+                Ok(found) => Some(found),
+                Err(CopyError::Busy) => None,
+                Err(error) => return Err(CacheError::Memory(error)),
+            };
+            let _state = cache.state.lock();
+            if let Some((slot, page)) = found
+                && !self.notifier.moved(sample, GfnRange::single(gpa.frame()))
+                && self.slots.is_current(&slot, &pin)
+            {
+                // Also where the page is the same as before: the piece may lie elsewhere in it.
+                let address = Hpa::new(page.get() + gpa.page_offset());
+                cache.publish(&Known { gpa, len, address, generation: slot.generation().get() });
+                return Ok(());
+            }
+            hint::spin_loop();
+        }
+        Err(CacheError::Memory(CopyError::Busy))
+    }
+
+    /// The slot at `gpa`, and the page of the machine behind it, which may be written and is shared with nobody.
+    fn find_frame(&self, pin: &Pin<'_>, gpa: Gpa) -> Result<(SlotRef, Hpa), CopyError> {
+        let slot = self.slots.find(pin, gpa.frame(), &Hint::new()).ok_or(CopyError::Outside { gpa })?;
+        if slot.is_read_only() {
+            return Err(CopyError::ReadOnly { gpa });
+        }
+        let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()));
+        let object = object.ok_or(CopyError::Outside { gpa })?;
+        if object.is_forked() {
+            self.own_for_write(pin, &slot, object, gpa)?;
+        }
+        let frame = slot.object_frame(gpa.frame());
+        match object.grant(&self.host.supply(pin.cpu()), frame, true) {
+            Ok(grant) if grant.memory == entresol_backing::Memory::Normal => Ok((slot, grant.frame(frame).base())),
+            // What was the object's own a moment ago is shared again, or another CPU makes it.
+            Err(GrantError::Busy | GrantError::Shared | GrantError::Forking) => Err(CopyError::Busy),
+            Err(GrantError::OutOfMemory) => Err(CopyError::OutOfMemory),
+            Err(GrantError::ReadOnly) => Err(CopyError::ReadOnly { gpa }),
+            Err(GrantError::Stored { slot }) => Err(CopyError::Absent { gpa, slot }),
+            Ok(_) | Err(GrantError::Outside { .. }) => Err(CopyError::Outside { gpa }),
+        }
+    }
+
+    /// The first `len` bytes of what cache `index` is for, if it knows where they are. Usable while `pin` lasts.
+    #[inline]
+    pub fn check<'p, 'e>(&self, pin: &'p Pin<'e>, index: usize, len: u64) -> Option<Piece<'p, 'e>> {
+        let known = self.caches.all().get(index)?.snapshot()?;
+        let current = (1..=known.len).contains(&len) && self.slots.generation().get() == known.generation;
+        current.then_some(Piece { known: Known { len, ..known }, pin })
+    }
+
+    /// Stores `from` at the beginning of `piece`; what it has no room for is left out. A page of a slot that logs becomes dirty.
+    pub fn write_piece(&self, piece: &Piece<'_, '_>, from: &[u8]) {
+        let Piece { known: Known { gpa, len, address, .. }, pin } = piece;
+        let most = usize::try_from(*len).unwrap_or(usize::MAX).min(from.len());
+        self.host.machine.write(*address, &from[..most]);
+        // After the bytes: see `dirty`.
+        let slot = self.slots.find(pin, gpa.frame(), &Hint::new());
+        if let Some(slot) = slot.filter(|slot| slot.logs_dirty()) {
+            self.logs.mark(&self.host.machine, pin.cpu(), &slot, gpa.frame());
+        }
+    }
+}

@@ -152,6 +152,8 @@ fn load(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
     state.fp.load();
     exit::interrupts::load(state);
     exit::timers::load(vcpu, state);
+    // What cannot be told now is told at the next turn.
+    let _told = vm.tell_stolen_time(vcpu.index);
 }
 
 /// Takes this vCPU out of the hardware.

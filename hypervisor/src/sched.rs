@@ -113,6 +113,7 @@ impl Queues {
             return;
         }
         slot.set_run(Run::Ready);
+        slot.wait.begin();
         self.ready.push_back(vcpu);
         if self.idle != 0 {
             gic::send_sgi(self.idle.trailing_zeros() as usize, KICK);
@@ -143,6 +144,7 @@ pub fn pick(cpu: usize) -> Option<VcpuRef> {
         let slot = vcpu.vm.vcpu(vcpu.index);
         if vcpu.vm.may_run() {
             slot.set_run(Run::Running(cpu));
+            slot.wait.end();
             queues.idle &= !(1 << cpu);
             return Some(vcpu);
         }

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::physical_timer::PhysicalTimer;
 use crate::sched::Run;
+use crate::vm::Wait;
 
 /// PSTATE of a vCPU at its first instruction: EL1h, all exceptions masked (PSCI, CPU_ON; Linux boot protocol).
 const RESET_PSTATE: u64 = 0b1111 << 6 | 0b0101;
@@ -77,6 +78,8 @@ pub struct Saved {
     timer: (u64, u64),
     physical_timer: PhysicalTimer,
     watched: bool,
+    /// Stolen time: nanoseconds, and whether the guest has asked for it.
+    stolen: (u64, bool),
 }
 
 /// A virtual CPU.
@@ -86,6 +89,8 @@ pub struct Vcpu {
     pub boot: Mutex<Option<Boot>>,
     /// See the module.
     pub state: Mutex<State>,
+    /// How long it has waited for a CPU.
+    pub wait: Wait,
 }
 
 const OFF: u64 = 0;
@@ -109,7 +114,7 @@ impl Vcpu {
             watched: false,
             hint: Hint::new(),
         };
-        Self { run: AtomicU64::new(OFF), boot: Mutex::new(None), state: Mutex::new(state) }
+        Self { run: AtomicU64::new(OFF), boot: Mutex::new(None), state: Mutex::new(state), wait: Wait::default() }
     }
 
     /// The same vCPU of a copy of its virtual machine. It is on no CPU, and neither is the copy's, which runs when that is let
@@ -130,7 +135,7 @@ impl Vcpu {
             watched: state.watched,
             hint: Hint::new(),
         });
-        Self { run: AtomicU64::new(run), boot: Mutex::new(*self.boot.lock()), state }
+        Self { run: AtomicU64::new(run), boot: Mutex::new(*self.boot.lock()), state, wait: self.wait.fork() }
     }
 
     /// Its state outside the machine; it is on no CPU.
@@ -147,13 +152,14 @@ impl Vcpu {
             timer: (state.timer.control, state.timer.compare),
             physical_timer: state.physical_timer,
             watched: state.watched,
+            stolen: self.wait.save(),
         }
     }
 
     /// vCPU `index` as it was saved, on no CPU. Its virtual count has `offset`; the physical one has jumped by `counts`
     /// since. What a guest cannot set itself does not come from `saved`.
     pub fn load(index: u8, saved: Saved, offset: u64, counts: u64) -> Self {
-        let vcpu = Self::new(index);
+        let vcpu = Self { wait: Wait::load(saved.stolen), ..Self::new(index) };
         {
             let mut state = vcpu.state.lock();
             let identity = state.el1.vmpidr;

@@ -37,6 +37,11 @@ pub const RTC_SIZE: u64 = 0x1000;
 /// SPI of the clock, level high.
 pub const RTC_SPI: u32 = 2;
 
+/// The records of stolen time: memory, where QEMU's `virt` has it for KVM.
+pub const STOLEN_TIME_BASE: u64 = 0x090a_0000;
+/// Bytes of the records.
+pub const STOLEN_TIME_SIZE: u64 = 0x1000;
+
 /// The generation of the virtual machine; free on QEMU's `virt`, which shows it to ACPI only.
 pub const VMGENID_BASE: u64 = 0x090d_0000;
 /// Bytes of it.

@@ -25,6 +25,7 @@ mod posted;
 mod programs;
 mod slots;
 mod snapshot;
+mod stolen;
 mod store;
 pub mod transcript;
 
@@ -216,6 +217,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "lab_page_shows_the_stale_line",
         about: "the page of Z-A1 in a headless browser: lanes, the dirty line, memory behind it, the step that read it",
         run: page::lab_page_shows_the_stale_line,
+    },
+    SystemTest {
+        name: "stolen_time_is_told",
+        about: "two guests on one CPU: each vCPU learns how long the other had it, and a copy goes on counting",
+        run: stolen::stolen_time_is_told,
     },
     SystemTest {
         name: "linux_boots_to_shell",

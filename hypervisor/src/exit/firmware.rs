@@ -26,6 +26,8 @@ pub fn call(vcpu: &VcpuRef, state: &mut State) -> Next {
             Some(answered) => answered,
             None => return Next::Leave(Leave::Park),
         },
+        smccc::Call::PvTimeFeatures { function } => (smccc::pv_time_features(function), Next::Again),
+        smccc::Call::StolenTime => (vcpu.vm.stolen_time_record(vcpu.index), Next::Again),
         smccc::Call::Unknown { function } => {
             let arguments = [x[1], x[2], x[3]];
             (service::call(vcpu, function, arguments).unwrap_or(smccc::NOT_SUPPORTED), Next::Again)

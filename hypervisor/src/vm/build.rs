@@ -31,6 +31,7 @@ use super::flash::FlashMemoryError;
 use super::lines::Link;
 use super::memory::BootMemory;
 use super::pass_through::Passed;
+use super::stolen::Records;
 use super::{ID_REGISTERS, Media, OutOfHeap, Pause, Posted, Status, Vm, slots};
 use crate::console::Terminal;
 use crate::counters::Counters;
@@ -155,9 +156,12 @@ fn put_together(
     let devices = Devices::new(&link, &gic, terminal, media, config.balloon)?;
     let posted = Posted::new(config)?;
     let passed = Passed::new(&config.pass_through).map_err(BuildError)?;
+    let records = Records::new(config.mte).map_err(|error| because("stolen time")(&error))?;
     let (memory, vtcr) = create_memory(config)?;
     let slots = slots::create(&memory, config, bundle, ram, media).map_err(BuildError);
     let shown = slots.and_then(|()| passed.show(&memory).map_err(BuildError));
+    let shown = shown.and_then(|()| records.show(&memory).map_err(|error| because("stolen time")(&error)));
+    let shown = shown.and_then(|()| memory.make_caches(vcpus).map_err(|_| OutOfHeap.into()));
     let ready = shown.and_then(|()| sched::reserve(vcpus).map_err(BuildError::from));
     if let Err(error) = ready {
         memory.destroy(cpu::index());
@@ -175,6 +179,7 @@ fn put_together(
         devices,
         passed,
         ram,
+        _records: records,
         vcpus: all.into_boxed_slice(),
         status: Mutex::new(Status::Paused(Pause::NotStarted)),
         runs: AtomicBool::new(false),

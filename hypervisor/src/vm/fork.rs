@@ -11,7 +11,7 @@
 //! What is not the parent's: the generation ([`entresol_devices::vmgenid`]), whose interrupt is pending before the child's first
 //! instruction; counters; stores that wait for the owner, which stay the parent's.
 //!
-//! Invariants: all that can fail is before the memory is shared; then dropping the child gives everything back (INV-7). While a
+//! Invariants: whatever fails, dropping the child gives everything back (INV-7). While a
 //! [`Hold`] lives nobody resumes the parent: that is host's work too.
 //! Lock order: as [`super`].
 //!
@@ -36,6 +36,7 @@ use entresol_wire::config;
 
 use super::lines::Link;
 use super::pass_through::Passed;
+use super::stolen::Records;
 use super::{OutOfHeap, Overlay, Pause, Posted, Status, Vm};
 use crate::console::Terminal;
 use crate::counters::Counters;
@@ -143,6 +144,7 @@ impl Vm {
             let slot = memory.slots().find(&pin, Gpa::new(virt::RAM_BASE).frame(), &Hint::new());
             ObjectHandle::from_raw(slot.expect("slot 0 is the memory, and stays").object.get())
         };
+        let records = Records::of_copy(&memory);
         let vm = Arc::new(Self {
             config,
             memory: ManuallyDrop::new(memory),
@@ -154,6 +156,7 @@ impl Vm {
             devices,
             passed: Passed::none(),
             ram,
+            _records: records,
             vcpus,
             status: Mutex::new(Status::Paused(Pause::NotStarted)),
             runs: AtomicBool::new(false),
@@ -162,6 +165,7 @@ impl Vm {
             hcr: self.hcr,
             last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
         });
+        vm.memory.make_caches(vm.vcpus.len()).map_err(|_| OutOfHeap)?;
         link.tie(&vm);
         vm.devices.renew_generation();
         Ok(vm)

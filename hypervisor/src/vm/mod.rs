@@ -25,6 +25,7 @@ mod posted;
 pub mod rom;
 mod saved;
 mod slots;
+mod stolen;
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
@@ -65,6 +66,8 @@ pub use overlay::Overlay;
 use pass_through::Passed;
 pub use posted::{Posted, Store};
 pub use saved::Saved;
+use stolen::Records;
+pub use stolen::Wait;
 
 /// What outlives a virtual machine's resets.
 #[derive(Clone, Default)]
@@ -178,6 +181,8 @@ pub struct Vm {
     /// Devices of the machine that are its own.
     passed: Passed,
     ram: ObjectHandle,
+    /// Dropped after the memory that shows them.
+    _records: Records,
     vcpus: Box<[Vcpu]>,
     status: Mutex<Status>,
     runs: AtomicBool,

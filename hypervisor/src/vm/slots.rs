@@ -22,10 +22,13 @@ pub const FLASH: u32 = 1;
 /// That of the first of its read-only files: firmware, if it has some.
 const ROMS: u32 = 2;
 
+/// That of the records of stolen time.
+pub const RECORDS: u32 = ALIASES - 1;
+
 /// The first that shows memory a second time; the last ones are devices of the machine.
 pub const ALIASES: u32 = 16;
 
-const _: () = assert!(ROMS as usize + 1 + config::MAX_ROMS <= ALIASES as usize);
+const _: () = assert!(ROMS as usize + 1 + config::MAX_ROMS <= RECORDS as usize);
 // What the configuration was checked with is where things are.
 const _: () = assert!(config::FIRMWARE_BASE == virt::FIRMWARE_BASE && config::FLASH_BASE == virt::FLASH_BASE);
 const _: () = assert!(config::ROM_END == virt::GICD_BASE);

@@ -83,6 +83,16 @@ pub enum Command {
         #[arg(value_name = "SIZE", value_parser = number)]
         size: u64,
     },
+    /// Prove that no private frame is in the hypervisor's own mapping but what it uses, and that all others are
+    Audit,
+    /// Read a page as a stray access of the hypervisor would: of private memory it faults
+    Probe {
+        /// The virtual machine's name
+        vm: String,
+        /// A guest physical address
+        #[arg(value_parser = number)]
+        address: u64,
+    },
     /// Stop a virtual machine's vCPUs until `resume`
     Pause {
         /// Its name
@@ -248,6 +258,20 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
             }
         }
         Command::Balloon { vm, size } => done(&mut client, Op::Balloon { vm: vm.into(), size }, &out)?,
+        Command::Audit => match client.call(Op::Audit)? {
+            Answer::Audit(audit) => {
+                out.answer(&audit, || table::audit(&audit))?;
+                return Ok(if audit.wrong == 0 { Exit::Done } else { Exit::Refused });
+            }
+            other => return Err(unexpected(&Op::Audit, &other).into()),
+        },
+        Command::Probe { vm, address } => {
+            let op = Op::Probe { vm: vm.into(), address };
+            match client.call(op.clone())? {
+                Answer::Probe(probe) => out.answer(&probe, || table::probe(&probe))?,
+                other => return Err(unexpected(&op, &other).into()),
+            }
+        }
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
         Command::Kill { vm } => done(&mut client, Op::Kill { vm: vm.into() }, &out)?,

@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use entresol_wire::config::format_size;
-use entresol_wire::control::{Files, MergeStatus, PageRun, Posted, SlotRow, Stats, VmRow};
+use entresol_wire::control::{Audit, Files, MergeStatus, PageRun, Posted, Probe, SlotRow, Stats, VmRow};
 
 /// Columns whose numbers are easier to compare with their last digits above each other.
 fn table(header: &[&str], right: &[usize]) -> Table {
@@ -106,6 +106,35 @@ pub fn merge(status: &MergeStatus) -> String {
         table.add_row([what, &count.to_string()]);
     }
     text(&table)
+}
+
+/// `audit`.
+pub fn audit(audit: &Audit) -> String {
+    let mut table = table(&["FRAMES", "COUNT"], &[1]);
+    let rows = [
+        ("all", audit.frames),
+        ("private", audit.private),
+        ("pages of private machines", audit.pages),
+        ("private, mapped, leased", audit.leased),
+        ("private, mapped, to be removed", audit.stuck),
+        ("wrong", audit.wrong),
+    ];
+    for (what, count) in rows {
+        table.add_row([what, &count.to_string()]);
+    }
+    let example = audit.example.map(|frame| format!("frame {frame:#x} is one that is wrong\n"));
+    text(&table) + &example.unwrap_or_default()
+}
+
+/// `probe`.
+pub fn probe(probe: &Probe) -> String {
+    let kind = if probe.private { "private" } else { "not private" };
+    match probe.fault {
+        Some(fault) => {
+            format!("frame {:#x}, {kind}: the read faulted: ESR {:#x}, FAR {:#x}\n", probe.frame, fault.esr, fault.far)
+        }
+        None => format!("frame {:#x}, {kind}: the read went through\n", probe.frame),
+    }
 }
 
 /// `posted`.

@@ -79,7 +79,10 @@ pub fn run(bytes: &[u8]) -> Result<(), String> {
     for (behind, spec) in specs() {
         let handle = host.objects.create(&host.supply(CPU), spec).map_err(|error| format!("create: {error}"))?;
         let frames = match spec {
-            Spec::Anonymous { frames, .. } | Spec::Device { frames, .. } | Spec::Rom { frames, .. } => frames,
+            Spec::Anonymous { frames, .. }
+            | Spec::Private { frames, .. }
+            | Spec::Device { frames, .. }
+            | Spec::Rom { frames, .. } => frames,
         };
         reference.objects.push(Object { number: handle.raw(), behind, frames });
     }

@@ -63,6 +63,9 @@ const REAP: usize = 64;
 pub fn run(cpu: usize) {
     let host = host::get();
     host.pool.reap(&host.epoch, cpu, REAP);
+    if host.pool.dirty_frames() + host.pool.stuck_frames() != 0 {
+        host.supply(cpu).scrub(REAP);
+    }
     if cpu != CPU {
         return;
     }

@@ -202,6 +202,12 @@ pub unsafe trait Machine: Sync {
     /// Whether `frame` is in it, by its tables.
     fn is_mapped_own(&self, frame: Pfn) -> bool;
 
+    /// How many of `frames` are in it, by its tables.
+    fn count_mapped_own(&self, frames: PfnRange) -> u64 {
+        let inside = |offset: &u64| self.is_mapped_own(frames.start().offset(*offset));
+        (0..frames.count()).filter(inside).count() as u64
+    }
+
     /// Does `work` to `frame` through a translation that this CPU alone has, and that is gone before this returns. Nobody
     /// gives the frame to somebody else meanwhile.
     fn through_window(&self, frame: Pfn, work: Work<'_>);

@@ -13,7 +13,7 @@ use crate::progress::Step;
 pub fn linux(name: &str, kernel: &Path, initrd: &Path) -> WrittenVm {
     WrittenVm {
         name: name.to_owned(),
-        memory: "512M".to_owned(),
+        memory: "512M".into(),
         kernel: text(kernel),
         initrd: Some(text(initrd)),
         cmdline: "console=ttyAMA0".to_owned(),
@@ -25,7 +25,7 @@ pub fn linux(name: &str, kernel: &Path, initrd: &Path) -> WrittenVm {
 pub fn program(name: &str, kernel: &Path, cmdline: &str) -> WrittenVm {
     WrittenVm {
         name: name.to_owned(),
-        memory: "64M".to_owned(),
+        memory: "64M".into(),
         kernel: text(kernel),
         cmdline: cmdline.to_owned(),
         ..WrittenVm::default()

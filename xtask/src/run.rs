@@ -130,7 +130,7 @@ fn request(options: &Options, files: &Files) -> Result<WrittenVm> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     Ok(WrittenVm {
         name: "guest".to_owned(),
-        memory: options.memory.clone(),
+        memory: options.memory.clone().into(),
         vcpus: Some(options.vcpus.into()),
         kernel: text(&files.kernel),
         kernel_format: options.firmware.as_ref().map(|_| KernelFormat::Firmware),

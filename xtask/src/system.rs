@@ -22,6 +22,7 @@ mod mmio;
 pub mod owner;
 mod page;
 mod posted;
+mod private;
 mod programs;
 mod slots;
 mod snapshot;
@@ -87,6 +88,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "changed_memory_is_never_stale",
         about: "every byte through every mapping after forks and copies on write",
         run: fork::changed_memory_is_never_stale,
+    },
+    SystemTest {
+        name: "private_memory_is_nowhere_else",
+        about: "private Linux under load, 1,000 audits; a stray read faults and harms nobody; a killed VM leaves zeroes",
+        run: private::private_memory_is_nowhere_else,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

@@ -146,6 +146,14 @@ impl Guest {
             Op::Slots { from, .. } => self.respond(id, Ok(Answer::Slots(page(*from)))),
             Op::Posted { .. } => self.respond(id, Ok(Answer::Posted(posted()))),
             Op::Merge { rounds } => self.respond(id, Ok(Answer::Merge(merge(*rounds)))),
+            Op::Audit => {
+                let audit = Audit { frames: 4096, private: 512, pages: 100, wrong: 1, ..Audit::default() };
+                self.respond(id, Ok(Answer::Audit(Audit { example: Some(0x4_7e00), ..audit })));
+            }
+            Op::Probe { vm, .. } => {
+                let fault = (vm == "web").then_some(ProbeFault { esr: 0x9600_0006, far: 0x47e0_0000 });
+                self.respond(id, Ok(Answer::Probe(Probe { frame: 0x4_7e00, private: vm == "web", fault })));
+            }
             Op::Console { vm } => {
                 self.vm = Some(vm.to_string());
                 self.respond(id, Ok(Answer::Done));

@@ -25,7 +25,7 @@ impl Host {
 
     pub(crate) fn byte(&self, handle: ObjectHandle, frame: u64) -> u8 {
         let mut byte = [0xee];
-        self.on(handle, |object, _| object.read(&self.machine, frame * PAGE_SIZE + 5, &mut byte).unwrap());
+        self.on(handle, |object, _| object.read(&self.supply(0), frame * PAGE_SIZE + 5, &mut byte).unwrap());
         byte[0]
     }
 
@@ -292,7 +292,7 @@ fn relatives_are_written_in_parallel() {
                 for cpu in 1..CPUS {
                     let mut byte = [0];
                     let offset = frame * PAGE_SIZE + 8 * cpu as u64;
-                    host.on(*child, |object, _| object.read(&host.machine, offset, &mut byte).unwrap());
+                    host.on(*child, |object, _| object.read(&host.supply(0), offset, &mut byte).unwrap());
                     let expected = match (place, place + 1 == cpu) {
                         (0, _) => 20 + cpu as u8,
                         (_, true) => 10 + cpu as u8,

@@ -5,7 +5,7 @@
 //! ([`FramePool`]). It knows no guest address: what shows an object to a guest is the business of slots and tables.
 //!
 //! Three kinds of object ([`Spec`]): *anonymous* memory, zero until touched, in a radix tree of pages and 2 MiB blocks
-//! (D2); a *device*, machine addresses that are not memory; and *ROM*, bytes that lie in memory already and never
+//! (D2), which may be *private*: absent from the hypervisor's own mapping (D9); a *device*, machine addresses that are not memory; and *ROM*, bytes that lie in memory already and never
 //! change through a guest (INV-13).
 //!
 //! Protocol of a fault: pin the epoch, [`Objects::get`], [`Object::grant`], publish the translation, unpin. A
@@ -26,7 +26,8 @@
 //! that can fail is undone before it is reported: out of memory leaves a vacant word and exact counts (D8). Nothing
 //! is allocated on the heap after creation.
 //!
-//! Lock order: objects → structure of one object → shared blocks → deferred → a CPU's cache → buddy; stores are a leaf. A fault on memory
+//! Lock order: objects → structure of one object → shared blocks → deferred → private frames → a CPU's cache → buddy; stores and a
+//! frame's lease lock are leaves. A fault on memory
 //! that is present takes none; a fresh page takes its own CPU's cache.
 //!
 //! Known holes: a node stays until its object is destroyed, so a 2 MiB span that was once backed by pages is not backed
@@ -39,6 +40,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod audit;
 mod grant;
 mod object;
 mod pool;
@@ -52,6 +54,8 @@ mod merge_tests;
 #[cfg(test)]
 mod out_tests;
 #[cfg(test)]
+mod private_tests;
+#[cfg(test)]
 mod stored_tests;
 #[cfg(test)]
 mod tag_tests;
@@ -62,13 +66,14 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
 
+pub use audit::{Audit, audit};
 use entresol_machine::Machine;
 pub use grant::{Grant, GrantError, Memory};
 pub use object::{
     AccessError, CreateError, DestroyError, Differences, Fetch, ForkError, Frozen, Kind, MAX_OBJECTS, Object,
     ObjectHandle, Objects, Out, OutError, Policy, PopulateError, PunchError, PutError, Spec, TableError,
 };
-pub use pool::{AddError, FrameMeta, FramePool, Order};
+pub use pool::{AddError, FrameMeta, FramePool, Lease, LeaseError, Order};
 pub use store::{MAX_STORES, StoreError, StoreId, StoreSlot, Stores};
 pub use tree::{Ahead, Merged, Offered, Span, Standing};
 
@@ -115,6 +120,14 @@ impl<'a, M: Machine> Supply<'a, M> {
 }
 
 impl<M: Machine> Supply<'_, M> {
+    /// Zeroes private memory that was given back, at most `limit` frames or blocks, and tries removals again that failed.
+    /// Returns how many frames can be used again.
+    #[cold]
+    pub fn scrub(&self, limit: usize) -> u64 {
+        self.pool.retry_removals(self.machine);
+        self.pool.scrub_private(self.machine, limit)
+    }
+
     /// Takes back what dead nodes of shared trees refer to: at most `limit` nodes. Returns how many it was. What nobody
     /// refers to any more is deferred.
     pub fn reclaim(&self, limit: usize) -> usize {

@@ -264,7 +264,7 @@ proptest! {
         for member in &all {
             let mut page = vec![0; PAGE_SIZE as usize];
             for frame in 0..FRAMES {
-                host.on(member.0, |object, _| object.read(&host.machine, frame * PAGE_SIZE, &mut page).unwrap());
+                host.on(member.0, |object, supply| object.read(supply, frame * PAGE_SIZE, &mut page).unwrap());
                 let mut expected = vec![0; PAGE_SIZE as usize];
                 expected[5] = byte_of(member, frame);
                 prop_assert_eq!(&page, &expected, "frame {}", frame);

@@ -275,9 +275,9 @@ fn punching_a_part_of_a_block_keeps_the_rest_in_place() {
         assert_eq!(object.present(&host.machine, 410).unwrap().frame(410), block.frame(410));
         assert_eq!(object.present(&host.machine, 10), None);
         let mut bytes = [7; 3];
-        object.read(&host.machine, 9 * PAGE_SIZE, &mut bytes).unwrap();
+        object.read(&host.supply(0), 9 * PAGE_SIZE, &mut bytes).unwrap();
         assert_eq!(bytes, [9; 3]);
-        object.read(&host.machine, 100 * PAGE_SIZE, &mut bytes).unwrap();
+        object.read(&host.supply(0), 100 * PAGE_SIZE, &mut bytes).unwrap();
         assert_eq!(bytes, [0; 3]);
         assert_eq!(object.resident_frames(), 112);
         host.assert_exact(object);
@@ -322,7 +322,7 @@ fn a_device_is_what_it_is() {
             let page = grant.narrow(frame, PageSize::Size4K);
             assert_eq!((page.pfn, page.extent_start), (first.offset(frame), frame));
         }
-        assert_eq!(object.read(&host.machine, 0, &mut [0]), Err(AccessError::Device));
+        assert_eq!(object.read(&host.supply(0), 0, &mut [0]), Err(AccessError::Device));
         assert_eq!(object.punch(supply, 0, 1), Err(PunchError::Kind { kind: Kind::Device }));
     });
     host.destroy(handle);
@@ -342,7 +342,7 @@ fn rom_is_read_and_never_written() {
             assert_eq!(object.grant(supply, 1, true), Err(GrantError::ReadOnly));
             assert_eq!(object.write(supply, PAGE_SIZE, &[0]), Err(AccessError::ReadOnly));
             let mut bytes = [0; 5];
-            object.read(&host.machine, PAGE_SIZE, &mut bytes).unwrap();
+            object.read(&host.supply(0), PAGE_SIZE, &mut bytes).unwrap();
             assert_eq!(&bytes, b"bytes");
         });
         host.destroy(handle);
@@ -491,7 +491,7 @@ proptest! {
             prop_assert!(blocks || object.resident_frames() == naive.resident.len() as u64);
             for frame in [0, 1, 511, 512, 1023, 1024, 1099].into_iter().chain(naive.resident.iter().copied()) {
                 let mut bytes = [0; PAGE_SIZE as usize];
-                object.read(&host.machine, frame * PAGE_SIZE, &mut bytes).unwrap();
+                object.read(&host.supply(0), frame * PAGE_SIZE, &mut bytes).unwrap();
                 let start = (frame * PAGE_SIZE) as usize;
                 prop_assert!(bytes[..] == naive.bytes[start..start + bytes.len()], "frame {}", frame);
             }

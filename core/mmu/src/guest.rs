@@ -1,7 +1,8 @@
 //! Copies between the hypervisor and guest memory, through slots and objects: no entry of the second stage is used or
-//! made, and no reference into guest memory exists.
+//! made, and no reference into guest memory exists. Private memory is reached page by page, each in one locked access, and is
+//! absent from the hypervisor's mapping before and after (INV-10).
 
-use entresol_addr::{Gpa, PAGE_SIZE};
+use entresol_addr::{Gpa, PAGE_SIZE, Pfn};
 use entresol_backing::{AccessError, ObjectHandle, StoreSlot};
 use entresol_machine::Machine;
 use entresol_slot::Hint;
@@ -54,11 +55,20 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 .get(pin, ObjectHandle::from_raw(slot.object.get()))
                 .ok_or(CopyError::Outside { gpa })?;
             let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();
-            object.read(&self.host.machine, offset, part).map_err(|error| stopped(gpa, error))?;
+            object.read(&self.host.supply(pin.cpu()), offset, part).map_err(|error| stopped(gpa, error))?;
             gpa = gpa.checked_add(part.len() as u64).ok_or(CopyError::Outside { gpa })?;
             rest = after;
         }
         Ok(())
+    }
+
+    /// The machine's frame behind the page at `gpa`, if something backs it. It stays what it is as long as the caller is
+    /// pinned.
+    pub fn frame_behind(&self, pin: &Pin<'_>, hint: &Hint, gpa: Gpa) -> Option<Pfn> {
+        let slot = self.slots.find(pin, gpa.frame(), hint)?;
+        let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()))?;
+        let frame = slot.object_frame(gpa.frame());
+        object.present(&self.host.machine, frame).map(|grant| grant.frame(frame))
     }
 
     /// Stores `from` to guest memory at `gpa`. Pages of slots that log become dirty.

@@ -317,6 +317,10 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if self.host.merging.shed(&self.host.pool, cpu) != 0 {
             return self.retry();
         }
+        // So may what private machines gave back.
+        if self.host.supply(cpu).scrub(usize::MAX) != 0 {
+            return self.retry();
+        }
         self.refused(Outcome::Exit(Reason::OutOfMemory))
     }
 

@@ -133,6 +133,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                     self.release(handle);
                     return Err(SlotError::NoTags { object: request.object });
                 }
+                // Private objects can be read-only and log writes as well as others.
                 object => object.map(|object| ObjectShape { frames: object.frames(), private: false }),
             }
         };

@@ -27,6 +27,7 @@ mod dirty;
 mod later;
 mod ops;
 mod ports;
+mod private;
 mod ring;
 mod session;
 mod stored;

@@ -25,6 +25,7 @@ use entresol_wire::control::{
 };
 
 use super::later::Later;
+use super::private;
 use super::session::Attached;
 use super::stored;
 use super::{ATTACHED, NOBODY, ROOM, describe, dirty};
@@ -65,6 +66,8 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::SetSlot { vm, slot } => set_slot(vm, slot)?.into(),
         Op::Posted { vm } => Answer::Posted(posted(&*alive(vm)?)?).into(),
         Op::Balloon { vm, size } => balloon(vm, *size)?.into(),
+        Op::Audit => Answer::Audit(private::audit()).into(),
+        Op::Probe { vm, address } => Answer::Probe(private::probe(&*alive(vm)?, *address)?).into(),
         Op::Pause { vm } => pause(vm)?.into(),
         Op::Resume { vm } => resume(vm, attached)?.into(),
         Op::Kill { vm } => {

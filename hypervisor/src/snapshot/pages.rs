@@ -24,7 +24,7 @@ pub fn read(object: ObjectHandle, frame: u64, page: &mut [u8; PAGE_SIZE as usize
     if !object.is_resident(&host.machine, frame) {
         return Ok(false);
     }
-    object.read(&host.machine, frame * PAGE_SIZE, page).map_err(|_| Failure::OutOfMemory)?;
+    object.read(&host.supply(cpu::index()), frame * PAGE_SIZE, page).map_err(|_| Failure::OutOfMemory)?;
     Ok(true)
 }
 

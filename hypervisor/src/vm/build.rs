@@ -240,7 +240,8 @@ pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildE
         LargestEntry::Block2M => Policy::Blocks,
         LargestEntry::Page4K => Policy::Pages,
     };
-    let spec = Spec::Anonymous { frames: config.memory / PAGE_SIZE, policy, tagged: config.mte };
+    let (frames, tagged) = (config.memory / PAGE_SIZE, config.mte);
+    let spec = if config.private { Spec::Private { frames, policy } } else { Spec::Anonymous { frames, policy, tagged } };
     host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))
 }
 

@@ -85,7 +85,7 @@ impl FlashMemory {
         let host = host::get();
         let pin = host.epoch.pin(cpu::index());
         let object = host.objects.get(&pin, self.object).expect("it lives as long as its owner");
-        object.read(&host.machine, offset, to)
+        object.read(&host.supply(pin.cpu()), offset, to)
     }
 }
 

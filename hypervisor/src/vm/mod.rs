@@ -378,6 +378,7 @@ impl Drop for Vm {
             log::error!("vm {}: its memory object stays: {error:?}", self.config.name);
         }
         host.pool.reap(&host.epoch, cpu, usize::MAX);
+        supply.scrub(usize::MAX);
         sched::release(self.vcpus.len());
     }
 }

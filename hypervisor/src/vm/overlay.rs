@@ -64,7 +64,7 @@ impl Overlay {
         if let Some(object) = written.and_then(|handle| host.objects.get(&pin, handle))
             && object.is_resident(&host.machine, offset / PAGE_SIZE)
         {
-            return object.read(&host.machine, offset, to).map_err(|_| DiskError::Io);
+            return object.read(&host.supply(pin.cpu()), offset, to).map_err(|_| DiskError::Io);
         }
         to.copy_from_slice(self.image.get(offset as usize..offset as usize + to.len()).ok_or(DiskError::Io)?);
         Ok(())

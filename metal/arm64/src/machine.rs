@@ -313,6 +313,10 @@ unsafe impl Machine for Metal {
         own::is_mapped(frame)
     }
 
+    fn count_mapped_own(&self, frames: PfnRange) -> u64 {
+        own::count_mapped(frames)
+    }
+
     fn through_window(&self, frame: Pfn, work: Work<'_>) {
         POOL.check(PfnRange::single(frame));
         let inside = |at: u16, len: usize| {

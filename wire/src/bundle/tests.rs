@@ -14,6 +14,7 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
     Vm {
         name: name.into(),
         memory: 64 << 20,
+        private: false,
         vcpus: 2,
         kernel,
         kernel_format: Default::default(),

@@ -21,6 +21,7 @@
 //! Known hole: whether a file *is* a kernel is the loader's to say; here it only has to be there and to fit.
 
 mod check;
+mod memory;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ use core::{fmt, iter};
 use serde::{Deserialize, Serialize};
 
 pub use check::{FileLength, check_name};
+pub use memory::WrittenMemory;
 pub use size::{format_size, parse_size};
 pub use written::{Written, WrittenDisk, WrittenOuter, WrittenPolicies, WrittenRom, WrittenVm};
 
@@ -127,6 +129,9 @@ pub struct Vm<F> {
     pub name: String,
     /// Bytes of memory.
     pub memory: u64,
+    /// Whether its memory is private: absent from the hypervisor's own mapping.
+    #[serde(default)]
+    pub private: bool,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// The file its first vCPU starts with.
@@ -475,6 +480,7 @@ impl<F> Vm<F> {
         Ok(Vm {
             name: self.name,
             memory: self.memory,
+            private: self.private,
             vcpus: self.vcpus,
             kernel,
             kernel_format: self.kernel_format,

@@ -50,6 +50,7 @@ fn defaults_are_as_documented() {
     let expected = Vm {
         name: "a".to_string(),
         memory: 512 << 20,
+        private: false,
         vcpus: 1,
         kernel: "Image".to_string(),
         kernel_format: KernelFormat::Auto,

@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use serde::Deserialize;
 
 use super::check::{self, FileLength};
+use super::memory::WrittenMemory;
 use super::{
     CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, NoSyndrome, OnReset,
     Outer, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock, UnclaimedMmio, Vm, size,
@@ -43,8 +44,8 @@ pub struct WrittenOuter {
 pub struct WrittenVm {
     /// Name.
     pub name: String,
-    /// A size.
-    pub memory: String,
+    /// A size, or a table of a size and whether the memory is private.
+    pub memory: WrittenMemory,
     /// Virtual CPUs; 1 if absent.
     pub vcpus: Option<i64>,
     /// Path of the kernel.
@@ -184,7 +185,8 @@ impl WrittenVm {
         let roms = roms.collect::<Result<_, Refusal>>()?;
         let by_place = if foreground { Console::Foreground } else { Console::Background };
         Ok(Vm {
-            memory: memory(&format!("{at}.memory"), &self.memory)?,
+            memory: memory(&format!("{at}.memory"), &self.memory.size)?,
+            private: self.memory.private,
             vcpus: check::vcpus(&at, self.vcpus.unwrap_or(1))?,
             kernel_format: self.kernel_format.unwrap_or(by_name),
             policies: Policies {

@@ -30,6 +30,8 @@
 //!   the machine runs; the answer comes when no vCPU can meet what was there before.
 //! - `posted` takes what the guest stored in zones of coalesced MMIO and how often its doorbells rang. While its console is
 //!   attached, [`Event::Doorbell`] tells once that some doorbell rang since `posted` was asked last.
+//! - `audit` looks at every frame and every memory object, and answers counts. `probe` reads a page of a guest by its machine
+//!   address and tells whether that faulted, not what was there.
 //! - `fork` makes a copy called `name`, or with a `count` so many, called `name`-1 and so on: all of them or none.
 //! - `snapshot` writes a machine into a file of the store, and is answered when the file is whole; `restore` makes a machine
 //!   from one, and is answered when it runs. What is asked after it waits for that answer.
@@ -45,6 +47,7 @@
 //! Memory: what a guest causes (events) is encoded into a buffer that exists already. Reading a request takes heap of at
 //! most its line's length.
 
+mod audit;
 mod bytes;
 mod dirty;
 mod encode;
@@ -59,6 +62,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+pub use audit::{Audit, Probe, ProbeFault};
 pub use bytes::Bytes;
 pub use dirty::{Dirty, PagePlace, PageRun, Pages};
 pub use encode::{Message, TooLong};

@@ -71,6 +71,15 @@ pub enum Op<'a> {
         /// Bytes: whole pages.
         size: u64,
     },
+    /// Whether exactly what should be is in the hypervisor's own mapping.
+    Audit,
+    /// Reads a page of it as a stray access of the hypervisor would.
+    Probe {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// A guest physical address in the page.
+        address: u64,
+    },
     /// Its vCPUs stop running.
     Pause {
         /// Whose.
@@ -183,6 +192,8 @@ impl<'a> Op<'a> {
             Self::SetSlot { .. } => "set-slot",
             Self::Posted { .. } => "posted",
             Self::Balloon { .. } => "balloon",
+            Self::Audit => "audit",
+            Self::Probe { .. } => "probe",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
             Self::Kill { .. } => "kill",
@@ -207,6 +218,7 @@ impl<'a> Op<'a> {
             Self::Hello
             | Self::Ps
             | Self::Merge { .. }
+            | Self::Audit
             | Self::Detach
             | Self::Restore { .. }
             | Self::Files
@@ -217,6 +229,7 @@ impl<'a> Op<'a> {
             | Self::SetSlot { vm, .. }
             | Self::Posted { vm }
             | Self::Balloon { vm, .. }
+            | Self::Probe { vm, .. }
             | Self::Pause { vm }
             | Self::Resume { vm }
             | Self::Kill { vm }
@@ -248,6 +261,8 @@ impl<'a> Op<'a> {
             },
             "posted" => Self::Posted { vm: fields.text("vm")? },
             "balloon" => Self::Balloon { vm: fields.text("vm")?, size: fields.number("size")? },
+            "audit" => Self::Audit,
+            "probe" => Self::Probe { vm: fields.text("vm")?, address: fields.number("address")? },
             "pause" => Self::Pause { vm: fields.text("vm")? },
             "resume" => Self::Resume { vm: fields.text("vm")? },
             "kill" => Self::Kill { vm: fields.text("vm")? },
@@ -313,6 +328,7 @@ impl Serialize for Request<'_> {
                 map.serialize_entry("read_only", &slot.read_only)?;
             }
             Op::Balloon { size, .. } => map.serialize_entry("size", size)?,
+            Op::Probe { address, .. } => map.serialize_entry("address", address)?,
             Op::Fork { name, count, .. } => {
                 map.serialize_entry("name", name)?;
                 if let Some(count) = count {

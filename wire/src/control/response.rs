@@ -8,7 +8,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Files, PROTOCOL, Pages, Posted, Stats};
+use super::{Audit, Files, PROTOCOL, Pages, Posted, Probe, Stats};
 use crate::Refusal;
 use crate::refusal::shorten;
 
@@ -47,6 +47,10 @@ pub enum Answer<'a> {
     Count(u64),
     /// How far merging is.
     Merge(MergeStatus),
+    /// What an audit found.
+    Audit(Audit),
+    /// What a probe met.
+    Probe(Probe),
     /// How many bytes of input the guest's console took.
     Accepted(u32),
     /// What is in the store.
@@ -271,6 +275,8 @@ impl Answer<'_> {
             Self::Pages(pages) => Answer::Pages(pages),
             Self::Count(count) => Answer::Count(count),
             Self::Merge(status) => Answer::Merge(status),
+            Self::Audit(audit) => Answer::Audit(audit),
+            Self::Probe(probe) => Answer::Probe(probe),
             Self::Accepted(bytes) => Answer::Accepted(bytes),
             Self::Files(files) => Answer::Files(files.into_owned()),
         }

@@ -82,6 +82,8 @@ fn requests_look_as_documented() {
         (Op::Balloon { vm: vm(), size: 4096 }, r#"{"id":7,"op":"balloon","vm":"web","size":4096}"#),
         (Op::Pause { vm: vm() }, r#"{"id":7,"op":"pause","vm":"web"}"#),
         (Op::Resume { vm: vm() }, r#"{"id":7,"op":"resume","vm":"web"}"#),
+        (Op::Audit, r#"{"id":7,"op":"audit"}"#),
+        (Op::Probe { vm: vm(), address: 0x4000_0000 }, r#"{"id":7,"op":"probe","vm":"web","address":1073741824}"#),
         (Op::Kill { vm: vm() }, r#"{"id":7,"op":"kill","vm":"web"}"#),
         (Op::Fork { vm: vm(), name: "copy".into(), count: None }, r#"{"id":7,"op":"fork","vm":"web","name":"copy"}"#),
         (

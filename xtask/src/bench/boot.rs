@@ -82,7 +82,7 @@ pub fn instructions(counts: &Counts) -> Result<u64> {
 
 fn guest(bench: &Bench, files: &Files, name: &str, page_size: LargestEntry) -> Result<(u64, String)> {
     let vm = WrittenVm {
-        memory: GUEST.1.to_owned(),
+        memory: GUEST.1.into(),
         cmdline: CMDLINE.to_owned(),
         policies: WrittenPolicies { page_size, ..WrittenPolicies::default() },
         ..bundle::linux("boot", &files.kernel, &files.initrd)

@@ -111,7 +111,7 @@ fn start(context: &Context) -> Result<Machine> {
     let kernel = context.guest.kernel()?;
     let vm = |name: &str, balloon| {
         let vm = linux(name, &kernel, &initrd);
-        WrittenVm { memory: format!("{MEMORY}M"), vcpus: Some(2), autostart: Some(false), balloon, ..vm }
+        WrittenVm { memory: format!("{MEMORY}M").into(), vcpus: Some(2), autostart: Some(false), balloon, ..vm }
     };
     builder.boot(vec![vm(GUEST, true), vm(TWIN, true), vm(WITNESS, false)])
 }

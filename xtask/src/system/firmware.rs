@@ -22,7 +22,7 @@ const ROM_AT: u64 = 0x0100_0000;
 fn guest(name: &str, firmware: &Path, flash: &Path) -> WrittenVm {
     WrittenVm {
         name: name.to_owned(),
-        memory: "512M".to_owned(),
+        memory: "512M".into(),
         kernel: text(firmware),
         kernel_format: Some(KernelFormat::Firmware),
         flash: Some(text(flash)),

@@ -79,7 +79,7 @@ fn start(context: &Context, name: &str) -> Result<super::machine::Machine> {
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
     let kernel = context.guest.kernel()?;
     let mut parent = linux(PARENT, &kernel, &initrd);
-    parent.memory = "256M".to_owned();
+    parent.memory = "256M".into();
     parent.vcpus = Some(2);
     parent.disks.push(disk(&builder.file("disk.img", &[0; 1 << 20])?));
     let mut vms = vec![parent, linux(WITNESS, &kernel, &initrd)];

@@ -72,7 +72,7 @@ fn text(path: &std::path::Path) -> String {
 
 /// A VM for U-Boot. It looks for its settings in a flash that is not there.
 fn guest() -> WrittenVm {
-    let mut vm = WrittenVm { name: "u-boot".to_owned(), memory: "512M".to_owned(), ..WrittenVm::default() };
+    let mut vm = WrittenVm { name: "u-boot".to_owned(), memory: "512M".into(), ..WrittenVm::default() };
     vm.policies.unclaimed_mmio = UnclaimedMmio::ReadAsZero;
     vm
 }

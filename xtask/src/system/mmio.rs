@@ -16,7 +16,7 @@ const ONCE: &str = "once: (\r\nabcdef) letters";
 fn vm(kernel: PathBuf, cmdline: &str) -> WrittenVm {
     WrittenVm {
         name: "mmio".to_owned(),
-        memory: "64M".to_owned(),
+        memory: "64M".into(),
         kernel: kernel.to_string_lossy().into_owned(),
         cmdline: cmdline.to_owned(),
         ..WrittenVm::default()

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use entresol_cli::client::{Client, ClientError};
-use entresol_wire::control::{Alias, Answer, Code, Op, SlotRow, State, Stats, VmRow};
+use entresol_wire::control::{Alias, Answer, Audit, Code, Op, Probe, SlotRow, State, Stats, VmRow};
 
 use super::machine::Machine;
 
@@ -68,6 +68,22 @@ impl Owner {
         match self.client.call(Op::Stats { vm: vm.into() }).context("control channel: stats")? {
             Answer::Stats(stats) => Ok(*stats),
             other => bail!("stats are answered with {other:?}"),
+        }
+    }
+
+    /// What is in the hypervisor's own mapping: nothing may be wrong.
+    pub fn audit(&mut self) -> Result<Audit> {
+        match self.client.call(Op::Audit).context("control channel: audit")? {
+            Answer::Audit(audit) if audit.wrong == 0 => Ok(audit),
+            other => bail!("the audit found {other:?}"),
+        }
+    }
+
+    /// Reads a page by its machine address, as a mistake of the hypervisor would.
+    pub fn probe(&mut self, vm: &str, address: u64) -> Result<Probe> {
+        match self.client.call(Op::Probe { vm: vm.into(), address }).context("control channel: probe")? {
+            Answer::Probe(probe) => Ok(probe),
+            other => bail!("probe is answered with {other:?}"),
         }
     }
 

@@ -126,7 +126,7 @@ pub fn out_of_memory_pauses_who_asked(context: &Context) -> Result<()> {
     let kernel = guests::flat("toucher")?;
     let toucher = |name: &str, memory: &str, cmdline: &str| {
         let mut vm = program(name, &kernel, cmdline);
-        memory.clone_into(&mut vm.memory);
+        vm.memory = memory.into();
         vm
     };
     let mut vms = vec![

@@ -2,12 +2,13 @@
 //!
 //! Protocol: an access is checked whole before a byte moves. Reading makes nothing: vacant memory reads as zero.
 //! Writing makes every page first, then writes (D8). The guest may run meanwhile; what it sees of a write in progress
-//! is what it would see of another CPU's.
+//! is what it would see of another CPU's. Private memory is reached frame by frame, each in one locked access (INV-10).
 
 use core::fmt;
 
 use entresol_addr::{Hpa, PAGE_SHIFT, PAGE_SIZE};
 use entresol_machine::Machine;
+use entresol_machine::own::Work;
 
 use super::{Kind, Object};
 use crate::tree::Look;
@@ -88,17 +89,21 @@ fn pieces(offset: u64, len: usize) -> impl Iterator<Item = Piece> {
 }
 
 impl Object {
-    /// Reads `to.len()` bytes at byte `offset`. The caller is pinned.
+    /// Reads `to.len()` bytes at byte `offset`. The caller is pinned, on the supply's CPU.
     ///
     /// # Errors
     ///
     /// [`AccessError::Outside`], [`AccessError::Device`], [`AccessError::Stored`].
-    pub fn read<M: Machine>(&self, machine: &M, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
+    pub fn read<M: Machine>(&self, supply: &Supply<'_, M>, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
         self.check_bytes(offset, to.len())?;
         for piece in pieces(offset, to.len()) {
             let bytes = &mut to[piece.buffer.clone()];
-            match self.look(machine, piece.frame) {
-                Look::Present(grant) => machine.read(piece.address(&grant), bytes),
+            match self.look(supply.machine, piece.frame) {
+                Look::Present(grant) if self.is_private() => {
+                    let work = Work::Read { at: piece.within as u16, to: bytes };
+                    supply.pool.access(supply.machine, grant.frame(piece.frame), work);
+                }
+                Look::Present(grant) => supply.machine.read(piece.address(&grant), bytes),
                 Look::Stored(slot) => return Err(AccessError::Stored { frame: piece.frame, slot }),
                 Look::Vacant => bytes.fill(0),
             }
@@ -123,7 +128,13 @@ impl Object {
         }
         for piece in pieces(offset, from.len()) {
             let grant = granted(&piece)?;
-            supply.machine.write(piece.address(&grant), &from[piece.buffer.clone()]);
+            let bytes = &from[piece.buffer.clone()];
+            if self.is_private() {
+                let work = Work::Write { at: piece.within as u16, from: bytes };
+                supply.pool.access(supply.machine, grant.frame(piece.frame), work);
+            } else {
+                supply.machine.write(piece.address(&grant), bytes);
+            }
         }
         Ok(())
     }

@@ -38,6 +38,8 @@ pub enum CreateError {
         /// One past the machine's last frame number.
         limit: u64,
     },
+    /// Private memory on a machine whose own mapping cannot be split to pages.
+    Unsplittable,
     /// A device or ROM that has a frame of the pool.
     PoolFrame {
         /// The frame.
@@ -128,6 +130,9 @@ impl fmt::Display for CreateError {
             Self::Frames { value, limit } => write!(f, "frames {value:#x}: must be 1 to {limit:#x}"),
             Self::BeyondMachine { first, frames, limit } => {
                 write!(f, "first {first:#x}: with {frames:#x} frames it must end by frame {limit:#x} of the machine")
+            }
+            Self::Unsplittable => {
+                f.write_str("private: the hypervisor's own mapping must be one that can be split to pages")
             }
             Self::PoolFrame { pfn } => write!(f, "first: frame {pfn:#x} must not be the frame pool's"),
             Self::NotOwnable(error) => write!(f, "owned: {error}"),

@@ -120,10 +120,12 @@ impl Objects {
         handle: ObjectHandle,
     ) -> Result<ObjectHandle, ForkError> {
         let object = self.held(handle)?;
-        let (kind, frames, tagged) = (object.kind(), object.frames(), object.is_tagged());
+        let (kind, frames) = (object.kind(), object.frames());
+        let (tagged, private) = (object.is_tagged(), object.is_private());
         self.let_go(handle);
         let Kind::Anonymous(policy) = kind else { return Err(ForkError::Kind { kind }) };
-        self.create(supply, Spec::Anonymous { frames, policy, tagged }).map_err(ForkError::Create)
+        let spec = if private { Spec::Private { frames, policy } } else { Spec::Anonymous { frames, policy, tagged } };
+        self.create(supply, spec).map_err(ForkError::Create)
     }
 
     /// The object, held.
@@ -151,7 +153,7 @@ impl Frozen<'_> {
     /// [`ForkError::Unknown`], [`ForkError::Shape`]; nothing changed.
     pub fn share_with<M: Machine>(&self, supply: &Supply<'_, M>, child: ObjectHandle) -> Result<(), ForkError> {
         let object = self.objects.held(child)?;
-        let shape = |object: &Object| (object.kind(), object.frames(), object.is_tagged());
+        let shape = |object: &Object| (object.kind(), object.frames(), object.is_tagged(), object.is_private());
         let alike = shape(object) == shape(self.object);
         let fits = alike && object.tree.is_untouched();
         if fits {
@@ -187,6 +189,13 @@ impl Object {
     pub fn visit_frames<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {
         if let Kind::Anonymous(_) = self.kind() {
             self.tree.visit_frames(machine, visit);
+        }
+    }
+
+    /// Calls `visit` with every frame of content that an anonymous object reaches. The caller is pinned.
+    pub(crate) fn visit_content<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {
+        if let Kind::Anonymous(_) = self.kind() {
+            self.tree.visit_content(machine, visit);
         }
     }
 

@@ -15,9 +15,9 @@ use crate::tree::{Merged, Offered, Span, Standing};
 use crate::{OutOfMemory, Supply};
 
 impl Object {
-    /// Whether its kind can be merged.
+    /// Whether its kind can be merged. Private memory is neither compared nor shared with strangers.
     pub fn can_merge(&self) -> bool {
-        matches!(self.kind(), Kind::Anonymous(_))
+        matches!(self.kind(), Kind::Anonymous(_)) && !self.is_private()
     }
 
     /// From now on its pages may be offered and joined. Before any is, the caller waits a grace period and takes away what is

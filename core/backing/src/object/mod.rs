@@ -23,7 +23,7 @@ pub use fork::{Differences, ForkError, Frozen};
 pub use stored::{Fetch, Out, OutError, PutError};
 pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
 
-use crate::tree::{Ahead, Look, Tree};
+use crate::tree::{Ahead, Look, PRIVATE, TAGGED, Tree};
 use crate::{Grant, GrantError, Memory, OutOfMemory, Supply};
 
 /// What anonymous memory is made of.
@@ -49,6 +49,14 @@ pub enum Spec {
         policy: Policy,
         /// Its frames have allocation tags, cleared like its bytes: for guests that may use them.
         tagged: bool,
+    },
+    /// The same, of frames that are absent from the hypervisor's own mapping (D9). Its kind is [`Kind::Anonymous`], and
+    /// [`Object::is_private`].
+    Private {
+        /// Its extent.
+        frames: u64,
+        /// What it is made of.
+        policy: Policy,
     },
     /// Machine addresses that are not memory.
     Device {
@@ -146,7 +154,11 @@ impl Object {
     fn make<M: Machine>(&self, supply: &Supply<'_, M>, spec: Spec) -> Result<(), OutOfMemory> {
         let (kind, first, frames) = match spec {
             Spec::Anonymous { frames, policy, tagged } => {
-                self.tree.make(supply, frames, policy, tagged)?;
+                self.tree.make(supply, frames, policy, if tagged { TAGGED } else { 0 })?;
+                (Kind::Anonymous(policy), Pfn::new(0), frames)
+            }
+            Spec::Private { frames, policy } => {
+                self.tree.make(supply, frames, policy, PRIVATE)?;
                 (Kind::Anonymous(policy), Pfn::new(0), frames)
             }
             Spec::Device { first, frames } => (Kind::Device, first, frames),
@@ -174,6 +186,13 @@ impl Object {
     #[inline]
     pub fn kind(&self) -> Kind {
         Kind::decode(self.kind.load(Ordering::Relaxed))
+    }
+
+    /// Whether its content is private memory: absent from the hypervisor's own mapping, reached through
+    /// [`Self::read`], [`Self::write`] and leases only.
+    #[inline]
+    pub fn is_private(&self) -> bool {
+        matches!(self.kind(), Kind::Anonymous(_)) && self.tree.is_private()
     }
 
     /// Its extent in frames.

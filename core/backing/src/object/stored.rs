@@ -99,6 +99,8 @@ pub enum PutError {
         /// What it is.
         kind: Kind,
     },
+    /// What is stored comes into memory through frames that are mapped: private memory is not stored.
+    Private,
     /// The frame was touched already, or lies in a part that is shared or a block.
     Occupied {
         /// The frame.
@@ -114,6 +116,7 @@ impl fmt::Display for PutError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Kind { kind } => write!(f, "object {kind:?}: must be anonymous memory"),
+            Self::Private => f.write_str("object: must not be private memory"),
             Self::Occupied { frame } => write!(f, "frame {frame:#x}: must not have been touched"),
             Self::Store(error) => error.fmt(f),
             Self::Grant(error) => error.fmt(f),
@@ -188,6 +191,9 @@ impl Object {
     /// [`PutError`].
     pub fn put_stored<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, slot: StoreSlot) -> Result<(), PutError> {
         let Kind::Anonymous(_) = self.kind() else { return Err(PutError::Kind { kind: self.kind() }) };
+        if self.is_private() {
+            return Err(PutError::Private);
+        }
         self.check_inside(frame)?;
         self.tree.put_stored(supply, frame, slot)
     }
@@ -219,7 +225,8 @@ impl Object {
         frame: u64,
         store: StoreId,
     ) -> Result<Option<Out>, OutError> {
-        if !matches!(self.kind(), Kind::Anonymous(_)) || frame >= self.frames() {
+        // Whoever writes to stores reads frames by their addresses: private memory stays.
+        if !matches!(self.kind(), Kind::Anonymous(_)) || self.is_private() || frame >= self.frames() {
             return Ok(None);
         }
         let _structure = self.structure.lock();

@@ -92,6 +92,11 @@ impl Objects {
         (object.live.load(Ordering::Acquire) == handle.0 && handle.0 != 0).then_some(object)
     }
 
+    /// Every live object, for audits.
+    pub(crate) fn iter<'s>(&'s self, _pin: &'s Pin<'_>) -> impl Iterator<Item = &'s Object> {
+        self.places.iter().filter(|object| object.live.load(Ordering::Acquire) != 0)
+    }
+
     /// Makes an object.
     ///
     /// # Errors
@@ -205,7 +210,8 @@ fn live(records: &mut [Record], handle: ObjectHandle) -> Result<&mut Record, Des
 /// What can be said of a spec before anything is taken for it.
 fn check<M: Machine>(supply: &Supply<'_, M>, spec: Spec) -> Result<(), CreateError> {
     match spec {
-        Spec::Anonymous { frames, .. } => check_frames(frames, MAX_FRAMES),
+        Spec::Private { .. } if !supply.machine.can_unmap_own() => Err(CreateError::Unsplittable),
+        Spec::Anonymous { frames, .. } | Spec::Private { frames, .. } => check_frames(frames, MAX_FRAMES),
         Spec::Device { first, frames } => check_fixed(supply, first, frames).map(drop),
         Spec::Rom { first, frames, owned } => {
             let range = check_fixed(supply, first, frames)?;

@@ -1,7 +1,7 @@
 //! What is known of each frame: its state, how many hold it, and links for the list that it may be on.
 //!
 //! Shape: an array by frame number, from the first frame of the machine. Lists are linked by index, so that no free
-//! frame is ever touched. Twelve bytes a frame. The state's word also counts the references to a taken frame beyond
+//! frame is ever touched. Sixteen bytes a frame. The state's word also counts the references to a taken frame beyond
 //! the first, so a frame that is given back while others hold it fails the same check as one given back twice.
 //!
 //! Invariants: a state changes only by the owner of the frame, or under the lock of the list that it is on. States
@@ -76,6 +76,10 @@ pub(crate) enum State {
     Kept,
     /// A single frame whose last reference is gone: nobody shares it any more.
     Leaving,
+    /// Private, zero, and free.
+    Hidden,
+    /// Private, given back, and not zero yet.
+    Dirty(Order),
 }
 
 /// Bits 3:0 of the word: the order. Bits 7:4: the kind. Bits 31:8: references to a frame that is given out, beyond the first.
@@ -94,6 +98,8 @@ impl State {
             Self::Deferred(order) => 5 << KIND_SHIFT | order.0 as u32,
             Self::Kept => 6 << KIND_SHIFT,
             Self::Leaving => 7 << KIND_SHIFT,
+            Self::Hidden => 8 << KIND_SHIFT,
+            Self::Dirty(order) => 9 << KIND_SHIFT | order.0 as u32,
         }
     }
 
@@ -108,6 +114,8 @@ impl State {
             5 => Self::Deferred(order),
             6 => Self::Kept,
             7 => Self::Leaving,
+            8 => Self::Hidden,
+            9 => Self::Dirty(order),
             _ => unreachable!("only encode writes states"),
         }
     }
@@ -130,12 +138,19 @@ pub struct FrameMeta {
     state: AtomicU32,
     next: AtomicU32,
     prev: AtomicU32,
+    /// See [`super::lease`].
+    lease: AtomicU32,
 }
 
 impl FrameMeta {
     /// A frame that is not the pool's yet.
     pub const fn new() -> Self {
-        Self { state: AtomicU32::new(0), next: AtomicU32::new(NONE), prev: AtomicU32::new(NONE) }
+        Self {
+            state: AtomicU32::new(0),
+            next: AtomicU32::new(NONE),
+            prev: AtomicU32::new(NONE),
+            lease: AtomicU32::new(0),
+        }
     }
 }
 
@@ -145,7 +160,7 @@ impl Default for FrameMeta {
     }
 }
 
-const _: () = assert!(State::Absent.encode() == 0 && (size_of::<FrameMeta>() == 12 || cfg!(loom)));
+const _: () = assert!(State::Absent.encode() == 0 && (size_of::<FrameMeta>() == 16 || cfg!(loom)));
 
 /// The frames of a machine by index.
 pub(crate) struct Frames {
@@ -178,6 +193,12 @@ impl Frames {
         // Below `first` the difference wraps, to more than any length.
         let index = pfn.since(self.first);
         (index < self.len()).then_some(index as u32)
+    }
+
+    /// The word of its leases.
+    #[inline]
+    pub(crate) fn lease(&self, index: u32) -> &AtomicU32 {
+        &self.meta[index as usize].lease
     }
 
     pub(crate) fn state(&self, index: u32) -> State {
@@ -336,10 +357,10 @@ mod tests {
     #[test]
     fn states_decode_to_what_was_encoded() {
         let orders = (0..Order::COUNT as u8).map(|order| Order::new(order).unwrap());
-        let sized = orders.flat_map(|order| [State::Free(order), State::Taken(order), State::Deferred(order)]);
-        for state in
-            [State::Absent, State::Interior, State::Cached, State::Kept, State::Leaving].into_iter().chain(sized)
-        {
+        let sized = orders
+            .flat_map(|order| [State::Free(order), State::Taken(order), State::Deferred(order), State::Dirty(order)]);
+        let single = [State::Absent, State::Interior, State::Cached, State::Kept, State::Leaving, State::Hidden];
+        for state in single.into_iter().chain(sized) {
             assert_eq!(State::decode(state.encode()), state);
         }
         assert_eq!(Order::new(10), None);

@@ -7,7 +7,8 @@
 //! common fault takes a lock that nobody else wants. Caches are filled and emptied in batches. Before the pool says
 //! [`OutOfMemory`], it empties the caches of all CPUs.
 //!
-//! Frames that several trees refer to are counted ([`share`]).
+//! Frames that several trees refer to are counted ([`share`]). Frames of private memory have a pool of their own behind this
+//! one ([`private`]), and leases ([`lease`]).
 //!
 //! Invariants: INV-7. Each frame is in exactly one [`meta::State`]; taking and giving check it with one exchange, in
 //! release builds too, so a frame given back twice, or by somebody who never had it, stops the machine at once.
@@ -18,7 +19,9 @@
 
 mod buddy;
 mod deferred;
+mod lease;
 mod meta;
+mod private;
 mod share;
 
 use alloc::boxed::Box;
@@ -29,6 +32,8 @@ use deferred::Deferred;
 use entresol_addr::{Pfn, PfnRange};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 use entresol_sync::{Epoch, Mutex, trace};
+pub(crate) use lease::Seen;
+pub use lease::{Lease, LeaseError};
 pub use meta::{FrameMeta, Order};
 use meta::{Frames, State};
 
@@ -105,6 +110,7 @@ pub struct FramePool {
     total: AtomicU64,
     shared: share::Shared,
     stores: Stores,
+    private: private::Private,
 }
 
 impl FramePool {
@@ -118,8 +124,10 @@ impl FramePool {
     ///
     /// If there are 2³² − 1 frames (16 TiB) or more.
     pub fn new(first: Pfn, meta: Box<[FrameMeta]>, cpus: usize) -> Result<Self, OutOfHeap> {
+        let frames = Frames::new(first, meta);
         Ok(Self {
-            frames: Frames::new(first, meta),
+            private: private::Private::new(&frames)?,
+            frames,
             buddy: Mutex::new(Buddy::new()),
             caches: try_boxed(cpus, || CpuCache(Mutex::new(Cache::EMPTY)))?,
             deferred: Mutex::new(Deferred::new()),
@@ -344,6 +352,9 @@ impl FramePool {
 
     #[inline]
     fn put_back(&self, cpu: usize, index: u32, order: Order, from: State) {
+        if lease::is_private(self.frames.lease(index)) {
+            return self.soil(index, order, from);
+        }
         trace::freed(self.frames.pfn(index).get(), order.frames());
         if order != Order::PAGE {
             self.frames.pass(index, from, State::Interior);

@@ -9,7 +9,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 
 use super::entry::{self, COPYING, FROZEN, SHARED};
-use super::{BLOCK_FRAMES, Entry, Tree};
+use super::{BLOCK_FRAMES, Entry, FORKED, TAGGED, Tree};
 use crate::{Order, Supply};
 
 /// The tree is frozen already.
@@ -19,7 +19,7 @@ pub(crate) struct Frozen;
 impl Tree {
     /// From now on, and until `thaw`, nothing is made, copied or taken away. Waits for a CPU that copies the root.
     pub(crate) fn freeze(&self) -> Result<(), Frozen> {
-        self.forked.store(true, Ordering::Relaxed);
+        self.traits.fetch_or(FORKED, Ordering::Relaxed);
         loop {
             let raw = self.root.load(Ordering::Acquire);
             if raw & FROZEN != 0 {
@@ -43,19 +43,19 @@ impl Tree {
 
     /// Pages may be shared from now on, as after a fork.
     pub(crate) fn take_part(&self) {
-        self.forked.store(true, Ordering::Relaxed);
+        self.traits.fetch_or(FORKED, Ordering::Relaxed);
     }
 
     /// Whether whatever it has is its own to write, without asking: it never shared, and no page of it was ever clean.
     #[inline]
     pub(crate) fn is_own(&self) -> bool {
-        !self.forked.load(Ordering::Relaxed) && !self.cleaned.load(Ordering::Acquire)
+        !self.is_forked() && !self.cleaned.load(Ordering::Acquire)
     }
 
     /// Whether it shares, or did once.
     #[inline]
     pub(crate) fn is_forked(&self) -> bool {
-        self.forked.load(Ordering::Relaxed)
+        self.traits.load(Ordering::Relaxed) & FORKED != 0
     }
 
     /// Becomes a relative of `other`, which is frozen since a grace period, with the same content. This one is of the same
@@ -63,8 +63,7 @@ impl Tree {
     pub(crate) fn adopt<M: Machine>(&self, supply: &Supply<'_, M>, other: &Self) {
         let root = entry::frame(other.root.load(Ordering::Acquire));
         supply.pool.share(root);
-        self.forked.store(true, Ordering::Relaxed);
-        self.tagged.store(other.is_tagged(), Ordering::Relaxed);
+        self.traits.fetch_or(FORKED | other.traits.load(Ordering::Relaxed) & TAGGED, Ordering::Relaxed);
         self.resident.store(other.resident.load(Ordering::Relaxed), Ordering::Relaxed);
         self.stored.store(other.stored.load(Ordering::Relaxed), Ordering::Relaxed);
         self.nodes.store(other.nodes.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -74,23 +73,32 @@ impl Tree {
 
     /// Every frame that the tree reaches, nodes included, once for each way to it.
     pub(crate) fn visit_frames<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(Pfn)) {
-        visit_below(machine, self.root.load(Ordering::Acquire), visit);
+        visit_below(machine, self.root.load(Ordering::Acquire), &mut |pfn, _| visit(pfn));
+    }
+
+    /// Every frame of content that the tree reaches, once for each way to it.
+    pub(crate) fn visit_content<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(Pfn)) {
+        visit_below(machine, self.root.load(Ordering::Acquire), &mut |pfn, is_node| {
+            if !is_node {
+                visit(pfn);
+            }
+        });
     }
 
     /// Whether nothing was ever put into it.
     pub(crate) fn is_untouched(&self) -> bool {
-        !self.forked.load(Ordering::Relaxed) && self.content() == 0 && self.nodes() == 1
+        !self.is_forked() && self.content() == 0 && self.nodes() == 1
     }
 }
 
 /// At most four nodes deep.
-fn visit_below<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(Pfn)) {
+fn visit_below<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(Pfn, bool)) {
     match Entry::decode(raw) {
         Entry::Vacant | Entry::Filling | Entry::Stored(_) => {}
-        Entry::Page(pfn) => visit(pfn),
-        Entry::Block(pfn) => (0..BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index))),
+        Entry::Page(pfn) => visit(pfn, false),
+        Entry::Block(pfn) => (0..BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index), false)),
         Entry::Node(node) => {
-            visit(node);
+            visit(node, true);
             (0..Word::PER_FRAME).for_each(|index| visit_below(machine, machine.load(Word::new(node, index)), visit));
         }
     }

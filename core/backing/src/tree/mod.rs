@@ -49,7 +49,12 @@
 //! and copying are "being initialised", what names the frame is "tagged". So no frame needs a mark of its own, and a tree
 //! without tags pays nothing.
 //!
-//! Invariants: INV-7, INV-11 (zeroed before stored; the store is a release; what is shared is never written again). Nodes
+//! # Private memory
+//!
+//! The pages of a private tree come from the pool's private frames, which are absent from the hypervisor's mapping and zero
+//! ([`crate::pool`]); its nodes are like any other's, and so is the zero page. Copies are made through windows.
+//!
+//! Invariants: INV-7, INV-10, INV-11 (zeroed before stored; the store is a release; what is shared is never written again). Nodes
 //! of the tree's own part never go away before the object does, and shared ones only after a grace period, so a pinned
 //! walker needs no lock. A walk is at most four words.
 
@@ -87,6 +92,13 @@ pub(crate) const MAX_FRAMES: u64 = 1 << (NODE_SHIFT * LEVELS);
 
 const _: () = assert!(1 << NODE_SHIFT == Word::PER_FRAME as u64 && Order::BLOCK.frames() == BLOCK_FRAMES);
 
+/// It shares, or ever did.
+const FORKED: u32 = 1 << 0;
+/// Its content is private memory.
+pub(crate) const PRIVATE: u32 = 1 << 1;
+/// Its frames have valid allocation tags.
+pub(crate) const TAGGED: u32 = 1 << 2;
+
 /// The tree of one object. Its shape changes only while nobody can reach the object.
 #[derive(Debug)]
 pub(crate) struct Tree {
@@ -97,10 +109,8 @@ pub(crate) struct Tree {
     blocks_below: AtomicU64,
     /// Whether a shared block is copied whole.
     copies_blocks: AtomicBool,
-    /// Whether it shares, or ever did.
-    forked: AtomicBool,
-    /// Whether its frames have valid allocation tags.
-    tagged: AtomicBool,
+    /// [`FORKED`], [`PRIVATE`], [`TAGGED`]; without the first two it is the common case.
+    traits: AtomicU32,
     /// Whether some page is clean, or ever was.
     cleaned: AtomicBool,
     /// Pages of content that the tree reads.
@@ -181,8 +191,7 @@ impl Tree {
             levels: AtomicU32::new(0),
             blocks_below: AtomicU64::new(0),
             copies_blocks: AtomicBool::new(false),
-            forked: AtomicBool::new(true),
-            tagged: AtomicBool::new(false),
+            traits: AtomicU32::new(FORKED),
             cleaned: AtomicBool::new(false),
             resident: tally::AtomicU64::new(0),
             nodes: tally::AtomicU64::new(0),
@@ -196,7 +205,7 @@ impl Tree {
         supply: &Supply<'_, M>,
         frames: u64,
         policy: Policy,
-        tagged: bool,
+        traits: u32,
     ) -> Result<(), OutOfMemory> {
         let root = self.new_node(supply)?;
         let blocks_below = match policy {
@@ -205,13 +214,18 @@ impl Tree {
         };
         self.root.store(Entry::Node(root).encode(), Ordering::Relaxed);
         self.copies_blocks.store(policy == Policy::WholeBlocks, Ordering::Relaxed);
-        self.forked.store(false, Ordering::Relaxed);
         self.cleaned.store(false, Ordering::Relaxed);
+        self.traits.store(traits, Ordering::Relaxed);
         self.stored.store(0, Ordering::Relaxed);
-        self.tagged.store(tagged, Ordering::Relaxed);
         self.levels.store(levels(frames, policy), Ordering::Relaxed);
         self.blocks_below.store(blocks_below, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether its content is private memory.
+    #[inline]
+    pub(crate) fn is_private(&self) -> bool {
+        self.traits.load(Ordering::Relaxed) & PRIVATE != 0
     }
 
     /// Pages of content, in memory or not.
@@ -284,8 +298,12 @@ impl Tree {
         frame: u64,
         write: bool,
     ) -> Result<Grant, GrantError> {
-        if !self.forked.load(Ordering::Relaxed) {
-            return self.fill(supply, word, level, frame);
+        let traits = self.traits.load(Ordering::Relaxed) & (FORKED | PRIVATE);
+        if traits == 0 {
+            return self.fill::<M, false>(supply, word, level, frame);
+        }
+        if traits == PRIVATE {
+            return self.fill::<M, true>(supply, word, level, frame);
         }
         if write {
             // The zero page may be mapped: whoever writes has to take it away.
@@ -321,8 +339,23 @@ impl Tree {
         unreachable!("a word of level 0 never holds a node")
     }
 
+    /// The same for content of whichever kind the tree's is.
+    fn fill_own<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        word: Word,
+        level: u32,
+        frame: u64,
+    ) -> Result<Grant, GrantError> {
+        if self.is_private() {
+            self.fill::<M, true>(supply, word, level, frame)
+        } else {
+            self.fill::<M, false>(supply, word, level, frame)
+        }
+    }
+
     /// Makes what is missing below a vacant word of the tree's own part, one level a turn.
-    fn fill<M: Machine>(
+    fn fill<M: Machine, const HIDDEN: bool>(
         &self,
         supply: &Supply<'_, M>,
         mut word: Word,
@@ -331,7 +364,7 @@ impl Tree {
     ) -> Result<Grant, GrantError> {
         while level > 0 {
             let node = if level == BLOCK_LEVEL && frame < self.blocks_below.load(Ordering::Relaxed) {
-                match self.fill_block(supply, word, frame)? {
+                match self.fill_block::<M, HIDDEN>(supply, word, frame)? {
                     Filled::Content(grant) => return Ok(grant),
                     Filled::Node(node) => node,
                 }
@@ -341,7 +374,7 @@ impl Tree {
             level -= 1;
             word = place(node, level, frame);
         }
-        self.fill_page(supply, word, frame)
+        self.fill_page::<M, HIDDEN>(supply, word, frame)
     }
 
     /// An empty node that nobody can reach yet.
@@ -386,15 +419,25 @@ impl Tree {
 
     /// Whether its frames have valid allocation tags.
     pub(crate) fn is_tagged(&self) -> bool {
-        self.tagged.load(Ordering::Relaxed)
+        self.traits.load(Ordering::Relaxed) & TAGGED != 0
     }
 
-    fn fill_page<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, frame: u64) -> Result<Grant, GrantError> {
+    fn fill_page<M: Machine, const HIDDEN: bool>(
+        &self,
+        supply: &Supply<'_, M>,
+        word: Word,
+        frame: u64,
+    ) -> Result<Grant, GrantError> {
         self.claim(supply, word)?;
-        let pfn = supply.pool.take(supply.cpu, Order::PAGE).inspect_err(|_| {
-            supply.machine.store(word, Entry::Vacant.encode());
-        })?;
-        self.clear(supply, PfnRange::single(pfn));
+        let taken = if HIDDEN {
+            supply.pool.take_private(supply.machine, supply.cpu)
+        } else {
+            supply.pool.take(supply.cpu, Order::PAGE)
+        };
+        let pfn = taken.inspect_err(|_| supply.machine.store(word, Entry::Vacant.encode()))?;
+        if !HIDDEN {
+            self.clear(supply, PfnRange::single(pfn));
+        }
         self.resident.fetch_add(1, Ordering::Relaxed);
         supply.machine.store(word, Entry::Page(pfn).encode());
         if planted!(ZE2) && self.is_tagged() {
@@ -404,10 +447,22 @@ impl Tree {
     }
 
     /// Makes a block, or where no block is free a node for pages.
-    fn fill_block<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, frame: u64) -> Result<Filled, GrantError> {
+    fn fill_block<M: Machine, const HIDDEN: bool>(
+        &self,
+        supply: &Supply<'_, M>,
+        word: Word,
+        frame: u64,
+    ) -> Result<Filled, GrantError> {
         self.claim(supply, word)?;
-        if let Some(pfn) = supply.pool.take_at_hand(Order::BLOCK) {
-            self.clear(supply, PfnRange::block(pfn, PageSize::Size2M));
+        let taken = if HIDDEN {
+            supply.pool.take_private_block(supply.machine, supply.cpu)
+        } else {
+            supply.pool.take_at_hand(Order::BLOCK)
+        };
+        if let Some(pfn) = taken {
+            if !HIDDEN {
+                self.clear(supply, PfnRange::block(pfn, PageSize::Size2M));
+            }
             self.resident.fetch_add(BLOCK_FRAMES, Ordering::Relaxed);
             supply.machine.store(word, Entry::Block(pfn).encode());
             return Ok(Filled::Content(block(pfn, frame, true, true)));

@@ -60,7 +60,7 @@ impl Tree {
         if !found.is_shared() {
             return Ok(Ahead::NONE);
         }
-        let to = supply.pool.take(supply.cpu, Order::PAGE)?;
+        let to = self.take_page(supply)?;
         // The caller is pinned, so it is still taken: what was released since is deferred, and waits for the caller.
         if !supply.pool.share_if_held(from) {
             supply.pool.give(supply.cpu, to, Order::PAGE);
@@ -98,7 +98,7 @@ impl Tree {
                     }
                 }
                 Entry::Block(pfn) => return Ok(block(pfn, frame, true, false)),
-                Entry::Vacant => return self.fill(supply, word, level, frame),
+                Entry::Vacant => return self.fill_own(supply, word, level, frame),
                 Entry::Filling => return Err(GrantError::Busy),
             }
         }
@@ -155,7 +155,7 @@ impl Tree {
         let copy = match ahead.take(supply, pfn) {
             Some(copy) => copy,
             None => {
-                let copy = supply.pool.take(supply.cpu, Order::PAGE);
+                let copy = self.take_page(supply);
                 let copy = copy.inspect_err(|_| supply.machine.store(word, raw))?;
                 self.copy_content(supply, PfnRange::single(pfn), copy);
                 copy
@@ -179,7 +179,12 @@ impl Tree {
             return self.break_block(supply, word, raw, pfn).map(|()| None);
         }
         claim_copy(supply, word, raw)?;
-        let Some(copy) = supply.pool.take_at_hand(Order::BLOCK) else {
+        let copy = if self.is_private() {
+            supply.pool.take_private_block(supply.machine, supply.cpu)
+        } else {
+            supply.pool.take_at_hand(Order::BLOCK)
+        };
+        let Some(copy) = copy else {
             supply.machine.store(word, raw);
             return self.break_block(supply, word, raw, pfn).map(|()| None);
         };
@@ -209,12 +214,27 @@ impl Tree {
         Ok(())
     }
 
-    /// Copies frames that nobody writes, tags with them. Without forced write-back the guest may have written them past the
+    /// A frame for content that will be copied into it.
+    fn take_page<M: Machine>(&self, supply: &Supply<'_, M>) -> Result<Pfn, OutOfMemory> {
+        if self.is_private() {
+            supply.pool.take_private(supply.machine, supply.cpu)
+        } else {
+            supply.pool.take(supply.cpu, Order::PAGE)
+        }
+    }
+
+    /// Copies frames of the tree that nobody writes, tags with them. Without forced write-back the guest may have written them past the
     /// caches, and a cache may have a line from before.
     fn copy_content<M: Machine>(&self, supply: &Supply<'_, M>, from: PfnRange, to: Pfn) {
         if !supply.machine.features().forced_write_back {
             supply.machine.clean_invalidate_to_poc(from);
             supply.machine.complete();
+        }
+        if self.is_private() {
+            for offset in 0..from.count() {
+                supply.pool.copy_private(supply.machine, from.start().offset(offset), to.offset(offset));
+            }
+            return;
         }
         supply.machine.copy(from.start(), to, from.count());
         if self.is_tagged() && !planted!(ZE5) {

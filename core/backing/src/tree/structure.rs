@@ -15,7 +15,7 @@ use entresol_sync::hint::spin_loop;
 
 use super::entry::{self, CLEAN, COPYING, SHARED};
 use super::own::{let_go, reclaim};
-use super::{BLOCK_FRAMES, Entry, NODE_SHIFT, Tree, place};
+use super::{BLOCK_FRAMES, Entry, FORKED, NODE_SHIFT, Tree, place};
 use crate::{GrantError, Order, OutOfMemory, Supply};
 
 /// The first frame after the part that a word of `level` stands for, seen from a frame in it.
@@ -150,13 +150,13 @@ impl Tree {
             self.destroy_node(supply, entry::frame(root));
         }
         while reclaim(supply, usize::MAX) == usize::MAX {}
-        if self.forked.load(Ordering::Relaxed) {
+        if self.is_forked() {
             // What others hold was counted here too.
             self.resident.store(0, Ordering::Relaxed);
             self.nodes.store(0, Ordering::Relaxed);
         }
         // Its place may hold a device next, which has nothing of its own.
-        self.forked.store(true, Ordering::Relaxed);
+        self.traits.store(FORKED, Ordering::Relaxed);
     }
 
     /// A node of the tree's own, at most four deep.

@@ -1,7 +1,8 @@
 //! Touches its memory bit by bit, keeps a pattern in it, and reads it all back: for machines that have too little.
 //!
 //! Command line: `mib=N` touches N MiB (all free memory if absent); `seed=N` changes the pattern; `hold` keeps what was
-//! touched and verifies it again and again until the guest is killed. Prints `TOUCHED n MiB` for every 4 MiB, then
+//! touched and verifies it again and again until the guest is killed; `zero` looks at every word of it first, which must
+//! be zero: `CLEAN n MiB`, else `FAILED`. Prints `TOUCHED n MiB` for every 4 MiB, then
 //! `VERIFIED n MiB`; a word that is not what was written is `LOST`.
 
 #![no_std]
@@ -26,6 +27,14 @@ fn main(machine: &Machine) {
     let seed = machine.number("seed").unwrap_or(1);
     let range = free.start..free.start + size;
     println!("TOUCHER {} MiB at {:#x}, seed {seed}", size / MIB, range.start);
+    if machine.argument("zero").is_some() {
+        let left = range.clone().step_by(8).filter(|address| load64(*address) != 0).count();
+        if left != 0 {
+            println!("FAILED: {left} words of fresh memory are not zero");
+            return;
+        }
+        println!("CLEAN {} MiB", size / MIB);
+    }
     let mut step = range.start;
     while step < range.end {
         let end = (step + STEP).min(range.end);

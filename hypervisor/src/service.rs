@@ -4,7 +4,9 @@
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_metal_arm64::cpu;
-use entresol_mmu::CoalescedRing;
+use entresol_mmu::{CoalescedRing, CopyError};
+use entresol_slot::Hint;
+use entresol_sync::Pin;
 use entresol_sync::atomic::{AtomicU64, Ordering};
 use entresol_wire::config::check_name;
 
@@ -32,6 +34,15 @@ const FORK: u32 = 0xc600_0004;
 const FREE: u32 = 0xc600_0005;
 /// Answers 1 if no vCPU but the caller runs or could run, and, if X1 is 0, the hypervisor has nothing to do; else 0.
 const ALONE: u32 = 0xc600_0006;
+/// Reads 64 bytes of its memory at X1, as a device does. Answers 0, or [`INVALID`].
+const READ: u32 = 0xc600_0007;
+/// Has one-off accesses to private memory made in the hypervisor's own mapping (X1 not 0), or through windows (0). For all
+/// virtual machines. Answers 0.
+const IN_PLACE: u32 = 0xc600_0008;
+/// Leases the page at X1, and releases it. Answers 0, or [`INVALID`].
+const LEASE: u32 = 0xc600_0009;
+/// What [`READ`] reads: the size of a few descriptors of a virtio queue.
+const READ_BYTES: usize = 64;
 /// An argument breaks a rule.
 const INVALID: u64 = -2i64 as u64;
 
@@ -49,6 +60,12 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
         FORK => Some(fork(vcpu, x1)),
         FREE => Some(free(x1)),
         ALONE => Some((sched::is_alone(cpu::index()) && (x1 != 0 || !host_work::pending(host_work::CPU))).into()),
+        READ => Some(answered(vcpu.vm.memory.read(&pin(), &Hint::new(), Gpa::new(x1), &mut [0; READ_BYTES]))),
+        IN_PLACE => {
+            host::get().pool.access_in_place(x1 != 0);
+            Some(0)
+        }
+        LEASE => Some(answered(lease(vcpu, x1))),
         _ => None,
     }
 }
@@ -103,6 +120,21 @@ fn free(what: u64) -> u64 {
         1 => heap::free(),
         _ => INVALID,
     }
+}
+
+/// No grace period is pinned here: only memory aborts pin, and this is a call.
+fn pin() -> Pin<'static> {
+    host::get().epoch.pin(cpu::index())
+}
+
+fn answered(done: Result<(), CopyError>) -> u64 {
+    if done.is_ok() { 0 } else { INVALID }
+}
+
+fn lease(vcpu: &VcpuRef, address: u64) -> Result<(), CopyError> {
+    let lease = vcpu.vm.memory.lease(&pin(), &Hint::new(), Gpa::new(address))?;
+    vcpu.vm.memory.release_lease(lease);
+    Ok(())
 }
 
 fn slot(vcpu: &VcpuRef, which: u64, base: u64, size: u64) -> u64 {

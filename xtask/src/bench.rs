@@ -58,6 +58,8 @@ pub enum Part {
     Split,
     /// Live forks of guests of several sizes
     Forks,
+    /// Private memory: faults, and the hypervisor's own accesses
+    Private,
     /// A Linux boot, bare and as a guest
     Boot,
 }
@@ -90,6 +92,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     if wanted(Part::Forks) {
         rows.0.extend(fork::measure(&bench)?);
+    }
+    if wanted(Part::Private) {
+        rows.add(operations::measure(&bench, Part::Private)?, None);
     }
     if wanted(Part::Boot) {
         rows.0.extend(boot::measure(&bench, options.peer.is_some())?);

@@ -41,6 +41,7 @@ mod guest;
 mod handle;
 mod host;
 mod invalidate;
+mod lease;
 mod maintain;
 mod mapping;
 mod mark;

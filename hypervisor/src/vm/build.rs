@@ -241,7 +241,8 @@ pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildE
         LargestEntry::Page4K => Policy::Pages,
     };
     let (frames, tagged) = (config.memory / PAGE_SIZE, config.mte);
-    let spec = if config.private { Spec::Private { frames, policy } } else { Spec::Anonymous { frames, policy, tagged } };
+    let spec =
+        if config.private { Spec::Private { frames, policy } } else { Spec::Anonymous { frames, policy, tagged } };
     host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))
 }
 

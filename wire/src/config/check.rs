@@ -36,6 +36,7 @@ impl<F: fmt::Display> Config<F> {
             check_name(&format!("{at}.name"), &vm.name)?;
             unlike_earlier(self, index, &at)?;
             memory(&at, vm.memory, self.outer.memory)?;
+            private(&at, vm)?;
             vcpus(&at, i64::from(vm.vcpus))?;
             cmdline(&at, &vm.cmdline)?;
             owners_window(&at, vm)?;
@@ -127,6 +128,17 @@ fn memory(at: &str, memory: u64, machine: u64) -> Result<(), Refusal> {
         return Ok(());
     };
     Err(Refusal::new(format!("{at}.memory"), format_size(memory), rule))
+}
+
+/// What reads memory by its address cannot have it absent.
+fn private<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
+    let clash = [("mte", vm.mte), ("merge", vm.merge)].into_iter().find(|(_, wanted)| *wanted);
+    match clash.filter(|_| vm.private) {
+        Some((other, _)) => {
+            Err(Refusal::new(format!("{at}.memory.private"), true, format!("must be false where {at}.{other} = true")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn cmdline(at: &str, cmdline: &str) -> Result<(), Refusal> {

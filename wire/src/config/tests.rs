@@ -123,6 +123,8 @@ fn each_broken_rule_names_field_value_and_rule() {
         (one(json!({ "doorbells": std::vec![json!({ "address": 0x0c00_0000, "size": 4 }); 2] })), "vms[0].doorbells[1].address = 0xc000000: must not be that of vms[0].doorbells[0]"),
         (one(json!({ "memory": "513M" })), "vms[0].memory = 513M: must be a multiple of 2M"),
         (one(json!({ "memory": "1K" })), "vms[0].memory = 1K: must be a multiple of 2M"),
+        (one(json!({ "memory": { "size": "64M", "private": true }, "mte": true })), "vms[0].memory.private = true: must be false where vms[0].mte = true"),
+        (one(json!({ "memory": { "size": "64M", "private": true }, "merge": true })), "vms[0].memory.private = true: must be false where vms[0].merge = true"),
         (one(json!({ "memory": "0M" })), "vms[0].memory = 0 bytes: must be above zero"),
         (json!({ "outer": { "merge_pages_per_second": -1 }, "vms": [vm(json!({}))] }), "outer.merge_pages_per_second = -1: must be from 0 to 1048576"),
         (json!({ "outer": { "merge_pages_per_second": 1048577 }, "vms": [vm(json!({}))] }), "outer.merge_pages_per_second = 1048577: must be from 0 to 1048576"),

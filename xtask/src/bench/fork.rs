@@ -58,7 +58,7 @@ fn run(bench: &Bench, key: &str, mib: u64, outer: u64, again: bool) -> Result<ma
     let back_to_back = if again { " back-to-back" } else { "" };
     let vm = WrittenVm {
         name: "forks".to_owned(),
-        memory: format!("{mib}M"),
+        memory: format!("{mib}M").into(),
         vcpus: Some(2),
         kernel: guests::flat("forks")?.to_string_lossy().into_owned(),
         cmdline: format!("mib={} forks={FORKS}{back_to_back}", mib - REST),

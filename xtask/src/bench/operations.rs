@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use entresol_wire::config::{
-    CacheMaintenance, CoalescedZone, Doorbell, LargestEntry, SharedBlock, WrittenPolicies, WrittenVm,
+    CacheMaintenance, CoalescedZone, Doorbell, LargestEntry, SharedBlock, WrittenMemory, WrittenPolicies, WrittenVm,
 };
 
 use super::machine::{self, Run};
@@ -23,6 +23,15 @@ const PAGES: [(&str, u8); 7] = [
 /// Of the same run: what KVM does not carry out for a guest.
 const OURS: [(&str, u8); 3] = [("mmio_pair", 8), ("cmo_trap", 9), ("cow_4k", 16)];
 const OURS_OF_BLOCKS: [(&str, u8); 1] = [("cow_2m", 17)];
+/// Of a machine whose memory is private.
+const PRIVATE: [(&str, u8); 6] = [
+    ("private_populated_4k", 2),
+    ("private_fresh_4k", 1),
+    ("private_cow_4k", 16),
+    ("private_read_window", 18),
+    ("private_read_place", 19),
+    ("private_lease", 20),
+];
 const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
 const LOG: [(&str, u8); 2] = [("dirty_log_fault", 12), ("get_dirty_log_1g_16384", 13)];
 const SPLIT: [(&str, u8); 2] = [("dirty_log_split", 14), ("dirty_log_split_page", 15)];
@@ -46,6 +55,7 @@ pub fn arguments(part: Part) -> &'static str {
         Part::Blocks => "bench=blocks",
         Part::Log => "bench=log",
         Part::Split => "bench=split",
+        Part::Private => "bench=pages private",
         Part::Pages | Part::Forks | Part::Boot => "bench=pages",
     }
 }
@@ -66,12 +76,12 @@ pub type Results = Vec<(&'static str, Statistics)>;
 /// # Errors
 /// When the machine does not come to its end, or a phase is missing.
 pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
-    let name = arguments(part);
+    let name = if part == Part::Private { "bench=private" } else { arguments(part) };
     let blocks = matches!(part, Part::Blocks | Part::Split);
     let page_size = if blocks { LargestEntry::Block2M } else { LargestEntry::Page4K };
     let vm = WrittenVm {
         name: "bench".to_owned(),
-        memory: memory(part).1.into(),
+        memory: WrittenMemory { size: memory(part).1.to_owned(), private: part == Part::Private },
         kernel: guests::flat("bench")?.to_string_lossy().into_owned(),
         cmdline: format!("{} {ALL}", arguments(part)),
         policies: WrittenPolicies {
@@ -101,7 +111,12 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
     };
     let counts = run.to_end(bench)?.counts;
     let mut results = phases(part, &counts)?;
-    results.extend(each(if part == Part::Blocks { &OURS_OF_BLOCKS } else { &OURS }, &counts)?);
+    let ours: &[_] = match part {
+        Part::Pages => &OURS,
+        Part::Blocks => &OURS_OF_BLOCKS,
+        Part::Log | Part::Split | Part::Private | Part::Forks | Part::Boot => &[],
+    };
+    results.extend(each(ours, &counts)?);
     Ok(results)
 }
 
@@ -114,6 +129,7 @@ pub fn phases(part: Part, counts: &Counts) -> Result<Results> {
         Part::Blocks => each(&BLOCKS, counts),
         Part::Log => each(&LOG, counts),
         Part::Split => each(&SPLIT, counts),
+        Part::Private => each(&PRIVATE, counts),
         Part::Pages | Part::Forks | Part::Boot => each(&PAGES, counts),
     }
 }

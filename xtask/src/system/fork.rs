@@ -185,7 +185,7 @@ pub fn changed_memory_is_never_stale(context: &Context) -> Result<()> {
     let policies = WrittenPolicies { services: true, on_guest_reset: OnReset::Stop, ..WrittenPolicies::default() };
     let vm = WrittenVm {
         name: "stale".to_owned(),
-        memory: "128M".to_owned(),
+        memory: "128M".into(),
         kernel,
         cmdline: format!("rounds={ROUNDS}"),
         policies,

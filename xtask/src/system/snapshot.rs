@@ -61,7 +61,7 @@ fn boot(context: &Context, name: &str, store: &Path) -> Result<Machine> {
     let builder = Builder::new(context, name)?;
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
     let mut guest = linux(GUEST, &context.guest.kernel()?, &initrd);
-    guest.memory = "256M".to_owned();
+    guest.memory = "256M".into();
     guest.vcpus = Some(2);
     guest.disks.push(disk(&builder.file("disk.img", &[0; 1 << 20])?));
     guest.autostart = Some(false);

@@ -35,7 +35,7 @@ pub fn stolen_time_is_told(context: &Context) -> Result<()> {
     let kernel = context.guest.kernel()?;
     let vm = |name: &str, initrd: &std::path::Path| {
         let vm = linux(name, &kernel, initrd);
-        WrittenVm { memory: "256M".to_owned(), vcpus: Some(2), autostart: Some(false), ..vm }
+        WrittenVm { memory: "256M".into(), vcpus: Some(2), autostart: Some(false), ..vm }
     };
     let guest = vm(GUEST, &builder.initrd("guest.cpio", &Initrd::interactive())?);
     let rival = vm(RIVAL, &builder.initrd("rival.cpio", &Initrd::scripted("while :; do :; done"))?);

@@ -15,11 +15,18 @@
 //! | 16 | first store to a 4 KiB page since a live fork of this machine, the copy of which sleeps |
 //! | 8 | LDP of two of PL011's registers: no syndrome says what it is |
 //! | 9 | DC CIVAC on memory that is mapped, where its owner lets it trap |
-//!
 //! | 12 | `bench=log`: store to a page that the dirty log has write-protected |
 //! | 13 | the same: fetching the log of 1 GiB with 16,384 dirty pages |
 //! | 14 | `bench=split`: store to a write-protected block of 2 MiB |
 //! | 15 | the same: store to another page of it |
+//!
+//! With the argument `private`, for a machine whose memory is that, also: the hypervisor, on request,
+//!
+//! | phase | operation |
+//! |---|---|
+//! | 18 | reads 64 bytes of a page through a window |
+//! | 19 | reads them in place: in its own mapping for all CPUs, and out again |
+//! | 20 | takes a lease of the page and releases it |
 //!
 //! Phases 8, 9 and 16 with the argument `all` only: KVM refuses the first, lets the hardware do the second, and does not fork
 //! machines.
@@ -67,6 +74,10 @@ const ALONE: u64 = 0xc600_0006;
 const GENERATION: u64 = 0x090d_0000;
 /// Seconds that a copy sleeps.
 const LONG: u64 = 100_000;
+/// Reads 64 bytes at X1; has that done in place from now on, or not, by X1; leases the page at X1, and releases it.
+const READ: u64 = 0xc600_0007;
+const IN_PLACE: u64 = 0xc600_0008;
+const LEASE: u64 = 0xc600_0009;
 
 /// Takes coalesced writes.
 const DRAIN: u64 = 0xc600_0002;
@@ -91,7 +102,10 @@ fn main(machine: &Machine) {
     let free = machine.free();
     let start = free.start.next_multiple_of(BLOCK);
     assert!(start + count * size <= free.end, "this machine has too little memory");
-    if !blocks {
+    if machine.argument("private").is_some() {
+        accesses(memory::image().end.next_multiple_of(PAGE));
+        phase::<0xa001>();
+    } else if !blocks {
         calls(machine);
         phase::<0xa001>();
     } else {
@@ -165,6 +179,33 @@ fn calls(machine: &Machine) {
     }
     if machine.argument("all").is_some() {
         emulated(page);
+    }
+}
+
+/// What the hypervisor does to reach private memory.
+fn accesses(page: u64) {
+    memory::store64(page, page);
+    let ask = |function: u64, argument: u64| {
+        assert_eq!(smccc::hvc([function, argument, 0, 0]), 0, "the hypervisor refuses {function:#x}");
+    };
+    ask(READ, page);
+    phase::<0xa012>();
+    repeat(READ, page);
+    phase::<0xa000>();
+    ask(IN_PLACE, 1);
+    phase::<0xa013>();
+    repeat(READ, page);
+    phase::<0xa000>();
+    ask(IN_PLACE, 0);
+    phase::<0xa014>();
+    repeat(LEASE, page);
+}
+
+fn repeat(function: u64, page: u64) {
+    for _ in 0..CALLS {
+        let mut answer = function;
+        measured!("hvc #0", inout("x0") answer, inout("x1") page => _, out("x2") _, out("x3") _, clobber_abi("C"));
+        assert_eq!(answer, 0, "the hypervisor refuses {function:#x}");
     }
 }
 

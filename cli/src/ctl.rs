@@ -93,6 +93,14 @@ pub enum Command {
         #[arg(value_parser = number)]
         address: u64,
     },
+    /// Put so much of a virtual machine's memory, what it used least lately, on the swap device; how far that has come, `stats` shows
+    Reclaim {
+        /// Its name
+        vm: String,
+        /// Bytes, or a size like 64M
+        #[arg(value_name = "SIZE", value_parser = number)]
+        size: u64,
+    },
     /// Stop a virtual machine's vCPUs until `resume`
     Pause {
         /// Its name
@@ -272,6 +280,7 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
                 other => return Err(unexpected(&op, &other).into()),
             }
         }
+        Command::Reclaim { vm, size } => done(&mut client, Op::Reclaim { vm: vm.into(), size }, &out)?,
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
         Command::Kill { vm } => done(&mut client, Op::Kill { vm: vm.into() }, &out)?,

@@ -43,6 +43,7 @@ pub fn stats(stats: &Stats<'_>) -> String {
         ("faults", "translation", faults.translation),
         ("faults", "permission", faults.permission),
         ("faults", "access flag", faults.access_flag),
+        ("faults", "absent", faults.absent),
         ("faults", "fresh", faults.fresh),
         ("faults", "populated", faults.populated),
         ("faults", "retry", faults.retry),
@@ -58,6 +59,7 @@ pub fn stats(stats: &Stats<'_>) -> String {
         ("tlb", "vmid", tlb.vmid),
         ("tlb", "all", tlb.all),
         ("frames", "resident", stats.resident_frames),
+        ("frames", "stored", stats.stored_frames),
         ("frames", "free", stats.free_frames),
         ("mmio", "unclaimed", stats.unclaimed_mmio),
         ("merge", "scanned", stats.merge.scanned),
@@ -247,7 +249,7 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         let shown = super::stats(&stats);
         let line = |what: &str| shown.lines().find(|line| line.contains(what)).expect(what).split_whitespace().last();
         assert_eq!((line("translation"), line("injected"), line("wfi")), (Some("11"), Some("99"), Some("77")));
-        assert_eq!(shown.lines().count(), 1 + 27 + 1);
+        assert_eq!(shown.lines().count(), 1 + 28 + 1);
     }
 
     #[test]

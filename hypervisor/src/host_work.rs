@@ -8,7 +8,7 @@ use entresol_metal_arm64::{cpu, gic};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::sched::KICK;
-use crate::{console, control, host, merge, registry, service, store};
+use crate::{console, control, host, merge, registry, service, store, swap};
 
 /// The CPU that does it.
 pub const CPU: usize = 0;
@@ -30,6 +30,8 @@ pub enum Work {
     Merge = 1 << 5,
     /// A guest has called for a service that is not its vCPU's to carry out.
     Service = 1 << 6,
+    /// The disk of swapped pages has finished something, a page is waited for, or memory is to be reclaimed.
+    Swap = 1 << 7,
 }
 
 static PENDING: AtomicU64 = AtomicU64::new(0);
@@ -79,6 +81,9 @@ pub fn run(cpu: usize) {
     }
     if has(Work::Store) {
         store::serve();
+    }
+    if has(Work::Swap) {
+        swap::serve();
     }
     if has(Work::Lifecycle) {
         registry::settle();

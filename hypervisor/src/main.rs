@@ -12,13 +12,14 @@
 //! | [`vm`], [`vcpu`] | what is a virtual machine made of? |
 //! | [`irq`], [`host_work`] | what does the hypervisor do for itself? |
 //! | [`console`], [`control`] | how do people reach guests, and the hypervisor? |
+//! | [`paging`] | who waits for pages that are not in memory? |
 //! | [`registry`] | which virtual machines are there? |
-//! | [`block`], [`store`] | what is kept on the outer machine's disks? |
+//! | [`block`], [`store`], [`swap`] | what is kept on the outer machine's disks? |
 //! | [`snapshot`] | how does a virtual machine become a file, and a file one? |
 //!
 //! Invariants: a guest is hostile. Nothing it does may panic here, allocate on the heap, or wait without bound.
 //!
-//! Lock order, first to last: a vCPU's state · registry · a VM's status · a device · console input · scheduler · vGIC ·
+//! Lock order, first to last: a vCPU's state · registry · a VM's status · a device · console input · scheduler · readings of pages · vGIC ·
 //! core's own locks · machine's console.
 //!
 //! It builds for the bare machine only: `cargo xtask run`.
@@ -41,6 +42,7 @@ mod host;
 mod host_work;
 mod irq;
 mod merge;
+mod paging;
 mod physical_timer;
 mod registry;
 mod report;
@@ -49,6 +51,7 @@ mod sched;
 mod service;
 mod snapshot;
 mod store;
+mod swap;
 mod vcpu;
 mod vm;
 
@@ -152,6 +155,7 @@ fn start_guests(info: &'static BootInfo) {
     }
     drop(names);
     block::init(info);
+    swap::init();
     vm::pass_through::init(info);
     if let Err((name, error)) = registry::init(bundle) {
         refuse(format_args!("vm {name}: {error}"));

@@ -310,6 +310,12 @@ pub fn find(number: usize) -> Option<Arc<Vm>> {
     PLACES.lock().get(number)?.vm.clone()
 }
 
+/// Calls `act` with every virtual machine that exists. Host's work.
+pub fn for_each(act: impl Fn(&Vm)) {
+    let count = PLACES.lock().len();
+    (0..count).filter_map(find).for_each(|vm| act(&vm));
+}
+
 /// The number of the virtual machine called `name`.
 pub fn number_of(name: &str) -> Option<usize> {
     PLACES.lock().iter().position(|place| place.config.name == name)

@@ -6,12 +6,12 @@
 //! Protocol: every change of a vCPU's [`Run`] state happens under the one lock here. A CPU that finds nothing to run
 //! marks itself idle under the same lock, so a wake-up either sees it idle and sends it an interrupt, or happens before
 //! it looks for work. A vCPU goes to wait only if, under the lock, nothing is deliverable to it: whoever makes an
-//! interrupt pending does so first and takes the lock after.
+//! interrupt pending does so first and takes the lock after. The same holds for one that waits for a page.
 //!
 //! Invariants: a vCPU is in at most one place: the ready queue, the waiting list, one CPU, or none. The queue and the
 //! list have room for every vCPU that exists ([`reserve`]), so nothing here allocates while guests run.
 //! Lock order: a vCPU's own state → scheduler; nothing is taken under the scheduler but the interrupt controller's
-//! redistributor lock (for "is anything deliverable").
+//! redistributor lock (for "is anything deliverable") and the lock of readings.
 
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -22,6 +22,7 @@ use entresol_metal_arm64::{cpu, gic};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::Ordering;
 
+use crate::paging::{self, Ticket};
 use crate::vm::{OutOfHeap, Vm};
 
 /// Software-generated interrupt that makes another CPU look up from what it does.
@@ -38,6 +39,8 @@ pub enum Run {
     Running(usize),
     /// Waits for an interrupt.
     Waiting,
+    /// Waits for a page.
+    Fetching,
     /// Would be ready, but its virtual machine is paused.
     Parked,
 }
@@ -49,6 +52,8 @@ pub enum Leave {
     Ready,
     /// It waits for an interrupt, at the latest until this count of the physical counter.
     Wait(Option<u64>),
+    /// It waits for a page that is being fetched.
+    Fetch(Ticket),
     /// It powered itself off.
     Off,
     /// Its virtual machine no longer runs.
@@ -73,6 +78,8 @@ impl VcpuRef {
 struct Waiter {
     vcpu: VcpuRef,
     deadline: Option<u64>,
+    /// The page that it waits for; no interrupt ends that.
+    page: Option<Ticket>,
     cpu: usize,
 }
 
@@ -172,7 +179,12 @@ pub fn put(cpu: usize, vcpu: VcpuRef, leave: Leave, deliverable: impl FnOnce() -
         Leave::Wait(_) if !vcpu.vm.may_run() || deliverable() => queues.make_ready(vcpu),
         Leave::Wait(deadline) => {
             slot.set_run(Run::Waiting);
-            queues.waiting.push(Waiter { vcpu, deadline, cpu });
+            queues.waiting.push(Waiter { vcpu, deadline, page: None, cpu });
+        }
+        Leave::Fetch(page) if !vcpu.vm.may_run() || !paging::is_pending(page) => queues.make_ready(vcpu),
+        Leave::Fetch(page) => {
+            slot.set_run(Run::Fetching);
+            queues.waiting.push(Waiter { vcpu, deadline: None, page: Some(page), cpu });
         }
     }
 }
@@ -189,8 +201,17 @@ pub fn kick(vm: &Vm, vcpus: Kick) {
                 }
             }
             Run::Running(cpu) if cpu != this => gic::send_sgi(cpu, KICK),
-            Run::Running(_) | Run::Off | Run::Ready | Run::Parked => {}
+            Run::Running(_) | Run::Off | Run::Ready | Run::Fetching | Run::Parked => {}
         }
+    }
+}
+
+/// The reading `page`, which is not pending any more, is over: every vCPU that waited for it is ready.
+pub fn fetched(page: Ticket) {
+    let mut queues = QUEUES.lock();
+    while let Some(place) = queues.waiting.iter().position(|waiter| waiter.page == Some(page)) {
+        let vcpu = queues.waiting.swap_remove(place).vcpu;
+        queues.make_ready(vcpu);
     }
 }
 
@@ -227,7 +248,7 @@ pub fn withdraw(vm: &Vm) {
         for index in 0..vm.vcpus() {
             match vm.vcpu(index).run() {
                 Run::Running(cpu) => gic::send_sgi(cpu, KICK),
-                Run::Ready | Run::Waiting => vm.vcpu(index).set_run(Run::Parked),
+                Run::Ready | Run::Waiting | Run::Fetching => vm.vcpu(index).set_run(Run::Parked),
                 Run::Off | Run::Parked => {}
             }
         }

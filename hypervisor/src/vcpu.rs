@@ -97,7 +97,8 @@ const OFF: u64 = 0;
 const READY: u64 = 1;
 const WAITING: u64 = 2;
 const PARKED: u64 = 3;
-const RUNNING: u64 = 4;
+const FETCHING: u64 = 4;
+const RUNNING: u64 = 5;
 
 impl Vcpu {
     /// vCPU `index`, powered off.
@@ -185,6 +186,7 @@ impl Vcpu {
             OFF => Run::Off,
             READY => Run::Ready,
             WAITING => Run::Waiting,
+            FETCHING => Run::Fetching,
             PARKED => Run::Parked,
             running => Run::Running((running - RUNNING) as usize),
         }
@@ -196,6 +198,7 @@ impl Vcpu {
             Run::Off => OFF,
             Run::Ready => READY,
             Run::Waiting => WAITING,
+            Run::Fetching => FETCHING,
             Run::Parked => PARKED,
             Run::Running(cpu) => RUNNING + cpu as u64,
         };

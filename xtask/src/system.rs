@@ -28,6 +28,7 @@ mod slots;
 mod snapshot;
 mod stolen;
 mod store;
+mod swap;
 pub mod transcript;
 
 use std::collections::VecDeque;
@@ -93,6 +94,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "private_memory_is_nowhere_else",
         about: "private Linux under load, 1,000 audits; a stray read faults and harms nobody; a killed VM leaves zeroes",
         run: private::private_memory_is_nowhere_else,
+    },
+    SystemTest {
+        name: "swap_takes_and_brings_back",
+        about: "a guest's memory goes to the swap device and comes back, through an error of the disk and a fork; frames exact",
+        run: swap::swap_takes_and_brings_back,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

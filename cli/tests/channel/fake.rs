@@ -96,7 +96,7 @@ impl Guest {
                     Op::Input { data, .. } => format!(" {}", String::from_utf8_lossy(&data.0)),
                     Op::SetSlot { slot, .. } => format!(" {slot:?}"),
                     Op::Slots { from, .. } => format!(" {from}"),
-                    Op::Balloon { size, .. } => format!(" {size}"),
+                    Op::Balloon { size, .. } | Op::Reclaim { size, .. } => format!(" {size}"),
                     _ => String::new(),
                 };
                 let said = format!("{}{data}", request.op.name());
@@ -185,6 +185,7 @@ impl Guest {
             | Op::Restore { .. }
             | Op::RemoveFile { .. }
             | Op::Balloon { .. }
+            | Op::Reclaim { .. }
             | Op::Fork { .. }
             | Op::Pause { .. }
             | Op::Resume { .. }

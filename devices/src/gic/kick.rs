@@ -21,7 +21,8 @@ impl Kick {
         Self(1 << vcpu)
     }
 
-    pub(super) const fn all(vcpus: usize) -> Self {
+    /// Every vCPU of a machine that has `vcpus`.
+    pub const fn all(vcpus: usize) -> Self {
         Self(((1u16 << vcpus) - 1) as u8)
     }
 

@@ -6,6 +6,7 @@
 //! | serial | work | whose |
 //! |---|---|---|
 //! | `entresol-store` | [`Work::Store`] | snapshots: [`crate::store`] |
+//! | `entresol-swap` | [`Work::Swap`] | pages that left memory: [`crate::swap`] |
 //!
 //! Protocol: [`init`] at boot; then [`find`], [`Disk::submit`], and in the work that the disk's interrupt raises
 //! [`Disk::take`] until there is nothing. Nothing here waits but [`init`].
@@ -28,7 +29,7 @@ use crate::control;
 use crate::host_work::{self, Work};
 
 /// Serial numbers, and whose work their interrupts raise.
-const KNOWN: [(&[u8], Work); 1] = [(b"entresol-store", Work::Store)];
+const KNOWN: [(&[u8], Work); 2] = [(b"entresol-store", Work::Store), (b"entresol-swap", Work::Swap)];
 
 static DISKS: Once<ArrayVec<Disk, { KNOWN.len() }>> = Once::new();
 

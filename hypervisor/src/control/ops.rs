@@ -31,7 +31,7 @@ use super::stored;
 use super::{ATTACHED, NOBODY, ROOM, describe, dirty};
 use crate::registry::{self, ForkRefusal, Row};
 use crate::vm::{Alias, ForkError, Pause, Status, Stop, Vm};
-use crate::{console, host, merge, sched};
+use crate::{console, host, merge, sched, swap};
 
 /// How a request ends that is not refused.
 pub enum Outcome {
@@ -68,6 +68,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Balloon { vm, size } => balloon(vm, *size)?.into(),
         Op::Audit => Answer::Audit(private::audit()).into(),
         Op::Probe { vm, address } => Answer::Probe(private::probe(&*alive(vm)?, *address)?).into(),
+        Op::Reclaim { vm, size } => reclaim(vm, *size)?.into(),
         Op::Pause { vm } => pause(vm)?.into(),
         Op::Resume { vm } => resume(vm, attached)?.into(),
         Op::Kill { vm } => {
@@ -147,6 +148,7 @@ fn stats(vm: &Vm) -> Stats<'static> {
             translation: counted.translation.get(),
             permission: counted.permission.get(),
             access_flag: counted.access_flag.get(),
+            absent: counted.absent.get(),
             fresh: counted.fresh.get(),
             populated: counted.populated.get(),
             retry: counted.retry.get(),
@@ -169,6 +171,7 @@ fn stats(vm: &Vm) -> Stats<'static> {
         },
         exits: vm.counters.iter().map(|(reason, count)| (Cow::Borrowed(reason), count)).collect(),
         resident_frames: vm.resident_frames(),
+        stored_frames: vm.stored_frames(),
         free_frames: host.pool.free_frames(),
         unclaimed_mmio: vm.unclaimed.get(),
         balloon: vm.balloon(),
@@ -258,6 +261,19 @@ fn posted(vm: &Vm) -> Result<Posted, Error> {
 fn balloon(name: &str, size: u64) -> Result<Answer<'static>, Error> {
     let set = alive(name)?.set_balloon(size);
     set.map(|()| Answer::Done).map_err(|refusal| Error::refused(Code::BadField, refusal))
+}
+
+/// Answered when it has begun; how far it has come, the statistics say.
+fn reclaim(name: &str, size: u64) -> Result<Answer<'static>, Error> {
+    let vm = alive(name)?;
+    let (number, _) = row(name)?;
+    swap::reclaim(number, &vm, size).map(|()| Answer::Done).map_err(|refusal| match refusal {
+        swap::Refusal::NoDisk => Error::new(Code::StoreFailed, "the machine has no disk entresol-swap"),
+        swap::Refusal::Size => {
+            let size = alloc::format!("{size}");
+            Error::refused(Code::BadField, Refusal::text("size", &size, "must be whole pages, and at least one"))
+        }
+    })
 }
 
 /// Answered when no vCPU runs any more.

@@ -52,7 +52,7 @@ enum Stop {
     /// No frame for a page.
     OutOfMemory,
     /// A page is in a store.
-    Absent,
+    Absent { gpa: Gpa },
     /// The guest's memory changed meanwhile: it tries again.
     Again,
     /// The owner has to take coalesced writes first.
@@ -81,7 +81,7 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
             vcpu.vm.pause(Pause::OutOfMemory);
             Next::Leave(Leave::Park)
         }
-        Err(Stop::Absent) => memory::absent(vcpu),
+        Err(Stop::Absent { gpa }) => memory::absent(vcpu, gpa),
         Err(Stop::Full) => posted::wait_for_room(&vcpu.vm),
         Err(Stop::NoSyndrome(instruction)) => refuse(vcpu, state, fault, far, instruction),
     }
@@ -160,7 +160,7 @@ fn fetch_unmapped(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
         // Its tables changed since it was fetched.
         Err(Untranslated::Fault(_)) => return Err(Stop::NoSyndrome(None)),
         Err(Untranslated::OutOfMemory) => return Err(Stop::OutOfMemory),
-        Err(Untranslated::Absent) => return Err(Stop::Absent),
+        Err(Untranslated::Absent { gpa }) => return Err(Stop::Absent { gpa }),
         Err(Untranslated::Again) => return Err(Stop::Again),
     };
     let mut word = [0; 4];
@@ -168,7 +168,7 @@ fn fetch_unmapped(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
     match vcpu.vm.memory.read(&pin, &state.hint, Gpa::new(page | pc & (PAGE_SIZE - 1)), &mut word) {
         Ok(()) => Ok(u32::from_le_bytes(word)),
         Err(CopyError::OutOfMemory) => Err(Stop::OutOfMemory),
-        Err(CopyError::Absent { .. }) => Err(Stop::Absent),
+        Err(CopyError::Absent { gpa, .. }) => Err(Stop::Absent { gpa }),
         Err(CopyError::Busy) => Err(Stop::Again),
         Err(CopyError::Outside { .. } | CopyError::ReadOnly { .. }) => Err(Stop::NoSyndrome(None)),
     }
@@ -435,7 +435,7 @@ impl Span {
             match done {
                 Ok(()) => {}
                 Err(CopyError::OutOfMemory) => return Err(Stop::OutOfMemory),
-                Err(CopyError::Absent { .. }) => return Err(Stop::Absent),
+                Err(CopyError::Absent { gpa, .. }) => return Err(Stop::Absent { gpa }),
                 Err(CopyError::ReadOnly { .. }) => return Err(abort(&piece)),
                 // The slot has gone since it was looked at, or memory is being forked.
                 Err(CopyError::Outside { .. } | CopyError::Busy) => return Err(Stop::Again),
@@ -457,7 +457,7 @@ fn translate(vcpu: &VcpuRef, state: &State, address: u64, rights: Rights) -> Res
     walk::translate(vcpu, state, address, rights).map(Translated::page).map_err(|reason| match reason {
         Untranslated::Fault(status) => Stop::Abort { address, status },
         Untranslated::OutOfMemory => Stop::OutOfMemory,
-        Untranslated::Absent => Stop::Absent,
+        Untranslated::Absent { gpa } => Stop::Absent { gpa },
         Untranslated::Again => Stop::Again,
     })
 }

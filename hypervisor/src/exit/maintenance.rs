@@ -43,7 +43,7 @@ pub fn maintain(vcpu: &VcpuRef, state: &mut State, esr: u64, operation: CacheOp,
             vcpu.vm.pause(Pause::OutOfMemory);
             Next::Leave(Leave::Park)
         }
-        Err(Untranslated::Absent) => memory::absent(vcpu),
+        Err(Untranslated::Absent { gpa }) => memory::absent(vcpu, gpa),
         Err(Untranslated::Again) => Next::Look,
     }
 }

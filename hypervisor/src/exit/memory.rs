@@ -1,5 +1,6 @@
 //! Memory aborts: into the core's pipeline, and what its outcomes mean here.
 
+use entresol_addr::Gpa;
 use entresol_arch_arm64::abort;
 use entresol_arch_arm64::inject::{Exception, Status};
 use entresol_fault::{Access, Fault};
@@ -8,6 +9,7 @@ use entresol_mmu::{Abort, Outcome, Reason};
 
 use super::{Next, mmio, posted, undefined, walk};
 use crate::host;
+use crate::paging::{self, Wanted};
 use crate::sched::{Leave, VcpuRef};
 use crate::vcpu::State;
 use crate::vm::{Crash, Pause};
@@ -68,7 +70,7 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
             vcpu.vm.pause(Pause::OutOfMemory);
             Next::Leave(Leave::Park)
         }
-        Outcome::Exit(Reason::Stored { .. }) => absent(vcpu),
+        Outcome::Exit(Reason::Stored { .. }) => absent(vcpu, fault.gpa),
         Outcome::Exit(Reason::DirtyRingFull) => {
             vcpu.vm.pause(Pause::DirtyRingFull);
             Next::Leave(Leave::Park)
@@ -78,10 +80,16 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
     }
 }
 
-/// A page is in a store, and no keeper of it can be asked: the access is made again when the owner lets the machine go on.
+/// The page at `gpa` is in a store: the vCPU sleeps until it has been fetched, and makes its access again.
 #[cold]
-pub fn absent(vcpu: &VcpuRef) -> Next {
-    vcpu.vm.pause(Pause::Storage);
+pub fn absent(vcpu: &VcpuRef, gpa: Gpa) -> Next {
+    let pause = match paging::want(&vcpu.vm, gpa) {
+        Wanted::Later(reading) => return Next::Leave(Leave::Fetch(reading)),
+        Wanted::Now => return Next::Look,
+        Wanted::OutOfMemory => Pause::OutOfMemory,
+        Wanted::Lost => Pause::Storage,
+    };
+    vcpu.vm.pause(pause);
     Next::Leave(Leave::Park)
 }
 

@@ -24,7 +24,10 @@ pub enum Untranslated {
     /// No frame for a page of its tables.
     OutOfMemory,
     /// A page of its tables is in a store.
-    Absent,
+    Absent {
+        /// Where.
+        gpa: Gpa,
+    },
     /// Its tables left the second stage meanwhile.
     Again,
 }
@@ -100,7 +103,7 @@ fn bring(vcpu: &VcpuRef, state: &State, gpa: Gpa, level: i8) -> Result<[u8; 8], 
         Outcome::Resume => {}
         Outcome::Retry => return Err(Untranslated::Again),
         Outcome::Exit(Reason::OutOfMemory) => return Err(Untranslated::OutOfMemory),
-        Outcome::Exit(Reason::Stored { .. }) => return Err(Untranslated::Absent),
+        Outcome::Exit(Reason::Stored { .. }) => return Err(Untranslated::Absent { gpa }),
         // No memory is there.
         _ => return Err(Untranslated::Fault(Status::ExternalOnWalk(level))),
     }

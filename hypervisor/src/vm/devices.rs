@@ -26,7 +26,7 @@ use entresol_devices::vmgenid::VmGenId;
 use entresol_loader::virt;
 use entresol_metal_arm64::cpu;
 use entresol_slot::Hint;
-use entresol_sync::atomic::{AtomicU32, Ordering};
+use entresol_sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use entresol_wire::config::{ReadOnlyStore, UnclaimedMmio};
 use serde::{Deserialize, Serialize};
 
@@ -39,9 +39,9 @@ use crate::clock::{self, WallClock};
 use crate::console::Terminal;
 use crate::entropy::{self, MachineEntropy};
 use crate::exit::interrupts;
-use crate::host;
 use crate::sched::VcpuRef;
 use crate::vcpu::State;
+use crate::{host, paging};
 
 /// First SPI's INTID.
 const FIRST_SPI: u32 = 32;
@@ -79,6 +79,10 @@ pub struct Devices {
     entropy: Option<Arc<VirtioEntropy>>,
     balloon: Option<Arc<VirtioBalloon>>,
     unfinished: AtomicU32,
+    /// Those whose work waits for a page.
+    absent: AtomicU32,
+    /// A page that one of them wants cannot be had.
+    lost: AtomicBool,
 }
 
 /// The devices of one virtual machine, outside the machine.
@@ -201,6 +205,8 @@ impl Devices {
             entropy,
             balloon,
             unfinished: AtomicU32::new(0),
+            absent: AtomicU32::new(0),
+            lost: AtomicBool::new(false),
         })
     }
 
@@ -253,7 +259,9 @@ impl Devices {
             port,
             entropy,
             balloon,
-            unfinished: AtomicU32::new(self.unfinished.load(Ordering::Acquire)),
+            unfinished: AtomicU32::new(self.unfinished.load(Ordering::Acquire) | self.absent.load(Ordering::Acquire)),
+            absent: AtomicU32::new(0),
+            lost: AtomicBool::new(false),
         })
     }
 
@@ -310,6 +318,18 @@ impl Devices {
     /// Work that was stalled goes on.
     pub fn resume(&self) {
         self.unfinished.store(u32::MAX, Ordering::Release);
+    }
+
+    /// Work that waits for a page goes on. Whether there is some.
+    pub fn go_on(&self) -> bool {
+        let absent = self.absent.swap(0, Ordering::SeqCst);
+        self.unfinished.fetch_or(absent, Ordering::SeqCst);
+        absent != 0
+    }
+
+    /// A page that a device wants cannot be had.
+    pub fn lose(&self) {
+        self.lost.store(true, Ordering::SeqCst);
     }
 
     /// The count at which its clock's alarm must be looked at.
@@ -459,7 +479,14 @@ impl Vm {
                 true
             }
             (Work::Stalled, Some(_)) => self.pause(Pause::OutOfMemory),
-            (Work::Waiting, Some(_)) => self.pause(Pause::Storage),
+            (Work::Waiting, Some(slot)) => {
+                self.devices.absent.fetch_or(1 << slot, Ordering::SeqCst);
+                if self.devices.lost.swap(false, Ordering::SeqCst) {
+                    return self.pause(Pause::Storage);
+                }
+                paging::device_waits(self);
+                self.has_device_work()
+            }
         }
     }
 

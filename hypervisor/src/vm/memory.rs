@@ -9,8 +9,10 @@ use entresol_mmu::CopyError;
 use entresol_slot::Hint;
 use entresol_sync::hint;
 
+use super::Vm;
 use super::lines::Link;
 use crate::host;
+use crate::paging::{self, Wanted};
 
 type Memory = entresol_mmu::Vm<'static, Metal, Stage2>;
 
@@ -27,21 +29,36 @@ impl DeviceMemory {
     }
 }
 
-/// What a device is told, or `None` if it has to try again, unpinned in between.
-fn device_error(error: CopyError) -> Option<MemoryError> {
+/// What a device of `vm` is told, or `None` if it has to try again, unpinned in between.
+fn device_error(vm: &Vm, error: CopyError) -> Option<MemoryError> {
     match error {
         CopyError::Outside { gpa } => Some(MemoryError::Outside { gpa }),
         CopyError::ReadOnly { gpa } => Some(MemoryError::ReadOnly { gpa }),
         CopyError::OutOfMemory => Some(MemoryError::OutOfMemory),
-        CopyError::Absent { .. } => Some(MemoryError::Absent),
+        CopyError::Absent { gpa, .. } => absent(vm, gpa),
         CopyError::Busy => None,
     }
 }
 
+/// The page at `gpa` is on its way; the device's lock is held, so that who cannot have it is paused afterwards
+/// ([`super::devices`]).
+#[cold]
+fn absent(vm: &Vm, gpa: Gpa) -> Option<MemoryError> {
+    match paging::want(vm, gpa) {
+        Wanted::Later(_) => Some(MemoryError::Absent),
+        Wanted::Now => None,
+        Wanted::OutOfMemory => Some(MemoryError::OutOfMemory),
+        Wanted::Lost => {
+            vm.devices.lose();
+            Some(MemoryError::Absent)
+        }
+    }
+}
+
 /// Makes an access until no fork or invalidation is in its way: another CPU ends that, and waits only for pins.
-fn when_settled(mut access: impl FnMut() -> Result<(), CopyError>) -> Result<(), MemoryError> {
+fn when_settled(vm: &Vm, mut access: impl FnMut() -> Result<(), CopyError>) -> Result<(), MemoryError> {
     loop {
-        match access().map_err(device_error) {
+        match access().map_err(|error| device_error(vm, error)) {
             Ok(()) => return Ok(()),
             Err(Some(error)) => return Err(error),
             Err(None) => hint::spin_loop(),
@@ -52,7 +69,7 @@ fn when_settled(mut access: impl FnMut() -> Result<(), CopyError>) -> Result<(),
 impl GuestMemory for DeviceMemory {
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError> {
         let vm = self.link.vm().ok_or(MemoryError::Outside { gpa })?;
-        when_settled(|| {
+        when_settled(&vm, || {
             let pin = host::get().epoch.pin(cpu::index());
             vm.memory.read(&pin, &self.hint, gpa, to)
         })
@@ -60,7 +77,7 @@ impl GuestMemory for DeviceMemory {
 
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
         let vm = self.link.vm().ok_or(MemoryError::Outside { gpa })?;
-        when_settled(|| {
+        when_settled(&vm, || {
             let pin = host::get().epoch.pin(cpu::index());
             vm.memory.write(&pin, &self.hint, gpa, from)
         })

@@ -33,11 +33,11 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 
-use entresol_addr::Gpa;
+use entresol_addr::{Gpa, PAGE_SIZE};
 
 use entresol_arch_arm64::stage2::{self, Stage2};
 use entresol_arch_arm64::sysreg::SysReg;
-use entresol_backing::ObjectHandle;
+use entresol_backing::{Grant, Object, ObjectHandle};
 use entresol_devices::gic::Vgic;
 use entresol_metal_arm64::traps::{self, Hcr};
 use entresol_metal_arm64::{Metal, cpu, live};
@@ -225,14 +225,48 @@ impl Vm {
 
     /// Frames that its memory holds.
     pub fn resident_frames(&self) -> u64 {
-        let host = host::get();
-        let pin = host.epoch.pin(cpu::index());
-        host.objects.get(&pin, self.ram).map_or(0, |object| object.resident_frames())
+        self.with_ram(Object::resident_frames).unwrap_or(0)
     }
 
     /// The guest's view of an identification register.
     pub fn id_register(&self, reg: SysReg) -> u64 {
         self.id_registers.get(id_index(reg)).copied().unwrap_or(0)
+    }
+
+    /// The object that is its memory.
+    pub fn ram(&self) -> ObjectHandle {
+        self.ram
+    }
+
+    /// Frames of its memory, in memory or not.
+    pub fn memory_frames(&self) -> u64 {
+        self.config.memory / PAGE_SIZE
+    }
+
+    /// What backs frame `frame` of its memory, if that is in memory: for looking at its size.
+    pub fn backing(&self, frame: u64) -> Option<Grant> {
+        self.with_ram(|object| object.present(&host::get().machine, frame)).flatten()
+    }
+
+    /// Whether its memory may be shared with others.
+    pub fn is_forked(&self) -> bool {
+        self.with_ram(Object::is_forked).unwrap_or(false)
+    }
+
+    /// Pages of its memory that are in a store.
+    pub fn stored_frames(&self) -> u64 {
+        self.with_ram(Object::stored_frames).unwrap_or(0)
+    }
+
+    fn with_ram<T>(&self, look: impl FnOnce(&Object) -> T) -> Option<T> {
+        let host = host::get();
+        let pin = host.epoch.pin(cpu::index());
+        host.objects.get(&pin, self.ram).map(look)
+    }
+
+    /// Whether `object` is its memory.
+    pub fn shows(&self, object: ObjectHandle) -> bool {
+        self.ram == object
     }
 
     /// Powers vCPU 0 on at `boot` and lets the virtual machine run.

@@ -80,6 +80,13 @@ pub enum Op<'a> {
         /// A guest physical address in the page.
         address: u64,
     },
+    /// So much of its memory shall leave for the swap device.
+    Reclaim {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// Bytes: whole pages.
+        size: u64,
+    },
     /// Its vCPUs stop running.
     Pause {
         /// Whose.
@@ -194,6 +201,7 @@ impl<'a> Op<'a> {
             Self::Balloon { .. } => "balloon",
             Self::Audit => "audit",
             Self::Probe { .. } => "probe",
+            Self::Reclaim { .. } => "reclaim",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
             Self::Kill { .. } => "kill",
@@ -230,6 +238,7 @@ impl<'a> Op<'a> {
             | Self::Posted { vm }
             | Self::Balloon { vm, .. }
             | Self::Probe { vm, .. }
+            | Self::Reclaim { vm, .. }
             | Self::Pause { vm }
             | Self::Resume { vm }
             | Self::Kill { vm }
@@ -263,6 +272,7 @@ impl<'a> Op<'a> {
             "balloon" => Self::Balloon { vm: fields.text("vm")?, size: fields.number("size")? },
             "audit" => Self::Audit,
             "probe" => Self::Probe { vm: fields.text("vm")?, address: fields.number("address")? },
+            "reclaim" => Self::Reclaim { vm: fields.text("vm")?, size: fields.number("size")? },
             "pause" => Self::Pause { vm: fields.text("vm")? },
             "resume" => Self::Resume { vm: fields.text("vm")? },
             "kill" => Self::Kill { vm: fields.text("vm")? },
@@ -329,6 +339,7 @@ impl Serialize for Request<'_> {
             }
             Op::Balloon { size, .. } => map.serialize_entry("size", size)?,
             Op::Probe { address, .. } => map.serialize_entry("address", address)?,
+            Op::Balloon { size, .. } | Op::Reclaim { size, .. } => map.serialize_entry("size", size)?,
             Op::Fork { name, count, .. } => {
                 map.serialize_entry("name", name)?;
                 if let Some(count) = count {

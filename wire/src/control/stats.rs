@@ -23,6 +23,9 @@ pub struct Stats<'a> {
     pub exits: BTreeMap<Cow<'a, str>, u64>,
     /// Frames that hold its memory now.
     pub resident_frames: u64,
+    /// Pages of its memory that are in no frame now, but in a store.
+    #[serde(default)]
+    pub stored_frames: u64,
     /// Frames of the whole machine that nobody has now.
     pub free_frames: u64,
     /// Accesses to addresses that no device claims.
@@ -83,6 +86,8 @@ pub struct Faults {
     pub permission: u64,
     /// An entry's access flag was clear.
     pub access_flag: u64,
+    /// The page was not in memory, but in a store.
+    pub absent: u64,
     /// The object had to make the page.
     pub fresh: u64,
     /// The object had the page already.

@@ -167,7 +167,7 @@ impl Listener {
     }
 
     /// Types a line; waits for room as often as needed.
-    fn type_line(&mut self, line: &str) -> Result<()> {
+    pub(super) fn type_line(&mut self, line: &str) -> Result<()> {
         let line = format!("{line}\n");
         let mut rest = line.as_bytes();
         while !rest.is_empty() {

@@ -226,6 +226,11 @@ impl Object {
         self.tree.resident()
     }
 
+    /// Pages of content that it has in stores, with the same reservation.
+    pub fn stored_frames(&self) -> u64 {
+        self.tree.content() - self.tree.resident()
+    }
+
     /// Frames that hold its tree. 0 for devices and ROM.
     pub fn node_frames(&self) -> u64 {
         self.tree.nodes()

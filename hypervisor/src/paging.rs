@@ -1,0 +1,244 @@
+//! Pages that are fetched: who waits for what, and what happens when it has come.
+//!
+//! Purpose: a vCPU, or a device, that needs a page which a store has ([`entresol_mmu::Absent`]) says so here ([`want`]) and gives
+//! way; its siblings and all others run. The store's keeper takes what is wanted ([`next`]), fills the frame in its own time, and says
+//! how that went ([`Reading::finish`]). Whoever waited then tries again.
+//!
+//! Protocol: a keeper is host's work; it says which work of its own to raise ([`keep`]). There is one reading for a place,
+//! however many want it: their pages are noted with it, and get the same frame. A vCPU sleeps until its reading is over
+//! ([`crate::sched::Leave::Fetch`]); a device is remembered by its virtual machine, and goes on when any reading is over. Both look
+//! again then: a page may have come by another way, have gone, or have missed its place in the note.
+//!
+//! When a reading fails, every virtual machine that shows a page of it is paused ([`Pause::Storage`]). Nothing is remembered of
+//! the failure: let run again, it asks anew. A virtual machine that ends leaves its readings as they are: nobody has the
+//! page then, and the frame is given back.
+//!
+//! Invariants: INV-7: a frame that was taken for a reading is put in or given back by `finish`. Nothing here
+//! allocates on the heap. Bounded: [`READINGS`] at once; who wants more waits until one of them is over.
+//! Lock order: scheduler → the table here → pool.
+
+use entresol_addr::{Gpa, Pfn};
+use entresol_backing::{Fetch, ObjectHandle, StoreId, StoreSlot};
+use entresol_devices::gic::Kick;
+use entresol_metal_arm64::cpu;
+use entresol_mmu::Absent;
+use entresol_sync::Mutex;
+use entresol_sync::atomic::{AtomicBool, Ordering};
+
+use crate::host_work::{self, Work};
+use crate::vm::{Pause, Vm};
+use crate::{host, registry, sched};
+
+/// Readings at once.
+const READINGS: usize = 64;
+/// Pages that get the frame of one reading; others that want it read again.
+const PAGES: usize = 8;
+/// Keepers at once.
+const KEEPERS: usize = 64;
+
+/// A reading, to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    place: usize,
+    number: u64,
+}
+
+/// What [`want`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// It is on its way, or something is whose end makes room for it.
+    Later(Ticket),
+    /// It is not absent any more.
+    Now,
+    /// No frame for it.
+    OutOfMemory,
+    /// Nobody keeps its store.
+    Lost,
+}
+
+/// The page of an object that is wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Page {
+    object: ObjectHandle,
+    frame: u64,
+}
+
+struct Entry {
+    number: u64,
+    slot: StoreSlot,
+    /// Until a keeper takes it.
+    fetch: Option<Fetch>,
+    pages: [Option<Page>; PAGES],
+}
+
+struct Table {
+    entries: [Option<Entry>; READINGS],
+    keepers: [Option<(StoreId, Work)>; KEEPERS],
+    /// Readings that ever were.
+    count: u64,
+}
+
+static TABLE: Mutex<Table> =
+    Mutex::new(Table { entries: [const { None }; READINGS], keepers: [None; KEEPERS], count: 0 });
+
+/// Whether a device waits.
+static DEVICES: AtomicBool = AtomicBool::new(false);
+
+impl Table {
+    fn keeper(&self, store: StoreId) -> Option<Work> {
+        self.keepers.iter().flatten().find(|(kept, _)| *kept == store).map(|(_, work)| *work)
+    }
+
+    /// The reading of `slot`, with `page` noted.
+    fn join(&mut self, slot: StoreSlot, page: Page) -> Option<Ticket> {
+        let place = self.entries.iter().position(|entry| entry.as_ref().is_some_and(|entry| entry.slot == slot))?;
+        let entry = self.entries[place].as_mut()?;
+        if !entry.pages.contains(&Some(page))
+            && let Some(free) = entry.pages.iter_mut().find(|page| page.is_none())
+        {
+            *free = Some(page);
+        }
+        Some(Ticket { place, number: entry.number })
+    }
+
+    /// A reading whose end is the end of a wait for room.
+    fn any(&self) -> Option<Ticket> {
+        let place = (self.count % READINGS as u64) as usize;
+        self.entries[place].as_ref().map(|entry| Ticket { place, number: entry.number })
+    }
+}
+
+/// The store's pages are fetched by who does `work`, from now on.
+///
+/// # Errors
+///
+/// There are as many keepers as there may be; nothing changed.
+pub fn keep(store: StoreId, work: Work) -> Result<(), TooMany> {
+    let mut table = TABLE.lock();
+    let place = table.keepers.iter_mut().find(|place| place.is_none()).ok_or(TooMany)?;
+    *place = Some((store, work));
+    Ok(())
+}
+
+/// As many keepers as there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooMany;
+
+/// The page that is absent is to be fetched; `vm` shows it.
+pub fn want(vm: &Vm, gpa: Gpa) -> Wanted {
+    let absent = {
+        let pin = host::get().epoch.pin(cpu::index());
+        vm.memory.absent(&pin, gpa)
+    };
+    match absent {
+        Some(Absent { object, frame, slot }) => want_page(Page { object, frame }, slot),
+        None => Wanted::Now,
+    }
+}
+
+fn want_page(page: Page, slot: StoreSlot) -> Wanted {
+    let host = host::get();
+    let mut table = TABLE.lock();
+    if let Some(ticket) = table.join(slot, page) {
+        return Wanted::Later(ticket);
+    }
+    let Some(work) = table.keeper(slot.store()) else { return Wanted::Lost };
+    let Some(place) = table.entries.iter().position(Option::is_none) else {
+        return table.any().map_or(Wanted::Now, Wanted::Later);
+    };
+    let fetch = match Fetch::new(&host.supply(cpu::index()), slot) {
+        Ok(Some(fetch)) => fetch,
+        Ok(None) => return Wanted::Now,
+        Err(entresol_backing::OutOfMemory) => return Wanted::OutOfMemory,
+    };
+    table.count += 1;
+    let number = table.count;
+    let mut pages = [None; PAGES];
+    pages[0] = Some(page);
+    table.entries[place] = Some(Entry { number, slot, fetch: Some(fetch), pages });
+    drop(table);
+    host_work::raise(work);
+    Wanted::Later(Ticket { place, number })
+}
+
+/// Whether the reading is still on its way. Asked under the scheduler's lock.
+pub fn is_pending(ticket: Ticket) -> bool {
+    TABLE.lock().entries[ticket.place].as_ref().is_some_and(|entry| entry.number == ticket.number)
+}
+
+/// A device of `vm` waits for a page: it goes on when a reading is over, or at once if there is none.
+pub fn device_waits(vm: &Vm) {
+    DEVICES.store(true, Ordering::SeqCst);
+    // Noted before the question: a reading that is over after it finds the device.
+    if TABLE.lock().entries.iter().all(Option::is_none) {
+        let_device_go_on(vm);
+    }
+}
+
+fn let_device_go_on(vm: &Vm) {
+    if vm.devices.go_on() {
+        sched::kick(vm, Kick::all(vm.vcpus()));
+    }
+}
+
+/// A page on its way, in its keeper's hands.
+#[must_use = "whoever waits for it waits for ever"]
+pub struct Reading {
+    ticket: Ticket,
+    fetch: Fetch,
+}
+
+/// The next page of `store` that is wanted, for its keeper.
+pub fn next(store: StoreId) -> Option<Reading> {
+    let mut table = TABLE.lock();
+    let waits = |entry: &Entry| entry.fetch.is_some() && entry.slot.store() == store;
+    let oldest = (0..READINGS).filter(|place| table.entries[*place].as_ref().is_some_and(waits));
+    let place = oldest.min_by_key(|place| table.entries[*place].as_ref().map(|entry| entry.number))?;
+    let entry = table.entries[place].as_mut()?;
+    let fetch = entry.fetch.take()?;
+    Some(Reading { ticket: Ticket { place, number: entry.number }, fetch })
+}
+
+impl Reading {
+    /// The frame to fill.
+    pub fn pfn(&self) -> Pfn {
+        self.fetch.pfn()
+    }
+
+    /// Where its content lies.
+    pub fn slot(&self) -> StoreSlot {
+        self.fetch.slot()
+    }
+
+    /// The frame is filled, or could not be. Host's work.
+    pub fn finish(self, filled: bool) {
+        let Self { ticket, mut fetch } = self;
+        let host = host::get();
+        let supply = host.supply(cpu::index());
+        if filled {
+            fetch.filled(&supply);
+        }
+        let pages = TABLE.lock().entries[ticket.place].as_ref().map_or([None; PAGES], |entry| entry.pages);
+        for page in pages.into_iter().flatten() {
+            if filled {
+                let pin = host.epoch.pin(cpu::index());
+                if let Some(object) = host.objects.get(&pin, page.object) {
+                    object.restore(&supply, page.frame, &fetch);
+                }
+            } else {
+                registry::for_each(|vm| {
+                    if vm.shows(page.object) {
+                        vm.pause(Pause::Storage);
+                    }
+                });
+            }
+        }
+        // Whoever was noted since looks again, and finds the page or begins anew.
+        TABLE.lock().entries[ticket.place] = None;
+        fetch.give_back(&supply);
+        sched::fetched(ticket);
+        if DEVICES.swap(false, Ordering::SeqCst) {
+            registry::for_each(let_device_go_on);
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! Memory on a disk: the outer machine's device `entresol-swap`.
+//!
+//! Purpose: pages of guests that were not used lately make room for others. The core says which page may leave, and that it is the
+//! same when it is back ([`entresol_mmu::begin_out`]); here is who leaves, and when, and the way to the disk and back.
+//!
+//! Protocol, all of it host's work: the owner asks for so much of a virtual machine's memory ([`reclaim`]). A hand goes round its
+//! frames, [`WINDOW`] at a time: what was used since the hand came last is made old, and stays; the rest goes out. A page whose place on the disk is
+//! still right is discarded at once; another is written, and discarded when it is written, unless it was used meanwhile.
+//! Pages that vCPUs wait for ([`crate::paging`]) have precedence over those that leave, and always some of the disk's requests.
+//!
+//! Failures: a page that cannot be written stays, and the reclaim that wanted it out ends; one that cannot be read pauses whoever shows it
+//! ([`crate::paging`]). Neither loses anything.
+//!
+//! Invariants: INV-7: what is on its way is in `pending`, with its buffer inside the driver. Nothing here allocates after [`init`] but
+//! frames for nodes when a block is taken apart. Lock order: the state here is first of all, and host's work alone takes it.
+//!
+//! Known holes: blocks that forks share stay in memory until they are written. A place has no room for tags yet: a guest has none.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use arrayvec::ArrayVec;
+use entresol_addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageSize};
+use entresol_arch_arm64::stage2::Stage2;
+use entresol_backing::{ObjectHandle, Order, Out, StoreId};
+use entresol_loader::virt;
+use entresol_machine::Machine;
+use entresol_metal_arm64::{Metal, cpu};
+use entresol_mmu::{Frames, LeaveError, Shown, begin_out, discard};
+use entresol_sync::Mutex;
+use entresol_wire::config::MAX_VMS;
+
+use crate::block::{self, Buffer, DEPTH, Disk, Operation, Request, SECTOR};
+use crate::host_work::{self, Work};
+use crate::paging::{self, Reading};
+use crate::vm::{OutOfHeap, Vm};
+use crate::{host, registry};
+
+/// Frames that the hand looks at in one step.
+const WINDOW: u64 = 8;
+/// Steps between two looks at other work.
+const STEPS: usize = 16;
+/// Requests that pages on their way out leave to others.
+const RESERVED: usize = DEPTH / 4;
+/// Sectors of a place.
+const SECTORS: u64 = PAGE_SIZE / SECTOR;
+
+const _: () = assert!(WINDOW as usize <= DEPTH - RESERVED);
+
+/// A page on its way.
+enum Pending {
+    In(Reading),
+    Out(Leaving),
+}
+
+/// A page that leaves.
+struct Leaving {
+    out: Out,
+    page: Page,
+}
+
+/// A page of a virtual machine's memory.
+#[derive(Clone, Copy)]
+struct Page {
+    number: usize,
+    object: ObjectHandle,
+    frame: u64,
+}
+
+/// A wish for memory of one virtual machine.
+struct Job {
+    number: usize,
+    object: ObjectHandle,
+    /// Pages that are still to go, those on their way not counted.
+    left: u64,
+    /// Where the hand is.
+    hand: u64,
+    /// Frames that it passed since something left.
+    idle: u64,
+}
+
+struct Swap {
+    disk: &'static Disk,
+    store: StoreId,
+    pending: [Option<Pending>; DEPTH],
+    spare: ArrayVec<Buffer, DEPTH>,
+    jobs: ArrayVec<Job, MAX_VMS>,
+    /// Where the hand stopped in each virtual machine.
+    hands: [u64; MAX_VMS],
+}
+
+static SWAP: Mutex<Option<Swap>> = Mutex::new(None);
+
+/// Why no memory is reclaimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The machine has no disk for it.
+    NoDisk,
+    /// Less than a page, or no whole pages.
+    Size,
+}
+
+/// Begins to use the disk, if there is one.
+pub fn init() {
+    let Some(disk) = block::find(Work::Swap) else { return };
+    match start(disk) {
+        Ok(slots) => log::info!("swap: {} MiB", slots >> 8),
+        Err(what) => log::error!("swap: not used: {what}"),
+    }
+}
+
+fn start(disk: &'static Disk) -> Result<u64, &'static str> {
+    let mut spare = ArrayVec::new();
+    for _ in 0..DEPTH {
+        spare.push(Buffer::take(Order::PAGE).map_err(|_| "no frames for its buffers")?);
+    }
+    let slots = disk.sectors() / SECTORS;
+    let stores = host::get().pool.stores();
+    let store =
+        stores.open_counted(slots).map_err(|_| "it has no place for a page, or the heap none for its records")?;
+    paging::keep(store, Work::Swap).map_err(|_| "there are too many stores")?;
+    let pending = [const { None }; DEPTH];
+    *SWAP.lock() = Some(Swap { disk, store, pending, spare, jobs: ArrayVec::new(), hands: [0; MAX_VMS] });
+    Ok(slots)
+}
+
+/// So many bytes of the virtual machine's memory are to leave, as far as they can. Host's work.
+///
+/// # Errors
+///
+/// [`Refusal`]; nothing changed.
+pub fn reclaim(number: usize, vm: &Vm, bytes: u64) -> Result<(), Refusal> {
+    let mut swap = SWAP.lock();
+    let swap = swap.as_mut().ok_or(Refusal::NoDisk)?;
+    if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) {
+        return Err(Refusal::Size);
+    }
+    let (object, left) = (vm.ram(), bytes >> PAGE_SHIFT);
+    // The newest wish counts.
+    swap.jobs.retain(|job| job.number != number);
+    swap.jobs.push(Job { number, object, left, hand: swap.hands[number], idle: 0 });
+    host_work::raise(Work::Swap);
+    Ok(())
+}
+
+/// Takes what the disk has done, and gives it what is to do.
+pub fn serve() {
+    let mut swap = SWAP.lock();
+    let Some(swap) = swap.as_mut() else { return };
+    swap.collect();
+    swap.read();
+    let mut steps = 0;
+    while let Some(job) = swap.jobs.pop() {
+        if swap.spare.len() < RESERVED + WINDOW as usize {
+            // Completions go on with it.
+            swap.jobs.push(job);
+            return;
+        }
+        if let Some(job) = swap.step(job) {
+            // The others have their turn.
+            swap.jobs.insert(0, job);
+        }
+        steps += 1;
+        if steps == STEPS {
+            host_work::raise(Work::Swap);
+            return;
+        }
+    }
+}
+
+/// A virtual machine's memory as the core wants it named, and that of all who may share it.
+fn family(number: usize, object: ObjectHandle) -> Option<Vec<Arc<Vm>>> {
+    let vm = registry::find(number).filter(|vm| vm.shows(object))?;
+    let shares = vm.is_forked();
+    let mut all = Vec::new();
+    all.try_reserve_exact(MAX_VMS).map_err(|_| OutOfHeap).ok()?;
+    all.push(vm);
+    if shares {
+        let frames = all[0].memory_frames();
+        let others = (0..MAX_VMS).filter(|other| *other != number).filter_map(registry::find);
+        all.extend(others.filter(|other| other.is_forked() && other.memory_frames() == frames));
+    }
+    Some(all)
+}
+
+fn shown(family: &[Arc<Vm>]) -> ArrayVec<Shown<'_, 'static, Metal, Stage2>, MAX_VMS> {
+    family.iter().map(|vm| Shown { vm: &vm.memory, object: vm.ram() }).collect()
+}
+
+/// The guest frames of a virtual machine's frames.
+fn guest(frames: Frames) -> Option<GfnRange> {
+    GfnRange::new(Gfn::new((virt::RAM_BASE >> PAGE_SHIFT) + frames.start), frames.count)
+}
+
+/// Whether somebody has used one of the frames since they were made old.
+fn used(family: &[Arc<Vm>], frames: Frames) -> bool {
+    // What lies outside a guest's address space is not to leave.
+    guest(frames).is_none_or(|range| family.iter().any(|vm| vm.memory.test_young(cpu::index(), range).unwrap_or(true)))
+}
+
+/// Makes the frames old.
+fn age(family: &[Arc<Vm>], frames: Frames) {
+    let Some(range) = guest(frames) else { return };
+    for vm in family {
+        if let Err(error) = vm.memory.clear_young(cpu::index(), range) {
+            log::error!("swap: vm {}: {error:?}", vm.config.name);
+        }
+    }
+}
+
+/// The frames of `window` that are in memory and that nobody used since the hand came last.
+fn old(family: &[Arc<Vm>], window: Frames) -> ArrayVec<u64, { WINDOW as usize }> {
+    let all = window.start..window.start + window.count;
+    all.filter(|frame| family[0].backing(*frame).is_some() && !used(family, Frames { start: *frame, count: 1 }))
+        .collect()
+}
+
+/// The block that backs `frame`, if one does.
+fn block_at(vm: &Vm, frame: u64) -> Option<Frames> {
+    let grant = vm.backing(frame).filter(|grant| grant.size != PageSize::Size4K)?;
+    Some(Frames { start: grant.extent_start, count: grant.size.frames() })
+}
+
+impl Swap {
+    /// Takes what the disk has done.
+    fn collect(&mut self) {
+        let mut written: ArrayVec<Page, { 2 * DEPTH }> = ArrayVec::new();
+        while let Some(done) = self.disk.take() {
+            let place = done.request.tag as usize;
+            let Some(pending) = self.pending.get_mut(place).and_then(Option::take) else { continue };
+            self.spare.extend(done.request.buffer);
+            if let Err(error) = done.result {
+                log::warn!("swap: {error}");
+            }
+            match pending {
+                Pending::In(reading) => {
+                    if let (Ok(()), Some(buffer)) = (done.result, self.spare.last()) {
+                        host::get().machine.write(reading.pfn().base(), buffer.bytes());
+                    }
+                    reading.finish(done.result.is_ok());
+                }
+                Pending::Out(Leaving { out, page }) => {
+                    out.finish(&host::get().supply(cpu::index()), done.result.is_ok());
+                    match done.result {
+                        Ok(()) if !written.is_full() => written.push(page),
+                        // It leaves when the hand comes again.
+                        Ok(()) => {}
+                        Err(_) => self.jobs.retain(|job| job.number != page.number),
+                    }
+                }
+            }
+        }
+        written.sort_unstable_by_key(|page| (page.number, page.frame));
+        let next_to = |one: &Page, other: &Page| one.number == other.number && one.frame + 1 == other.frame;
+        for run in written.chunk_by(next_to) {
+            self.let_go(run[0], run.len() as u64);
+        }
+    }
+
+    /// Pages that were written leave, but for those that were used since.
+    fn let_go(&mut self, first: Page, count: u64) {
+        let Some(family) = family(first.number, first.object) else { return };
+        let shown = shown(&family);
+        for frame in first.frame..first.frame + count {
+            let frames = Frames { start: frame, count: 1 };
+            if !used(&family, frames) && discard(cpu::index(), &shown, frames) == Ok(1) {
+                continue;
+            }
+            // Another goes in its place.
+            self.jobs.iter_mut().filter(|job| job.number == first.number).for_each(|job| job.left += 1);
+        }
+    }
+
+    /// Asks the disk for pages that are waited for.
+    fn read(&mut self) {
+        while !self.spare.is_empty()
+            && let Some(reading) = paging::next(self.store)
+        {
+            let sector = reading.slot().index() * SECTORS;
+            self.submit(Operation::Read, sector, Pending::In(reading));
+        }
+    }
+
+    /// Gives the disk a request; there is a spare buffer.
+    fn submit(&mut self, operation: Operation, sector: u64, pending: Pending) {
+        let free = self.pending.iter().position(Option::is_none);
+        let (Some(tag), Some(mut buffer)) = (free, self.spare.pop()) else {
+            unreachable!("a buffer for each request, and a place for each buffer");
+        };
+        if let Pending::Out(leaving) = &pending {
+            host::get().machine.read(leaving.out.pfn().base(), buffer.bytes_mut());
+        }
+        let len = PAGE_SIZE as usize;
+        let request = Request { operation, sector, len, buffer: Some(buffer), tag: tag as u64 };
+        if let Err(refused) = self.disk.submit(request) {
+            log::warn!("swap: {}", refused.error);
+            self.spare.extend(refused.request.buffer);
+            match pending {
+                Pending::In(reading) => reading.finish(false),
+                Pending::Out(leaving) => {
+                    leaving.out.finish(&host::get().supply(cpu::index()), false);
+                    self.jobs.retain(|job| job.number != leaving.page.number);
+                }
+            }
+            return;
+        }
+        self.pending[tag] = Some(pending);
+    }
+
+    /// One window of a job; the job, if there is more of it.
+    fn step(&mut self, mut job: Job) -> Option<Job> {
+        let family = family(job.number, job.object)?;
+        let total = family[0].memory_frames();
+        if job.left == 0 || job.idle > 2 * total {
+            self.hands[job.number] = job.hand;
+            return None;
+        }
+        job.hand %= total;
+        if let Some(block) = block_at(&family[0], job.hand)
+            && used(&family, block)
+        {
+            // One entry for all of it: it is used as a whole.
+            age(&family, block);
+            let end = block.start + block.count;
+            job.idle += end - job.hand;
+            job.hand = end;
+            return Some(job);
+        }
+        let window = Frames { start: job.hand, count: WINDOW.min(total - job.hand).min(job.left) };
+        let old = old(&family, window);
+        if used(&family, window) {
+            age(&family, window);
+        }
+        job.hand += window.count;
+        job.idle += window.count;
+        for run in old.chunk_by(|one, other| one + 1 == *other) {
+            let frames = Frames { start: run[0], count: run.len() as u64 };
+            match self.leave(&family, &job, frames) {
+                Ok(0) => {}
+                Ok(left) => {
+                    job.left = job.left.saturating_sub(left);
+                    job.idle = 0;
+                }
+                Err(error) => {
+                    log::warn!("swap: vm {}: {error:?}", family[0].config.name);
+                    return None;
+                }
+            }
+        }
+        Some(job)
+    }
+
+    /// Pages begin to leave, or have left. Returns how many.
+    fn leave(&mut self, family: &[Arc<Vm>], job: &Job, frames: Frames) -> Result<u64, LeaveError> {
+        let shown = shown(family);
+        let mut outs: ArrayVec<Leaving, { WINDOW as usize }> = ArrayVec::new();
+        let begun = begin_out(cpu::index(), &shown, frames, self.store, |frame, out| {
+            outs.push(Leaving { out, page: Page { number: job.number, object: job.object, frame } });
+        });
+        let mut count = outs.len() as u64;
+        for leaving in outs {
+            let sector = leaving.out.slot().index() * SECTORS;
+            self.submit(Operation::Write, sector, Pending::Out(leaving));
+        }
+        begun?;
+        if count < frames.count {
+            count += discard(cpu::index(), &shown, frames)?;
+        }
+        Ok(count)
+    }
+}

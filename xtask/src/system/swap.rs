@@ -1,0 +1,127 @@
+//! Swap: memory of a Linux guest goes to the outer machine's disk and comes back, through a fork and an error of the disk.
+
+use anyhow::{Result, bail, ensure};
+use entresol_wire::config::WrittenVm;
+use entresol_wire::control::{Code, Op, State};
+
+use super::Context;
+use super::control::Listener;
+use super::machine::{Builder, Machine};
+use crate::bundle::linux;
+use crate::initrd::{self, Initrd};
+
+/// Who works.
+const GUEST: &str = "guest";
+/// The same, and never runs: what it takes is what the other took before it ran.
+const TWIN: &str = "twin";
+/// Its copy.
+const COPY: &str = "copy";
+/// Who only keeps the machine on.
+const WITNESS: &str = "witness";
+
+const MIB: u64 = 1 << 20;
+/// Frames of a MiB.
+const FRAMES: u64 = MIB >> 12;
+/// Bytes of the disk.
+const DISK: u64 = 512 * MIB;
+/// Questions without any progress until it is none: each is some of the host's work.
+const QUESTIONS: usize = 20_000;
+
+/// The first read after the first write fails, once. QEMU itself reads the disk's beginning when the machine starts.
+const ONE_ERROR: &str = "[set-state]\nevent = \"write_aio\"\nstate = \"1\"\nnew_state = \"2\"\n\n\
+    [inject-error]\nevent = \"read_aio\"\nstate = \"2\"\nerrno = \"5\"\nonce = \"on\"\n";
+
+/// What a guest does not use leaves and comes back the same; a read that fails pauses it, and it goes on when it is let; a copy and its
+/// parent share what is out; frames are exact in the end.
+pub fn swap_takes_and_brings_back(context: &Context) -> Result<()> {
+    let mut machine = start(context)?;
+    machine.expect("swap: 512 MiB")?;
+    let mut told = Listener::attach(machine.control()?, GUEST)?;
+    refusals(&mut told)?;
+    let built = told.stats(WITNESS)?.free_frames;
+    told.done(Op::Kill { vm: TWIN.into() })?;
+    let without = told.stats(WITNESS)?.free_frames;
+    let free = without + (without - built);
+    told.done(Op::Resume { vm: GUEST.into() })?;
+    told.hear(initrd::READY)?;
+    told.shell(1, "dmesg -n 1; head -c 64M /dev/urandom > /run/kept && md5sum < /run/kept > /run/kept.sum")?;
+    let before = told.stats(GUEST)?;
+    put_out(&mut told, GUEST, 100)?;
+    let after = told.stats(GUEST)?;
+    ensure!(after.resident_frames < before.resident_frames, "{before:?} became {after:?}");
+    told.type_line("md5sum < /run/kept | cmp - /run/kept.sum && echo \"fi\"\"ne\"")?;
+    told.state(State::Paused, Some("Storage"))?;
+    told.done(Op::Resume { vm: GUEST.into() })?;
+    told.hear("fine")?;
+    let back = told.stats(GUEST)?;
+    ensure!(back.faults.absent > 0 && back.stored_frames < after.stored_frames, "nothing came back: {back:?}");
+    a_copy_shares_what_is_out(&mut told)?;
+    for vm in [GUEST, COPY] {
+        told.done(Op::Kill { vm: vm.into() })?;
+    }
+    let mut last = 0;
+    for _ in 0..QUESTIONS {
+        last = told.stats(WITNESS)?.free_frames;
+        if last == free {
+            break;
+        }
+    }
+    ensure!(last == free, "{last} frames are free after everything was killed, not {free}");
+    told.done(Op::Shutdown)?;
+    machine.expect_power_off().map(drop)
+}
+
+fn start(context: &Context) -> Result<Machine> {
+    let builder = Builder::new(context, "swap_takes_and_brings_back")?;
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
+    let kernel = context.guest.kernel()?;
+    let vm = |name: &str| {
+        let vm = linux(name, &kernel, &initrd);
+        WrittenVm { memory: "256M".to_owned(), vcpus: Some(2), autostart: Some(false), ..vm }
+    };
+    let image = builder.file("swap.img", &[])?;
+    std::fs::File::options().write(true).open(&image)?.set_len(DISK)?;
+    let rules = builder.file("errors", ONE_ERROR.as_bytes())?;
+    let drive = format!(
+        "file.driver=blkdebug,file.config={},file.image.driver=file,file.image.filename={},if=none,id=swap,format=raw,\
+         werror=report,rerror=report",
+        rules.display(),
+        image.display()
+    );
+    let device = "virtio-blk-device,drive=swap,serial=entresol-swap";
+    builder.qemu(&["-drive", &drive, "-device", device]).boot(vec![vm(GUEST), vm(TWIN), vm(WITNESS)])
+}
+
+fn refusals(told: &mut Listener) -> Result<()> {
+    let reclaim = |vm: &'static str, size| Op::Reclaim { vm: vm.into(), size };
+    told.refused(reclaim(GUEST, 0), Code::BadField)?;
+    told.refused(reclaim(GUEST, 4095), Code::BadField)?;
+    told.refused(reclaim("nobody", 4096), Code::NoSuchVm)
+}
+
+/// Asks for `mib` of a virtual machine's memory, and waits until half of that is out: it uses the rest meanwhile.
+fn put_out(told: &mut Listener, vm: &'static str, mib: u64) -> Result<()> {
+    let wanted = told.stats(vm)?.stored_frames + mib / 2 * FRAMES;
+    told.done(Op::Reclaim { vm: vm.into(), size: mib * MIB })?;
+    let (mut stored, mut idle) = (0, 0);
+    while stored < wanted {
+        let now = told.stats(vm)?.stored_frames;
+        idle = if now == stored { idle + 1 } else { 0 };
+        stored = now;
+        if idle > QUESTIONS {
+            bail!("{vm}: {stored} frames are out, and no more come to the {wanted} that were wanted");
+        }
+    }
+    Ok(())
+}
+
+fn a_copy_shares_what_is_out(told: &mut Listener) -> Result<()> {
+    told.done(Op::Fork { vm: GUEST.into(), name: COPY.into(), count: None })?;
+    put_out(told, GUEST, 80)?;
+    for (serial, vm) in [(10, COPY), (20, GUEST)] {
+        told.turn_to(vm)?;
+        told.shell(serial, "md5sum < /run/kept | cmp - /run/kept.sum")?;
+        told.shell(serial + 1, "cat /run/kept > /run/more && cmp /run/more /run/kept && rm /run/more")?;
+    }
+    Ok(())
+}

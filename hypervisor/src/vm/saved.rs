@@ -44,11 +44,6 @@ pub struct Saved {
 }
 
 impl Vm {
-    /// Its memory's object.
-    pub fn ram(&self) -> ObjectHandle {
-        self.ram
-    }
-
     /// What it has that cannot be saved, as the configuration calls it.
     pub fn unsavable(&self) -> Option<&'static str> {
         let pin = host::get().epoch.pin(entresol_metal_arm64::cpu::index());

@@ -168,8 +168,14 @@ impl Listener {
 
     /// Types a line; waits for room as often as needed.
     pub(super) fn type_line(&mut self, line: &str) -> Result<()> {
+        self.type_through(line, None).map(drop)
+    }
+
+    /// The same; whenever the virtual machine is paused for this reason it is let go on. Returns how often.
+    pub(super) fn type_through(&mut self, line: &str, reason: Option<&str>) -> Result<u32> {
         let line = format!("{line}\n");
         let mut rest = line.as_bytes();
+        let mut paused = 0;
         while !rest.is_empty() {
             self.input_ready = false;
             let Answer::Accepted(taken) = self.ask(Op::Input { vm: self.vm.into(), data: rest.into() })? else {
@@ -177,10 +183,24 @@ impl Listener {
             };
             rest = rest.get(taken as usize..).context("more was taken than given")?;
             if !rest.is_empty() {
-                self.until("room for input", |told| told.input_ready.then_some(()))?;
+                let stopped = self.until("room for input", |told| match reason {
+                    Some(reason) if told.was_paused(reason) => Some(true),
+                    _ => told.input_ready.then_some(false),
+                })?;
+                if stopped {
+                    paused += 1;
+                    self.done(Op::Resume { vm: self.vm.into() })?;
+                }
             }
         }
-        Ok(())
+        Ok(paused)
+    }
+
+    /// Whether it was told of a pause for this reason, which is forgotten.
+    fn was_paused(&mut self, reason: &str) -> bool {
+        let paused = |(state, why): &(State, Option<String>)| (*state, why.as_deref()) == (State::Paused, Some(reason));
+        let place = self.states.iter().position(paused);
+        place.inspect(|place| drop(self.states.drain(..=*place))).is_some()
     }
 
     /// It must be running.

@@ -249,7 +249,7 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         let shown = super::stats(&stats);
         let line = |what: &str| shown.lines().find(|line| line.contains(what)).expect(what).split_whitespace().last();
         assert_eq!((line("translation"), line("injected"), line("wfi")), (Some("11"), Some("99"), Some("77")));
-        assert_eq!(shown.lines().count(), 1 + 28 + 1);
+        assert_eq!(shown.lines().count(), 1 + 29 + 1);
     }
 
     #[test]
@@ -261,6 +261,6 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         for line in [["balloon", "target", "5"], ["balloon", "actual", "3"], ["guest", "free-memory", "4096"]] {
             assert!(shown.contains(&line.to_vec()), "{line:?}");
         }
-        assert_eq!(shown.len(), 1 + 27 + 8 + 1);
+        assert_eq!(shown.len(), 1 + 29 + 8 + 1);
     }
 }

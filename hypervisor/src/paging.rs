@@ -7,15 +7,18 @@
 //! Protocol: a keeper is host's work; it says which work of its own to raise ([`keep`]). There is one reading for a place,
 //! however many want it: their pages are noted with it, and get the same frame. A vCPU sleeps until its reading is over
 //! ([`crate::sched::Leave::Fetch`]); a device is remembered by its virtual machine, and goes on when any reading is over. Both look
-//! again then: a page may have come by another way, have gone, or have missed its place in the note.
+//! again then, as does a task of the store ([`until_over`]): a page may have come by another way, have gone, or have missed its place in the note.
 //!
-//! When a reading fails, every virtual machine that shows a page of it is paused ([`Pause::Storage`]). Nothing is remembered of
+//! When a reading fails that a guest wants, every virtual machine that shows a page of it is paused ([`Pause::Storage`]). Nothing is remembered of
 //! the failure: let run again, it asks anew. A virtual machine that ends leaves its readings as they are: nobody has the
 //! page then, and the frame is given back.
 //!
 //! Invariants: INV-7: a frame that was taken for a reading is put in or given back by `finish`. Nothing here
 //! allocates on the heap. Bounded: [`READINGS`] at once; who wants more waits until one of them is over.
 //! Lock order: scheduler → the table here → pool.
+
+use core::future::poll_fn;
+use core::task::Poll;
 
 use entresol_addr::{Gpa, Pfn};
 use entresol_backing::{Fetch, ObjectHandle, StoreId, StoreSlot};
@@ -56,6 +59,15 @@ pub enum Wanted {
     Lost,
 }
 
+/// Who wants a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// A guest, or a device of its: it stops if it cannot have it.
+    Guests,
+    /// The hypervisor itself, which finds out how it went.
+    Nobodys,
+}
+
 /// The page of an object that is wanted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Page {
@@ -68,6 +80,8 @@ struct Entry {
     slot: StoreSlot,
     /// Until a keeper takes it.
     fetch: Option<Fetch>,
+    /// A guest wants it.
+    guests: bool,
     pages: [Option<Page>; PAGES],
 }
 
@@ -83,6 +97,19 @@ static TABLE: Mutex<Table> =
 
 /// Whether a device waits.
 static DEVICES: AtomicBool = AtomicBool::new(false);
+/// Whether a task of the store waits.
+static TASKS: AtomicBool = AtomicBool::new(false);
+
+impl Entry {
+    /// The page gets the frame too, if there is room for the note.
+    fn note(&mut self, page: Page) {
+        if !self.pages.contains(&Some(page))
+            && let Some(free) = self.pages.iter_mut().find(|page| page.is_none())
+        {
+            *free = Some(page);
+        }
+    }
+}
 
 impl Table {
     fn keeper(&self, store: StoreId) -> Option<Work> {
@@ -90,14 +117,11 @@ impl Table {
     }
 
     /// The reading of `slot`, with `page` noted.
-    fn join(&mut self, slot: StoreSlot, page: Page) -> Option<Ticket> {
+    fn join(&mut self, slot: StoreSlot, page: Page, whose: Whose) -> Option<Ticket> {
         let place = self.entries.iter().position(|entry| entry.as_ref().is_some_and(|entry| entry.slot == slot))?;
         let entry = self.entries[place].as_mut()?;
-        if !entry.pages.contains(&Some(page))
-            && let Some(free) = entry.pages.iter_mut().find(|page| page.is_none())
-        {
-            *free = Some(page);
-        }
+        entry.guests |= whose == Whose::Guests;
+        entry.note(page);
         Some(Ticket { place, number: entry.number })
     }
 
@@ -120,6 +144,14 @@ pub fn keep(store: StoreId, work: Work) -> Result<(), TooMany> {
     Ok(())
 }
 
+/// Nobody fetches the store's pages any more: there are none, and it is about to be closed.
+pub fn stop_keeping(store: StoreId) {
+    let mut table = TABLE.lock();
+    for place in table.keepers.iter_mut().filter(|place| place.is_some_and(|(kept, _)| kept == store)) {
+        *place = None;
+    }
+}
+
 /// As many keepers as there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany;
@@ -131,15 +163,17 @@ pub fn want(vm: &Vm, gpa: Gpa) -> Wanted {
         vm.memory.absent(&pin, gpa)
     };
     match absent {
-        Some(Absent { object, frame, slot }) => want_page(Page { object, frame }, slot),
+        Some(Absent { object, frame, slot }) => want_frame(object, frame, slot, Whose::Guests),
         None => Wanted::Now,
     }
 }
 
-fn want_page(page: Page, slot: StoreSlot) -> Wanted {
+/// Frame `frame` of `object`, whose content is at `slot`, is to be fetched.
+pub fn want_frame(object: ObjectHandle, frame: u64, slot: StoreSlot, whose: Whose) -> Wanted {
+    let page = Page { object, frame };
     let host = host::get();
     let mut table = TABLE.lock();
-    if let Some(ticket) = table.join(slot, page) {
+    if let Some(ticket) = table.join(slot, page, whose) {
         return Wanted::Later(ticket);
     }
     let Some(work) = table.keeper(slot.store()) else { return Wanted::Lost };
@@ -155,7 +189,7 @@ fn want_page(page: Page, slot: StoreSlot) -> Wanted {
     let number = table.count;
     let mut pages = [None; PAGES];
     pages[0] = Some(page);
-    table.entries[place] = Some(Entry { number, slot, fetch: Some(fetch), pages });
+    table.entries[place] = Some(Entry { number, slot, fetch: Some(fetch), guests: whose == Whose::Guests, pages });
     drop(table);
     host_work::raise(work);
     Wanted::Later(Ticket { place, number })
@@ -164,6 +198,16 @@ fn want_page(page: Page, slot: StoreSlot) -> Wanted {
 /// Whether the reading is still on its way. Asked under the scheduler's lock.
 pub fn is_pending(ticket: Ticket) -> bool {
     TABLE.lock().entries[ticket.place].as_ref().is_some_and(|entry| entry.number == ticket.number)
+}
+
+/// Waits, as a task of the store, until the reading is over.
+pub async fn until_over(ticket: Ticket) {
+    poll_fn(|_| {
+        TASKS.store(true, Ordering::SeqCst);
+        // Noted before the question: a reading that is over after it raises the work.
+        if is_pending(ticket) { Poll::Pending } else { Poll::Ready(()) }
+    })
+    .await;
 }
 
 /// A device of `vm` waits for a page: it goes on when a reading is over, or at once if there is none.
@@ -210,6 +254,19 @@ impl Reading {
         self.fetch.slot()
     }
 
+    /// The same frame of `object` is filled too, if it waits for the same place.
+    pub fn also(&mut self, object: ObjectHandle) {
+        let host = host::get();
+        let mut table = TABLE.lock();
+        let Some(entry) = table.entries[self.ticket.place].as_mut() else { return };
+        let Some(Page { frame, .. }) = entry.pages[0] else { return };
+        let pin = host.epoch.pin(cpu::index());
+        let stored = host.objects.get(&pin, object).and_then(|object| object.stored_at(&host.machine, frame));
+        if stored == Some(entry.slot) {
+            entry.note(Page { object, frame });
+        }
+    }
+
     /// The frame is filled, or could not be. Host's work.
     pub fn finish(self, filled: bool) {
         let Self { ticket, mut fetch } = self;
@@ -218,14 +275,15 @@ impl Reading {
         if filled {
             fetch.filled(&supply);
         }
-        let pages = TABLE.lock().entries[ticket.place].as_ref().map_or([None; PAGES], |entry| entry.pages);
+        let noted = TABLE.lock().entries[ticket.place].as_ref().map(|entry| (entry.pages, entry.guests));
+        let (pages, guests) = noted.unwrap_or(([None; PAGES], false));
         for page in pages.into_iter().flatten() {
             if filled {
                 let pin = host.epoch.pin(cpu::index());
                 if let Some(object) = host.objects.get(&pin, page.object) {
                     object.restore(&supply, page.frame, &fetch);
                 }
-            } else {
+            } else if guests {
                 registry::for_each(|vm| {
                     if vm.shows(page.object) {
                         vm.pause(Pause::Storage);
@@ -239,6 +297,9 @@ impl Reading {
         sched::fetched(ticket);
         if DEVICES.swap(false, Ordering::SeqCst) {
             registry::for_each(let_device_go_on);
+        }
+        if TASKS.swap(false, Ordering::SeqCst) {
+            host_work::raise(Work::Store);
         }
     }
 }

@@ -71,6 +71,33 @@ impl Host {
 }
 
 #[test]
+fn frames_stop_keeping_a_store_open_and_stay_what_they_are() {
+    let host = Host::new(64);
+    let handle = host.anonymous(FRAMES, Policy::Pages);
+    let (store, other) = (host.store(10), host.store(10));
+    for index in 0..6 {
+        host.put_stored(handle, index, StoreSlot::new(if index < 4 { store } else { other }, index)).unwrap();
+        host.bring(0, handle, index);
+    }
+    let references = |store| host.pool.stores().references(store).unwrap();
+    assert_eq!((references(store), references(other)), (4, 2), "frames are known to hold the same");
+    let mut from = Some(0);
+    while let Some(index) = from {
+        let _pin = host.epoch.pin(0);
+        from = host.pool.stop_keeping_for(store, index, 7);
+    }
+    assert_eq!((references(store), references(other)), (0, 2));
+    host.pool.stores().close(store).unwrap();
+    for index in 0..6 {
+        let mut byte = [0];
+        host.on(handle, |object, supply| object.read(supply, index * PAGE_SIZE + AT, &mut byte)).unwrap();
+        assert_eq!(byte, [content(index)]);
+        host.write_fetching(0, handle, index, AT, 99);
+    }
+    assert_eq!(references(other), 0, "what was written is another");
+}
+
+#[test]
 fn a_stored_page_is_waited_for_read_and_then_written() {
     let host = Host::new(64);
     let handle = host.anonymous(FRAMES, Policy::Blocks);

@@ -9,7 +9,7 @@ use entresol_wire::store::{BLOCK, StoreError};
 
 use super::later::Later;
 use crate::registry;
-use crate::snapshot::{restore, take};
+use crate::snapshot::{lazy, restore, take};
 use crate::store::change::{self, Turn};
 use crate::store::{self, Failure};
 
@@ -38,7 +38,9 @@ pub fn files() -> Result<Files<'static>, Error> {
 /// Takes `file` out of it.
 pub fn remove(file: &str) -> Result<Later, Error> {
     let turn = Turn::take().map_err(refused)?;
-    let next = store::directory().and_then(|directory| Ok(directory.without(file)?)).map_err(refused)?;
+    let directory = store::directory().map_err(refused)?;
+    lazy::check_unused(&directory, file).map_err(|refused| refused.0)?;
+    let next = directory.without(file).map_err(|error| refused(error.into()))?;
     Ok(later(async move { change::commit(&turn, next).await.map_err(refused) }))
 }
 

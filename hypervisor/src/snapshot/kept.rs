@@ -5,6 +5,7 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use entresol_backing::ObjectHandle;
 use entresol_sync::Mutex;
 
 use super::Image;
@@ -24,6 +25,11 @@ static KEPT: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
 pub fn find(number: usize, file: u64) -> Option<Arc<Image>> {
     let kept = KEPT.lock();
     kept.iter().find(|kept| (kept.number, kept.file) == (number, file)).map(|kept| kept.image.clone())
+}
+
+/// The memory of virtual machine `number`'s image.
+pub fn memory(number: usize) -> Option<ObjectHandle> {
+    KEPT.lock().iter().find(|kept| kept.number == number).map(|kept| kept.image.ram)
 }
 
 /// From now on `image`, which file `file` has, is that of virtual machine `number`.

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`take`] | writes a file |
 //! | [`restore`] | makes a virtual machine from a file, and those that it is the difference to |
+//! | [`lazy`] | memory that is read while its machine runs |
 //! | [`pages`] | pages between objects and files |
 //! | [`kept`] | the last image of each virtual machine, to which the next can be the difference |
 //!
@@ -24,6 +25,7 @@
 //! Lock order: as the store's tasks; the list of images is a leaf.
 
 pub mod kept;
+pub mod lazy;
 mod pages;
 pub mod restore;
 pub mod take;

@@ -1,31 +1,65 @@
 //! Pages between objects and files.
 
 use entresol_addr::PAGE_SIZE;
-use entresol_backing::ObjectHandle;
+use entresol_backing::{AccessError, ObjectHandle, StoreSlot};
 use entresol_metal_arm64::cpu;
 use entresol_wire::store::File;
 
 use super::Refused;
 use crate::host;
+use crate::paging::{self, Wanted, Whose};
 use crate::store::{Failure, file};
 
+/// Readings that are waited for until a page counts as lost: others may want the place that it was given.
+const ATTEMPTS: usize = 8;
 /// Pages that are read at once.
 const AT_ONCE: u64 = 16;
 
-/// Copies frame `frame` of `object` to `page`; false, and nothing copied, if it was never written.
+/// Copies frame `frame` of `object` to `page`, when it is in memory; false, and nothing copied, if it was never written.
 ///
 /// # Errors
 ///
-/// [`Failure::OutOfMemory`]: the page is not in memory.
-pub fn read(object: ObjectHandle, frame: u64, page: &mut [u8; PAGE_SIZE as usize]) -> Result<bool, Failure> {
+/// [`Failure::OutOfMemory`], [`Failure::Absent`].
+pub async fn read(object: ObjectHandle, frame: u64, page: &mut [u8; PAGE_SIZE as usize]) -> Result<bool, Failure> {
+    for _ in 0..ATTEMPTS {
+        match look(object, frame, page)? {
+            Look::Here => return Ok(true),
+            Look::Nowhere => return Ok(false),
+            Look::Stored(slot) => match paging::want_frame(object, frame, slot, Whose::Nobodys) {
+                Wanted::Later(ticket) => paging::until_over(ticket).await,
+                Wanted::Now => {}
+                Wanted::OutOfMemory => return Err(Failure::OutOfMemory),
+                Wanted::Lost => return Err(Failure::Absent { frame }),
+            },
+        }
+    }
+    Err(Failure::Absent { frame })
+}
+
+/// Where a page is.
+enum Look {
+    Here,
+    Stored(StoreSlot),
+    Nowhere,
+}
+
+/// Copies the page if it is in memory.
+fn look(object: ObjectHandle, frame: u64, page: &mut [u8; PAGE_SIZE as usize]) -> Result<Look, Failure> {
     let host = host::get();
     let pin = host.epoch.pin(cpu::index());
-    let Some(object) = host.objects.get(&pin, object) else { return Ok(false) };
-    if !object.is_resident(&host.machine, frame) {
-        return Ok(false);
+    let Some(object) = host.objects.get(&pin, object) else { return Ok(Look::Nowhere) };
+    if let Some(slot) = object.stored_at(&host.machine, frame) {
+        return Ok(Look::Stored(slot));
     }
-    object.read(&host.supply(cpu::index()), frame * PAGE_SIZE, page).map_err(|_| Failure::OutOfMemory)?;
-    Ok(true)
+    if !object.is_resident(&host.machine, frame) {
+        // It may have left since, but not into nothing.
+        return Ok(object.stored_at(&host.machine, frame).map_or(Look::Nowhere, Look::Stored));
+    }
+    match object.read(&host.supply(cpu::index()), frame * PAGE_SIZE, page) {
+        Ok(()) => Ok(Look::Here),
+        Err(AccessError::Stored { slot, .. }) => Ok(Look::Stored(slot)),
+        Err(_) => Err(Failure::OutOfMemory),
+    }
 }
 
 /// Fills `count` frames of `object` from frame `first` on with the pages of `file` from `page` on, each of which must have its

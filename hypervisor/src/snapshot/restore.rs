@@ -1,8 +1,8 @@
 //! A virtual machine made from a file of the store.
 //!
 //! Protocol: the file's trailer names the one that it is the difference to, and so on; all their indexes are read and checked
-//! before anything is made. Then memory and disks are put together from the oldest to the newest, the machine is built
-//! around them as its configuration says, and goes on.
+//! before anything is made. Then disks are put together from the oldest to the newest, and memory that says where its pages are
+//! ([`super::lazy`]); the machine is built around them as its configuration says, and goes on.
 
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
@@ -18,6 +18,7 @@ use entresol_wire::control::{Code, Error};
 use entresol_wire::snapshot::{Index, Known, Trailer, check_part};
 use entresol_wire::store::{Directory, File};
 
+use super::lazy::{Pages, Source};
 use super::{Image, Refused, kept, pages};
 use crate::store::change::Turn;
 use crate::store::{self, file};
@@ -71,13 +72,40 @@ impl Wanted {
         registry::check_free(&config.name).map_err(|refusal| Refused(crate::control::fork_refused("", refusal)))?;
         let sizes = sizes(&config, bundle);
         let chain = read_chain(&directory, newest.clone(), trailer, &sizes).await?;
-        let parts = Parts::make(&config, bundle, &chain).await?;
-        let image = Arc::new(Image::of(parts.ram.0, &parts.disks)?);
-        let number = parts.run(saved, &config, bundle, &self.file)?;
-        kept::keep(number, newest.id, image);
+        let pages = chain.iter().map(|link| Pages { file: link.file.clone(), checksums: link.index.checksums.clone() });
+        let source = Source::open(pages.collect())?;
+        let made = self.start(saved, &config, bundle, &chain, source.as_deref()).await;
+        // Nobody changes the store until its files are known to be read from.
+        drop(self.turn);
+        if let Err(refused) = made {
+            if let Some(source) = source {
+                source.abandon();
+            }
+            return Err(refused);
+        }
         let milliseconds = (timer::now() - begun) * 1000 / timer::frequency();
         log::info!("restore {}: {} runs after {milliseconds} ms", self.file, config.name);
-        drop(self.turn);
+        if let Some(source) = source {
+            source.begin(self.file, begun);
+        }
+        Ok(())
+    }
+
+    /// The machine from the files of `chain`, whose memory is read from `source`.
+    async fn start(
+        &self,
+        saved: Saved,
+        config: &config::Vm<FileIndex>,
+        bundle: &Bundle<'static>,
+        chain: &[Link],
+        source: Option<&Source>,
+    ) -> Result<(), Refused> {
+        let parts = Parts::make(config, bundle, chain, source).await?;
+        let image = Arc::new(Image::of(parts.ram.0, &parts.disks)?);
+        let number = parts.run(saved, config, bundle, &self.file)?;
+        if let Some(newest) = chain.last() {
+            kept::keep(number, newest.file.id, image);
+        }
         Ok(())
     }
 }
@@ -191,7 +219,12 @@ struct Parts {
 }
 
 impl Parts {
-    async fn make(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>, chain: &[Link]) -> Result<Self, Refused> {
+    async fn make(
+        config: &config::Vm<FileIndex>,
+        bundle: &Bundle<'static>,
+        chain: &[Link],
+        source: Option<&Source>,
+    ) -> Result<Self, Refused> {
         let ram = Memory(build::create_ram(config).map_err(Refused::out_of_memory)?);
         let mut parts = Self { ram, disks: Vec::new() };
         for (number, disk) in (1..).zip(&config.disks) {
@@ -204,13 +237,13 @@ impl Parts {
             });
         }
         for (age, link) in chain.iter().enumerate() {
-            parts.put(link, age > 0).await?;
+            parts.put(link, age, source).await?;
         }
         Ok(parts)
     }
 
-    /// Puts what a file has over what is there.
-    async fn put(&self, link: &Link, over: bool) -> Result<(), Refused> {
+    /// Puts what file `age` of the chain has over what is there.
+    async fn put(&self, link: &Link, age: usize, source: Option<&Source>) -> Result<(), Refused> {
         let mut page = 0;
         for run in &link.index.runs {
             let object = match run.object.checked_sub(1) {
@@ -218,13 +251,19 @@ impl Parts {
                 Some(disk) => self.disks.get(disk as usize).and_then(|disk| disk.written()),
             };
             let object = object.ok_or_else(|| Refused::because("a run is of no object"))?;
-            if over {
+            if age > 0 {
                 clear(object, run.first, run.count)?;
             }
-            if !run.vacant {
-                pages::fill(&link.file, &link.index.checksums, page, (object, run.first, run.count)).await?;
-                page += run.count;
+            if run.vacant {
+                continue;
             }
+            let frames = (object, run.first, run.count);
+            match source {
+                Some(source) if run.object == 0 => source.put((age, page), frames)?,
+                _ => pages::fill(&link.file, &link.index.checksums, page, frames).await?,
+            }
+            page += run.count;
+            store::task::pause().await;
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use entresol_wire::control::{Code, Error};
 use entresol_wire::snapshot::{Index, Known, Trailer};
 use entresol_wire::store::{self as form, BLOCK};
 
-use super::{Image, Refused, kept, pages};
+use super::{Image, Refused, kept, lazy, pages};
 use crate::host;
 use crate::registry::{self, Copy};
 use crate::store::change::Turn;
@@ -54,6 +54,7 @@ pub fn begin(number: usize, file: &str, base: Option<&str>) -> Result<Taken, Ref
     let turn = Turn::take()?;
     let directory = store::directory()?;
     let base = base.map(|base| find_base(&directory, number, base)).transpose()?;
+    lazy::check_unused(&directory, file)?;
     form::Writer::new(&directory, file, base.as_ref().map_or(0, |(id, _)| *id))?;
     drop(vm);
     let copy = registry::copy(number).map_err(|refusal| Refused(crate::control::fork_refused("", refusal)))?;
@@ -164,7 +165,7 @@ impl Taken {
             from = first + count;
             for frame in first..from {
                 let mut page = [0; PAGE_SIZE as usize];
-                let there = pages::read(object, frame, &mut page)?;
+                let there = pages::read(object, frame, &mut page).await?;
                 // A disk's page that was written is not the image's, zero or not.
                 if there && (number != 0 || page != [0; PAGE_SIZE as usize]) {
                     index.push(number, frame, Some(crc32fast::hash(&page)));

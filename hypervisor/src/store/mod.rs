@@ -46,6 +46,11 @@ pub enum Failure {
     Disk(DiskError),
     /// No frames for buffers.
     OutOfMemory,
+    /// A page of the machine's memory is on a disk, and cannot be read.
+    Absent {
+        /// Its number in the memory.
+        frame: u64,
+    },
     /// The bytes of a file are not those that were written.
     Damaged {
         /// Its name.
@@ -64,6 +69,7 @@ impl fmt::Display for Failure {
             Self::Store(error) => error.fmt(f),
             Self::Disk(error) => error.fmt(f),
             Self::OutOfMemory => f.write_str("the machine has no memory for the store's buffers"),
+            Self::Absent { frame } => write!(f, "page {frame:#x} of the memory is on a disk, and cannot be read"),
             Self::Damaged { file, block } => write!(f, "file {file:?}: block {block} was damaged"),
         }
     }

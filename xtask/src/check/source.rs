@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::workspace;
 
-/// Folders that hold nothing of ours.
+/// Places that hold nothing of ours; in a second working tree `.git` is a file.
 const SKIPPED: [&str; 2] = ["target", ".git"];
 const TEXT: [&str; 9] = ["rs", "toml", "md", "sh", "ld", "S", "c", "yml", "lock"];
 
@@ -47,10 +47,11 @@ impl Tree {
             for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))? {
                 let path = entry?.path();
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
+                if SKIPPED.contains(&name.as_ref()) {
+                    continue;
+                }
                 if path.is_dir() {
-                    if !SKIPPED.contains(&name.as_ref()) {
-                        pending.push(path);
-                    }
+                    pending.push(path);
                 } else if is_text(&path) {
                     let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
                     let text = String::from_utf8_lossy(&bytes).into_owned();

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use entresol_cli::client::ClientError;
-use entresol_wire::control::{Code, Op};
-use entresol_wire::store::{AREA_BYTES, BLOCK, Directory};
+use entresol_wire::control::{Code, Op, State};
+use entresol_wire::snapshot::Trailer;
+use entresol_wire::store::{AREA_BYTES, BLOCK, Directory, File};
 
 use super::Context;
 use super::control::Listener;
@@ -16,6 +17,8 @@ use super::store::{create, files};
 use crate::bundle::{disk, linux};
 use crate::initrd::{self, Initrd};
 
+/// Questions until something that must happen does not.
+const QUESTIONS: usize = 100_000;
 /// Who is saved.
 const GUEST: &str = "worker";
 
@@ -79,7 +82,7 @@ pub fn snapshots_outlive_the_machine(context: &Context) -> Result<()> {
     let mut machine = boot(context, "snapshots_outlive_the_machine-again", &store)?;
     let mut owner = Owner { told: Listener::attach(machine.control()?, GUEST)?, asked: 0 };
     machine.expect("store: 2 files")?;
-    restored(&mut owner, &store)?;
+    restored(&mut machine, &mut owner, &store)?;
     owner.told.done(Op::Shutdown)?;
     machine.expect_power_off().map(drop)
 }
@@ -123,25 +126,32 @@ fn saved_and_killed(mut machine: Machine) -> Result<()> {
 }
 
 /// The second machine.
-fn restored(owner: &mut Owner, store: &Path) -> Result<()> {
+fn restored(machine: &mut Machine, owner: &mut Owner, store: &Path) -> Result<()> {
     let restore = |file: &'static str, name: &'static str| Op::Restore { file: file.into(), name: Some(name.into()) };
     owner.told.refused(restore("three", "x"), Code::StoreFailed)?;
     owner.told.refused(Op::Restore { file: "two".into(), name: None }, Code::BadField)?;
     owner.told.done(restore("two", "back"))?;
+    machine.expect("restore two: back runs")?;
     owner.told.turn_to("back")?;
     owner.expect_right("back", "second")?;
     // Its own next difference, and one more machine from all three files.
     owner.change("fourth")?;
     owner.told.done(Op::Snapshot { vm: "back".into(), file: "four".into(), base: Some("two".into()) })?;
+    let rows = files(&mut owner.told)?.rows;
+    let size = |name: &str| rows.iter().find(|row| row.name == name).map_or(0, |row| row.length);
+    ensure!(size("four") * 4 < size("one"), "what was only read since is no difference: {rows:?}");
+    machine.expect("restore two: all of its memory is read")?;
     owner.told.done(restore("four", "last"))?;
     owner.told.turn_to("last")?;
     owner.expect_right("last", "fourth")?;
     owner.told.turn_to("back")?;
     owner.expect_right("back", "fourth")?;
+    machine.expect("restore four: all of its memory is read")?;
     damaged(owner, store, &restore)
 }
 
-/// A page of the oldest file is another: who is made from it is not.
+/// A file whose trailer is another makes no machine. One whose pages are others makes one that stops where it touches them,
+/// and goes on when they are what they were.
 fn damaged(owner: &mut Owner, store: &Path, restore: &dyn Fn(&'static str, &'static str) -> Op<'static>) -> Result<()> {
     let image = OpenOptions::new().read(true).write(true).open(store).context("cannot open the store")?;
     let mut areas = [vec![0; AREA_BYTES], vec![0; AREA_BYTES]];
@@ -150,18 +160,48 @@ fn damaged(owner: &mut Owner, store: &Path, restore: &dyn Fn(&'static str, &'sta
     }
     let directory = Directory::newest([&areas[0], &areas[1]], image.metadata()?.len() / BLOCK)?;
     let file = directory.file("one")?;
-    let places = [("a page", 0), ("the trailer", file.blocks() - 1)];
-    for (what, block) in places {
-        let (block, _) = file.place(block).with_context(|| format!("{what} is nowhere"))?;
+    let last = file.blocks() - 1;
+    let mut trailer = [0; BLOCK as usize];
+    image.read_exact_at(&mut trailer, block_at(file, last)? * BLOCK)?;
+    // Memory comes before disks, which are read before the machine runs.
+    let pages = Trailer::decode(&trailer, file.blocks())?.pages / 2;
+    turn_bits(&image, file, last..last + 1)?;
+    owner.told.refused(restore("one", "x"), Code::StoreFailed)?;
+    turn_bits(&image, file, last..last + 1)?;
+    turn_bits(&image, file, 0..pages)?;
+    owner.told.done(restore("one", "x"))?;
+    stopped(&mut owner.told, "x")?;
+    owner.told.refused(Op::RemoveFile { file: "one".into() }, Code::WrongState)?;
+    turn_bits(&image, file, 0..pages)?;
+    owner.told.done(Op::Resume { vm: "x".into() })?;
+    owner.told.turn_to("x")?;
+    owner.expect_right("x", "first")
+}
+
+/// Where block `block` of `file` lies.
+fn block_at(file: &File, block: u64) -> Result<u64> {
+    Ok(file.place(block).context("a block is nowhere")?.0)
+}
+
+/// One bit of each of these blocks of `file` becomes another, or what it was.
+fn turn_bits(image: &std::fs::File, file: &File, blocks: std::ops::Range<u64>) -> Result<()> {
+    for block in blocks {
+        let at = block_at(file, block)? * BLOCK + 5;
         let mut byte = [0];
-        image.read_exact_at(&mut byte, block * BLOCK + 5)?;
-        image.write_all_at(&[byte[0] ^ 1], block * BLOCK + 5)?;
-        owner.told.refused(restore("one", "x"), Code::StoreFailed)?;
-        image.write_all_at(&byte, block * BLOCK + 5)?;
+        image.read_exact_at(&mut byte, at)?;
+        image.write_all_at(&[byte[0] ^ 1], at)?;
     }
-    owner.told.done(restore("one", "whole"))?;
-    owner.told.turn_to("whole")?;
-    owner.expect_right("whole", "first")
+    Ok(())
+}
+
+/// Asks until the virtual machine waits for a store; each question is some of the host's work.
+fn stopped(told: &mut Listener, vm: &str) -> Result<()> {
+    for _ in 0..QUESTIONS {
+        if told.row(vm)?.state == State::Paused {
+            return Ok(());
+        }
+    }
+    bail!("{vm} goes on with pages that are not what was written")
 }
 
 /// A store that has no room, and one that is not there: a reason, the guest goes on, the store is as it was.

@@ -44,7 +44,10 @@ pub fn swap_takes_and_brings_back(context: &Context) -> Result<()> {
     let free = without + (without - built);
     told.done(Op::Resume { vm: GUEST.into() })?;
     told.hear(initrd::READY)?;
-    told.shell(1, "dmesg -n 1; dd if=/dev/urandom of=/run/kept bs=1M count=48 2> /dev/null && md5sum < /run/kept > /run/kept.sum")?;
+    told.shell(
+        1,
+        "dmesg -n 1; dd if=/dev/urandom of=/run/kept bs=1M count=48 2> /dev/null && md5sum < /run/kept > /run/kept.sum",
+    )?;
     let before = told.stats(GUEST)?;
     put_out(&mut told, GUEST, 100)?;
     let after = told.stats(GUEST)?;

@@ -29,7 +29,7 @@ use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use super::FramePool;
 use super::meta::{NONE, Order, State};
-use crate::{OutOfMemory, StoreSlot};
+use crate::{OutOfMemory, StoreId, StoreSlot};
 
 /// What the pool keeps for trees that share.
 pub(super) struct Shared {
@@ -122,6 +122,24 @@ impl FramePool {
         if kept && self.frames.turn(index, State::Kept, State::Taken(Order::PAGE), false) {
             self.forget(slot, index);
         }
+    }
+
+    /// Of `count` frames of the pool from its number `from` on, those that are known to hold what a place of `store` does are not
+    /// any more: nobody finds them by it, and they do not keep the store open. Where to go on, or `None` at the end. The caller is pinned.
+    pub fn stop_keeping_for(&self, store: StoreId, from: u64, count: u64) -> Option<u64> {
+        let end = self.frames.len().min(from.saturating_add(count));
+        for pfn in (from..end).map(|index| self.frames.pfn(index as u32)) {
+            let kept = || self.kept_at(pfn).filter(|slot| slot.store() == store);
+            if kept().is_none() || !self.share_if_held(pfn) {
+                continue;
+            }
+            // With a reference to it, it is not given out again meanwhile, and kept for another.
+            if let Some(slot) = kept() {
+                self.stop_keeping_at(pfn, slot);
+            }
+            self.release(pfn);
+        }
+        (end < self.frames.len()).then_some(end)
     }
 
     /// One reference more to a frame that is kept for `slot`, if one is in memory. The caller is pinned.

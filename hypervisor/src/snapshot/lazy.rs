@@ -15,7 +15,7 @@
 //! Relatives: the image that the next difference is against, and machines that were forked since, get the frame that one of
 //! them reads: otherwise what none of them wrote would be kept twice, and would be a difference.
 //!
-//! Known holes: memory that comes so is mapped by pages of 4 KiB. Disks are read before the machine runs.
+//! Known holes: memory that comes so is mapped by pages of 4 KiB. Disks and private memory are read before the machine runs.
 //!
 //! Invariants: INV-7: a place that is named is a reference, and a store is closed when there is none.
 //! Lock order: the list of sources is a leaf.

@@ -73,7 +73,8 @@ impl Wanted {
         let sizes = sizes(&config, bundle);
         let chain = read_chain(&directory, newest.clone(), trailer, &sizes).await?;
         let pages = chain.iter().map(|link| Pages { file: link.file.clone(), checksums: link.index.checksums.clone() });
-        let source = Source::open(pages.collect())?;
+        // What is fetched comes through frames that are mapped: private memory is read before the machine runs.
+        let source = if config.private { None } else { Source::open(pages.collect())? };
         let made = self.start(saved, &config, bundle, &chain, source.as_deref()).await;
         // Nobody changes the store until its files are known to be read from.
         drop(self.turn);

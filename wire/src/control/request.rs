@@ -337,7 +337,6 @@ impl Serialize for Request<'_> {
                 map.serialize_entry("offset", &slot.offset)?;
                 map.serialize_entry("read_only", &slot.read_only)?;
             }
-            Op::Balloon { size, .. } => map.serialize_entry("size", size)?,
             Op::Probe { address, .. } => map.serialize_entry("address", address)?,
             Op::Balloon { size, .. } | Op::Reclaim { size, .. } => map.serialize_entry("size", size)?,
             Op::Fork { name, count, .. } => {

@@ -82,7 +82,7 @@ fn start(context: &Context) -> Result<Machine> {
     let kernel = context.guest.kernel()?;
     let vm = |name: &str| {
         let vm = linux(name, &kernel, &initrd);
-        WrittenVm { memory: "256M".to_owned(), vcpus: Some(2), autostart: Some(false), ..vm }
+        WrittenVm { memory: "256M".to_owned().into(), vcpus: Some(2), autostart: Some(false), ..vm }
     };
     let image = builder.file("swap.img", &[])?;
     std::fs::File::options().write(true).open(&image)?.set_len(DISK)?;

@@ -10,6 +10,7 @@ pub mod foreign;
 pub mod guest;
 pub mod host;
 pub mod qemu;
+pub mod redis;
 pub mod sources;
 pub mod toolchain;
 
@@ -21,6 +22,7 @@ use anyhow::{Context, Result};
 pub use browser::Browser;
 pub use guest::Guest;
 pub use qemu::Qemu;
+pub use redis::Redis;
 
 use crate::progress::Step;
 use crate::workspace;
@@ -53,6 +55,16 @@ pub fn browser() -> Result<Browser> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
     browser::ensure_browser(&cache)
+}
+
+/// A store in memory for a guest.
+///
+/// # Errors
+/// As [`everything`].
+pub fn redis() -> Result<Redis> {
+    let cache = workspace::cache_dir()?;
+    let _lock = lock(&cache)?;
+    redis::ensure_redis(&cache)
 }
 
 /// Held while the cache is read or changed; the operating system lets go of it however we end.

@@ -31,6 +31,8 @@ const MODULES: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_console", "virt
 pub struct Initrd {
     script: Option<String>,
     console: Option<String>,
+    /// Further programs and libraries: where, and their bytes.
+    files: Vec<(String, Vec<u8>)>,
 }
 
 impl Initrd {
@@ -41,12 +43,18 @@ impl Initrd {
 
     /// Runs a shell script, prints [`SCRIPT_EXIT`] and its status, and powers off.
     pub fn scripted(script: &str) -> Self {
-        Self { script: Some(script.to_owned()), console: None }
+        Self { script: Some(script.to_owned()), ..Self::default() }
     }
 
     /// Lives on this device once the drivers are loaded, and leaves the kernel's console alone.
     pub fn on_console(mut self, device: &str) -> Self {
         self.console = Some(device.to_owned());
+        self
+    }
+
+    /// Has these programs and libraries too, in folders that are there.
+    pub fn with(mut self, files: Vec<(String, Vec<u8>)>) -> Self {
+        self.files.extend(files);
         self
     }
 
@@ -71,6 +79,9 @@ impl Initrd {
             list += &format!("{name}\n");
         }
         archive.file("etc/entresol/modules", 0o644, list.as_bytes());
+        for (path, bytes) in &self.files {
+            archive.file(path, 0o755, bytes);
+        }
         if let Some(console) = &self.console {
             archive.file("etc/entresol/console", 0o644, console.as_bytes());
         }

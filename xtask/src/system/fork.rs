@@ -1,4 +1,5 @@
-//! Live forks of a Linux guest that works: every copy goes on with the same memory and disk, and is a machine of its own.
+//! Live forks of a Linux guest in which a store in memory (Redis) works under load: every copy goes on with the same data and
+//! disk, and is a machine of its own.
 
 use std::collections::HashSet;
 
@@ -10,6 +11,7 @@ use super::Context;
 use super::control::Listener;
 use super::machine::Builder;
 use crate::bundle::{disk, linux};
+use crate::fetch;
 use crate::guests;
 use crate::initrd::{self, Initrd};
 
@@ -20,23 +22,45 @@ const WITNESS: &str = "witness";
 /// The copies, in the order in which they are made.
 const COPIES: [&str; 10] =
     ["copy-1", "copy-2", "copy-3", "four", "five", "six", "seven", "eight", "nine", "grandchild"];
-/// In which order they end; the parent in between.
-const ENDS: [&str; 11] =
-    ["copy-2", "nine", "copy-1", "five", PARENT, "grandchild", "six", "four", "eight", "copy-3", "seven"];
+/// Decides in which order they end; another number is another order.
+const SEED: u64 = 7;
 
-/// What the guest keeps in memory: a table of keys, 1 MiB that is checked all the time, and a file that grows.
-const WORKLOAD: [&str; 4] = [
-    "dmesg -n 1; mkdir /run/kv && for key in $(seq 300); do echo \"value $key of the parent\" > /run/kv/$key; done",
+/// The client of the guest's store.
+macro_rules! ask_store {
+    ($command:literal) => {
+        concat!("redis-cli --raw -s /run/redis ", $command)
+    };
+}
+
+/// What works in the guest: the store with a table of keys, a client that counts in it, another that compares what it is
+/// answered, two that ask as fast as they can, and a file of 1 MiB that is checked all the time.
+const WORKLOAD: [&str; 7] = [
+    "dmesg -n 1; cd /run; redis-server --port 0 --unixsocket /run/redis --save '' --daemonize yes --logfile /run/log",
+    concat!("until ", ask_store!("ping"), "; do sleep 1; done"),
+    concat!("for key in $(seq 300); do echo set item:$key value:$key:of:the:parent; done | ", ask_store!("| sort -u")),
     "head -c 1048576 /dev/urandom > /run/blob && md5sum < /run/blob > /run/sum && echo the disk of the parent > /dev/vda",
-    "(while md5sum < /run/blob | cmp -s - /run/sum; do sleep 3; done; echo > /run/broken) & true",
-    "(while echo >> /run/n; do sleep 1; done) & true",
+    "(while md5sum < /run/blob | cmp -s - /run/sum; do sleep 5; done; echo > /run/broken) & true",
+    concat!(
+        "(n=0; while n=$((n + 1)) && [ \"$(printf 'set mine %s\\nget mine\\n' $n | ",
+        ask_store!("| tr -d '\\n')\" = OK$n ]; do sleep 5; done; echo > /run/broken) & true"),
+    ),
+    // In a copy the fast ones end with their hundred: eleven machines share two CPUs that are emulated themselves.
+    concat!(
+        "(",
+        ask_store!("-r -1 -i 0.5 incr counted > /dev/null) & "),
+        "(own=$(devmem 0x90d0000 64); while [ $(devmem 0x90d0000 64) = $own -a ! -e /run/calm ]; ",
+        "do redis-benchmark -q -s /run/redis -c 2 -n 100 -r 500 -t set,get > /dev/null || echo > /run/broken; done; ",
+        "echo > /run/calm) & true"
+    ),
 ];
 
 /// Sums over every value of the table, as the parent has it.
-const TABLE: &str = "cat /run/kv/* | md5sum";
+const TABLE: &str = concat!(ask_store!("mget $(for key in $(seq 300); do echo item:$key; done) | md5sum"));
+/// Waits until those who ask as fast as they can have ended: the store goes on, and so do who counts and who compares.
+const CALM: &str = "until [ -e /run/calm ]; do sleep 1; done";
 
-/// A guest with 2 vCPUs is forked ten times while it works: all eleven answer with the parent's data, diverge, and are killed
-/// in a mixed order; then exactly the frames are free that were before anything ran.
+/// A guest with 2 vCPUs is forked ten times while its store is under load: all eleven answer with the parent's data, diverge,
+/// and are killed in an order that a seed decides; then exactly the frames are free that were before anything ran.
 pub fn live_forks_answer_diverge_and_end(context: &Context) -> Result<()> {
     let before = free_before_anything_ran(context)?;
     let mut machine = start(context, "live_forks_answer_diverge_and_end")?;
@@ -50,14 +74,16 @@ pub fn live_forks_answer_diverge_and_end(context: &Context) -> Result<()> {
     refusals(&mut owner)?;
     owner.told.done(Op::Fork { vm: PARENT.into(), name: "copy".into(), count: Some(3) })?;
     for name in &COPIES[3..9] {
-        owner.ask("wc -l < /run/n")?;
+        owner.ask(ask_store!("get counted"))?;
         owner.told.done(Op::Fork { vm: PARENT.into(), name: (*name).into(), count: None })?;
     }
     owner.told.done(Op::Fork { vm: "copy-2".into(), name: COPIES[9].into(), count: None })?;
+    owner.ask("test ! -e /run/calm && echo > /run/calm")?;
     let mut generations = HashSet::new();
     for name in [PARENT].into_iter().chain(COPIES) {
         owner.told.expect_running(name)?;
         owner.told.turn_to(name)?;
+        owner.ask(CALM)?;
         ensure!(generations.insert(goes_on_and_diverges(&mut owner, name, &table)?), "{name}: a generation twice");
     }
     for name in COPIES.into_iter().chain([PARENT]) {
@@ -65,7 +91,9 @@ pub fn live_forks_answer_diverge_and_end(context: &Context) -> Result<()> {
         has_its_own(&mut owner, name)?;
     }
     paused_parents_have_paused_children(&mut owner)?;
-    for name in ENDS {
+    let ends = in_an_order_of(SEED);
+    println!("    they end in the order of seed {SEED}: {}", ends.join(", "));
+    for name in ends {
         owner.told.done(Op::Kill { vm: name.into() })?;
     }
     owner.expect_free(before)?;
@@ -76,7 +104,7 @@ pub fn live_forks_answer_diverge_and_end(context: &Context) -> Result<()> {
 /// The machine of this test; nothing in it runs yet.
 fn start(context: &Context, name: &str) -> Result<super::machine::Machine> {
     let builder = Builder::new(context, name)?;
-    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive().with(fetch::redis()?.files()?))?;
     let kernel = context.guest.kernel()?;
     let mut parent = linux(PARENT, &kernel, &initrd);
     parent.memory = "256M".into();
@@ -136,24 +164,45 @@ fn refusals(owner: &mut Owner) -> Result<()> {
     owner.told.refused(fork(PARENT, "a-name-that-is-just-short-enoughh", Some(10)), Code::BadField)
 }
 
-/// A machine has the parent's memory and disk, works on, and changes both. Returns its generation.
+/// Parent and copies, in an order that `seed` decides.
+fn in_an_order_of(seed: u64) -> Vec<&'static str> {
+    let mut names: Vec<_> = COPIES.into_iter().chain([PARENT]).collect();
+    let mut state = seed;
+    for last in (1..names.len()).rev() {
+        // Knuth's generator of 64 bits: the upper half is well mixed.
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        names.swap(last, (state >> 33) as usize % (last + 1));
+    }
+    names
+}
+
+/// A machine has the parent's data, memory and disk, works on, and changes all of it. Returns its generation.
 fn goes_on_and_diverges(owner: &mut Owner, name: &str, table: &str) -> Result<String> {
+    let get = ask_store!("get counted");
+    owner.ask(&format!("before=$({get})"))?;
     ensure!(owner.ask(TABLE)? == table, "{name}: the table is not the parent's");
     ensure!(owner.ask("test ! -e /run/broken && md5sum < /run/blob | cmp - /run/sum && echo same")? == "same");
     ensure!(owner.ask("head -n 1 /dev/vda")? == "the disk of the parent", "{name}: the disk is not the parent's");
-    owner.ask(&format!("echo {name} > /run/kv/7 && echo {name} | dd of=/dev/vda conv=fsync 2>/dev/null"))?;
-    owner.ask(&format!("yes {name} | head -c 524288 > /run/own && md5sum < /run/own > /run/ownsum"))?;
-    // It goes on: otherwise this never ends, and the machine is reported to make no progress.
-    owner.ask("lines=$(wc -l < /run/n); while [ $(wc -l < /run/n) = $lines ]; do sleep 1; done")?;
+    let set = concat!(ask_store!("set item:7 "));
+    owner.ask(&format!("{set}{name} && echo {name} | dd of=/dev/vda conv=fsync 2>/dev/null"))?;
+    // Some 100 KiB, made by the shell alone.
+    let set = ask_store!("-x set own");
+    owner.ask(&format!(
+        "own={name}.; for i in $(seq 14); do own=$own$own; done; printf $own | {set} && echo $own > /run/own"
+    ))?;
+    // It counts on: otherwise this never ends, and the machine is reported to make no progress.
+    owner.ask(&format!("while [ \"$({get})\" = \"$before\" ]; do sleep 1; done"))?;
     owner.ask("devmem 0x90d0000 64; devmem 0x90d0008 64")
 }
 
 /// After all have changed what they share, each finds what it has written itself.
 fn has_its_own(owner: &mut Owner, name: &str) -> Result<()> {
-    let own = owner.ask("cat /run/kv/7; echo 3 > /proc/sys/vm/drop_caches; head -n 1 /dev/vda")?;
+    let get = ask_store!("get item:7");
+    let own = owner.ask(&format!("{get}; echo 3 > /proc/sys/vm/drop_caches; head -n 1 /dev/vda"))?;
     ensure!(own.lines().eq([name; 2]), "{name}: finds {own:?}");
-    let same = "test ! -e /run/broken && md5sum < /run/blob | cmp - /run/sum && md5sum < /run/own | cmp - /run/ownsum";
-    ensure!(owner.ask(&format!("{same} && echo same"))? == "same", "{name}: its memory has changed");
+    let same = "test ! -e /run/broken && md5sum < /run/blob | cmp - /run/sum";
+    let own = concat!(ask_store!("get own | cmp - /run/own"));
+    ensure!(owner.ask(&format!("{same} && {own} && echo same"))? == "same", "{name}: its memory has changed");
     Ok(())
 }
 
@@ -168,7 +217,7 @@ fn paused_parents_have_paused_children(owner: &mut Owner) -> Result<()> {
         owner.told.done(Op::Resume { vm: "copy-1".into() })?;
         owner.told.done(Op::Resume { vm: "sleeper".into() })?;
         owner.told.turn_to("sleeper")?;
-        ensure!(owner.ask("cat /run/kv/7")? == "copy-1", "the copy of a paused machine has not its memory");
+        ensure!(owner.ask(ask_store!("get item:7"))? == "copy-1", "the copy of a paused machine has not its memory");
         owner.told.turn_to("copy-1")?;
         owner.told.done(Op::Kill { vm: "sleeper".into() })?;
     }

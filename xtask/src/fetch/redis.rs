@@ -1,0 +1,118 @@
+//! Debian's arm64 Redis: an in-memory store, and the load that is put on it, for guests.
+//!
+//! Only its own packages and libraries are taken out of what Debian would install, and of their files only the programs
+//! and what these are linked with.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use object::LittleEndian;
+use object::read::elf::{Dyn as _, ElfFile64, FileHeader as _};
+
+use super::apt::{self, Root, Suite};
+use super::host::{self, Os};
+use crate::progress::Step;
+
+/// As in [`super::qemu`].
+const FOLDER: &str = "redis-1";
+/// What a guest gets in `/bin`.
+const PROGRAMS: [&str; 3] = ["redis-server", "redis-cli", "redis-benchmark"];
+/// The loader that every program names.
+const LOADER: &str = "ld-linux-aarch64.so.1";
+/// Most of Debian's shared libraries lie in one of these.
+const LIBRARIES: [&str; 3] = ["lib/aarch64-linux-gnu", "usr/lib/aarch64-linux-gnu", "lib"];
+
+/// The fetched files.
+#[derive(Clone, Debug)]
+pub struct Redis {
+    folder: PathBuf,
+}
+
+/// Redis for a guest, fetched when it has to be.
+///
+/// # Errors
+/// When it cannot be fetched: the error says what to type.
+pub fn ensure_redis(cache: &Path) -> Result<Redis> {
+    let folder = cache.join(FOLDER);
+    if !folder.is_dir() {
+        fetch(cache, &folder)?;
+    }
+    Ok(Redis { folder })
+}
+
+fn fetch(cache: &Path, folder: &Path) -> Result<()> {
+    let step = Step::start("fetching Debian's arm64 Redis");
+    let debian = host::debian(&Os::here(), cache)?;
+    let root = Root::open(cache, Suite::Bookworm, &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
+    step.say("fetching Debian's arm64 Redis");
+    let mut packages = root.closure("redis-server:arm64")?;
+    // What a whole Debian has besides is for its scripts of installation.
+    packages.retain(|package| package.contains(":arm64="));
+    let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;
+    let (packed, tree) = (work.path().join("packed"), work.path().join("tree"));
+    fs::create_dir(&packed).and_then(|()| fs::create_dir(&tree)).context("cannot make a work folder")?;
+    for package in root.download(&packages, &packed, &step)? {
+        apt::unpack(&packed.join(&package.file), &tree)?;
+    }
+    super::publish(&tree, folder)
+}
+
+impl Redis {
+    /// Paths in a guest, and the bytes of the file there: programs, their loader, every library that one of them needs.
+    ///
+    /// # Errors
+    /// When a file is missing or not what it should be.
+    pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut files = Vec::new();
+        let mut wanted = VecDeque::from([LOADER.to_owned()]);
+        for program in PROGRAMS {
+            let bytes = self.read(&self.folder.join("usr/bin").join(program))?;
+            wanted.extend(needed(&bytes).with_context(|| format!("{program} is no program"))?);
+            files.push((format!("bin/{program}"), bytes));
+        }
+        while let Some(name) = wanted.pop_front() {
+            let path = format!("lib/{name}");
+            if files.iter().any(|(at, _)| *at == path) {
+                continue;
+            }
+            let bytes = self.read(&self.library(&name)?)?;
+            wanted.extend(needed(&bytes).with_context(|| format!("{name} is no library"))?);
+            files.push((path, bytes));
+        }
+        Ok(files)
+    }
+
+    fn library(&self, name: &str) -> Result<PathBuf> {
+        let places = LIBRARIES.map(|place| self.folder.join(place).join(name));
+        let found = places.into_iter().find(|path| path.is_file());
+        found.with_context(|| format!("{} holds no {name}: remove it and try again", self.folder.display()))
+    }
+
+    fn read(&self, path: &Path) -> Result<Vec<u8>> {
+        fs::read(path).with_context(|| format!("cannot read {}: remove {}", path.display(), self.folder.display()))
+    }
+}
+
+/// The libraries that an ELF file names (System V ABI, DT_NEEDED).
+fn needed(bytes: &[u8]) -> Result<Vec<String>> {
+    let file = ElfFile64::<LittleEndian>::parse(bytes)?;
+    let (endian, header) = (file.endian(), file.elf_header());
+    let sections = header.sections(endian, bytes)?;
+    let Some((dynamic, strings)) = sections.dynamic(endian, bytes)? else { return Ok(Vec::new()) };
+    let strings = sections.strings(endian, bytes, strings)?;
+    let names = dynamic.iter().filter(|entry| entry.tag32(endian) == Some(object::elf::DT_NEEDED));
+    names.map(|entry| Ok(String::from_utf8_lossy(entry.string(endian, strings)?).into_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_elf_file_is_refused() {
+        assert!(needed(b"#!/bin/sh\n").is_err());
+        assert!(needed(&[]).is_err());
+    }
+}

@@ -7,6 +7,7 @@
 //! guests under Debian's own kernel ([`peer`]). The exit status says whether every target is met.
 
 mod boot;
+mod disk;
 mod fork;
 mod machine;
 mod operations;
@@ -58,7 +59,7 @@ pub enum Part {
     Split,
     /// Live forks of guests of several sizes
     Forks,
-    /// Private memory: faults, and the hypervisor's own accesses
+    /// Private memory: faults, the hypervisor's own accesses, and a disk
     Private,
     /// A Linux boot, bare and as a guest
     Boot,
@@ -95,6 +96,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     if wanted(Part::Private) {
         rows.add(operations::measure(&bench, Part::Private)?, None);
+        rows.0.extend(disk::measure(&bench)?);
     }
     if wanted(Part::Boot) {
         rows.0.extend(boot::measure(&bench, options.peer.is_some())?);

@@ -193,6 +193,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// objects are their owner's.
     pub fn destroy(self, cpu: usize) {
         self.reclaim_all(cpu);
+        self.end_caches();
         let shown = |handle: ObjectHandle| {
             let pin = self.host.epoch.pin(cpu);
             self.slots.iter(&pin).any(|slot| slot.object.get() == handle.raw())

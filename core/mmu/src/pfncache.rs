@@ -13,22 +13,27 @@
 //!   waits a grace period. A refresh that holds the lock before the invalidation takes it has what it found taken away; one
 //!   that takes it later sees the count. And whoever checked before is unpinned when the grace period is over.
 //! - Slot updates need no word: a cache keeps the generation that its slot was found in, and one of another is not used.
+//! - Private memory is absent from the hypervisor's own mapping, so a cache of it *leases* the frame for as long as it may be used.
+//!   What an invalidation takes away may be in use until the grace period is over, so the lease stays with the cache, and the
+//!   next refresh, which finds another frame or none, gives it back after one. A lease of a frame that was freed meanwhile is
+//!   given back in vain: it died with the frame.
 //! - `activate` makes a cache one that invalidations look at before it knows anything; `deactivate` takes what it knows first.
 //!
 //! Readers take no lock: what a cache knows is published under a version that is odd while it changes.
 //!
 //! Invariants: INV-3 (nothing is written through a cache once `invalidate_range_start` has returned), INV-4 (who writes where
-//! writes are logged marks after the bytes, as [`Vm::write`] does), INV-7. Nothing allocates after [`Vm::make_caches`].
-//! Lock order: a cache's refreshing → its state → nothing; slots, objects and pool between the two, with the state free.
+//! writes are logged marks after the bytes, as [`Vm::write`] does), INV-7, INV-10. Nothing allocates after [`Vm::make_caches`].
+//! Lock order: a cache's refreshing → its state → nothing; slots, objects, pool and grace periods between the two, with the state
+//! free.
 //!
-//! Known hole: memory that is outside the hypervisor's own mapping has to be leased for as long as a cache knows it; caches are
-//! for memory that stays in the mapping.
+//! Known hole: a cache that nobody refreshes keeps its lease, and so the frame in the mapping, until it is deactivated, the frame is
+//! freed or the machine ends.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use entresol_addr::{GfnRange, Gpa, Hpa, PAGE_SIZE};
-use entresol_backing::{GrantError, ObjectHandle};
+use entresol_backing::{GrantError, Lease, LeaseError, ObjectHandle};
 use entresol_machine::Machine;
 use entresol_slot::{Hint, SlotRef};
 use entresol_sync::atomic::{AtomicU64, Ordering, fence};
@@ -72,6 +77,8 @@ struct State {
     active: bool,
     gpa: Gpa,
     len: u64,
+    /// Of the frame that it knows, or knew last.
+    lease: Option<Lease>,
 }
 
 /// What a cache knows.
@@ -124,7 +131,7 @@ impl Piece<'_, '_> {
 
 impl PfnCache {
     fn new() -> Self {
-        let state = State { active: false, gpa: Gpa::new(0), len: 0 };
+        let state = State { active: false, gpa: Gpa::new(0), len: 0, lease: None };
         Self {
             refreshing: Mutex::new(()),
             state: Mutex::new(state),
@@ -236,7 +243,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         {
             let mut state = cache.state.lock();
             cache.forget();
-            *state = State { active: true, gpa, len };
+            (state.active, state.gpa, state.len) = (true, gpa, len);
         }
         self.refresh_cache(cpu, cache)
     }
@@ -249,13 +256,34 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     pub fn deactivate(&self, index: usize) -> Result<(), CacheError> {
         let cache = self.caches.get(index)?;
         let _one = cache.refreshing.lock();
-        let mut state = cache.state.lock();
-        cache.forget();
-        state.active = false;
+        let lease = {
+            let mut state = cache.state.lock();
+            cache.forget();
+            state.active = false;
+            state.lease.take()
+        };
+        self.give_back_used(lease);
         Ok(())
     }
 
-    /// Has cache `index` find out where its memory lies now. Not called by a pinned CPU; `cpu` is the one that the caller runs
+    /// The machine ends: nobody uses its caches.
+    pub(crate) fn end_caches(&self) {
+        for cache in self.caches.all() {
+            let lease = cache.state.lock().lease.take();
+            lease.into_iter().for_each(|lease| self.release_lease(lease));
+        }
+    }
+
+    /// Gives a lease back whose frame somebody may be using who has checked before.
+    fn give_back_used(&self, lease: Option<Lease>) {
+        let Some(lease) = lease else { return };
+        if lease.is_private() {
+            self.host.epoch.synchronize();
+        }
+        self.release_lease(lease);
+    }
+
+    /// Has cache `index` find out where its memory lies now. May wait for a grace period. Not called by a pinned CPU; `cpu` is the one that the caller runs
     /// on.
     ///
     /// # Errors
@@ -279,29 +307,45 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 (state.gpa, state.len)
             };
             let sample = self.notifier.sample();
-            let pin = self.host.epoch.pin(cpu);
-            let found = match self.find_frame(&pin, gpa) {
-                Ok(found) => Some(found),
-                Err(CopyError::Busy) => None,
-                Err(error) => return Err(CacheError::Memory(error)),
+            // The lease that is over: the one before, or the one that was found in vain.
+            let over = {
+                let pin = self.host.epoch.pin(cpu);
+                let (slot, lease) = match self.find_frame(&pin, gpa) {
+                    Ok(found) => found,
+                    Err(CopyError::Busy) => {
+                        drop(pin);
+                        hint::spin_loop();
+                        continue;
+                    }
+                    Err(error) => return Err(CacheError::Memory(error)),
+                };
+                let mut state = cache.state.lock();
+                let moved = self.notifier.moved(sample, GfnRange::single(gpa.frame()));
+                if moved || !self.slots.is_current(&slot, &pin) {
+                    Err(lease)
+                } else {
+                    // Also where the page is the same as before: the piece may lie elsewhere in it.
+                    let address = Hpa::new(lease.pfn().base().get() + gpa.page_offset());
+                    let before = state.lease.replace(lease);
+                    cache.publish(&Known { gpa, len, address, generation: slot.generation().get() });
+                    Ok(before)
+                }
             };
-            let _state = cache.state.lock();
-            if let Some((slot, page)) = found
-                && !self.notifier.moved(sample, GfnRange::single(gpa.frame()))
-                && self.slots.is_current(&slot, &pin)
-            {
-                // Also where the page is the same as before: the piece may lie elsewhere in it.
-                let address = Hpa::new(page.get() + gpa.page_offset());
-                cache.publish(&Known { gpa, len, address, generation: slot.generation().get() });
-                return Ok(());
+            match over {
+                Ok(before) => {
+                    self.give_back_used(before);
+                    return Ok(());
+                }
+                // Nobody has seen it.
+                Err(lease) => self.release_lease(lease),
             }
             hint::spin_loop();
         }
         Err(CacheError::Memory(CopyError::Busy))
     }
 
-    /// The slot at `gpa`, and the page of the machine behind it, which may be written and is shared with nobody.
-    fn find_frame(&self, pin: &Pin<'_>, gpa: Gpa) -> Result<(SlotRef, Hpa), CopyError> {
+    /// The slot at `gpa`, and a lease of the page of the machine behind it, which may be written and is shared with nobody.
+    fn find_frame(&self, pin: &Pin<'_>, gpa: Gpa) -> Result<(SlotRef, Lease), CopyError> {
         let slot = self.slots.find(pin, gpa.frame(), &Hint::new()).ok_or(CopyError::Outside { gpa })?;
         if slot.is_read_only() {
             return Err(CopyError::ReadOnly { gpa });
@@ -313,7 +357,10 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         }
         let frame = slot.object_frame(gpa.frame());
         match object.grant(&self.host.supply(pin.cpu()), frame, true) {
-            Ok(grant) if grant.memory == entresol_backing::Memory::Normal => Ok((slot, grant.frame(frame).base())),
+            Ok(grant) if grant.memory == entresol_backing::Memory::Normal => {
+                let lease = self.host.pool.lease(&self.host.machine, grant.frame(frame));
+                lease.map(|lease| (slot, lease)).map_err(|LeaseError::TooMany| CopyError::OutOfMemory)
+            }
             // What was the object's own a moment ago is shared again, or another CPU makes it.
             Err(GrantError::Busy | GrantError::Shared | GrantError::Forking) => Err(CopyError::Busy),
             Err(GrantError::OutOfMemory) => Err(CopyError::OutOfMemory),

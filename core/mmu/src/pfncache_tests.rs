@@ -244,3 +244,155 @@ fn a_frame_that_is_another_s_is_never_written() {
         assert_eq!(stray, None, "a frame is written through a cache after it was given back");
     });
 }
+
+/// A machine of private memory with caches, none of which is active.
+fn private<'h>(host: &'h Host<FlatMachine>, caches: usize) -> (TestVm<'h>, ObjectHandle) {
+    let vm = vm(host);
+    let spec = Spec::Private { frames: FRAMES, policy: Policy::Pages };
+    let object = host.objects.create(&host.supply(CPU), spec).unwrap();
+    vm.set_slot(CPU, &slot(0, RAM, FRAMES, object, SlotFlags::empty())).unwrap();
+    vm.make_caches(caches).unwrap();
+    (vm, object)
+}
+
+/// Leased frames; every frame is mapped exactly if it should be (INV-10).
+fn leased(host: &Host<FlatMachine>) -> u64 {
+    host.pool.reap(&host.epoch, CPU, usize::MAX);
+    host.supply(CPU).scrub(usize::MAX);
+    let audit = entresol_backing::audit(&host.supply(CPU), &host.objects, &host.epoch.pin(CPU));
+    assert_eq!((audit.wrong, audit.stuck), (0, 0), "{audit:?}");
+    audit.leased
+}
+
+#[test]
+fn a_cache_of_private_memory_leases_it_as_long_as_it_is_needed() {
+    let host = host(4 * 512);
+    let (vm, object) = private(&host, 2);
+    assert_eq!(leased(&host), 0);
+    vm.activate(CPU, 0, PIECE, 64).unwrap();
+    vm.activate(CPU, 1, Gpa::new(PIECE.get() - 64), 64).unwrap();
+    write(&vm, 7);
+    assert_eq!((leased(&host), read(&vm)), (1, 7), "both in one frame (Z-D1)");
+    vm.deactivate(1).unwrap();
+    write(&vm, 8);
+    assert_eq!((leased(&host), read(&vm)), (1, 8));
+    vm.refresh(CPU, 0).unwrap();
+    vm.refresh(CPU, 0).unwrap();
+    vm.deactivate(0).unwrap();
+    assert_eq!((leased(&host), read(&vm)), (0, 8), "leases are counted, each once");
+    vm.activate(CPU, 0, PIECE, 64).unwrap();
+    vm.destroy(CPU);
+    assert_eq!(leased(&host), 0, "an end releases");
+    host.objects.destroy(&host.supply(CPU), &host.epoch, object).unwrap();
+    assert_eq!((leased(&host), host.pool.private_frames()), (0, 0));
+}
+
+#[test]
+fn a_private_page_given_back_takes_its_lease_with_it() {
+    let host = host(4 * 512);
+    let (vm, _) = private(&host, 1);
+    // Keeps the frames around it private.
+    vm.write(&host.epoch.pin(CPU), &Hint::new(), Gpa::new(RAM), &[1]).unwrap();
+    vm.activate(CPU, 0, PIECE, 64).unwrap();
+    write(&vm, 9);
+    let before = known(&vm).unwrap();
+    assert_eq!(vm.discard(CPU, &[GfnRange::single(PIECE.frame())]).unwrap().frames, 1);
+    assert_eq!((leased(&host), known(&vm), read(&vm)), (0, None, 0), "zeroed, and absent again");
+    assert!(!host.machine.is_mapped_own(Pfn::new(before.get() / PAGE_SIZE)));
+    write(&vm, 3);
+    assert_eq!((leased(&host), read(&vm)), (1, 3), "the late release took nothing (Z-D3)");
+}
+
+#[test]
+fn a_fork_leaves_the_lease_to_the_next_refresh() {
+    let host = host(8 * 512);
+    let (parent, _) = private(&host, 1);
+    parent.activate(CPU, 0, PIECE, 64).unwrap();
+    write(&parent, 1);
+    let before = known(&parent).unwrap();
+    let child = parent.fork(CPU).unwrap();
+    assert_eq!((known(&parent), leased(&host)), (None, 1));
+    write(&parent, 2);
+    assert_ne!(known(&parent), Some(before));
+    assert_eq!((leased(&host), read(&parent), read(&child)), (1, 2, 1));
+    parent.destroy(CPU);
+    assert_eq!((leased(&host), read(&child)), (0, 1));
+}
+
+/// Eight caches in one private page, each written by its own CPU, while the page is given back and forked again and again. A use
+/// of an absent frame stops the flat machine; what each CPU wrote last is what the guest reads in the end.
+#[test]
+fn eight_records_in_one_private_page_that_comes_and_goes() {
+    const CPUS: usize = 8;
+    const RECORD: u64 = 64;
+    let first = Pfn::new(0x8_0000);
+    let frames = 16 * 512;
+    let meta = (0..frames).map(|_| entresol_backing::FrameMeta::new()).collect();
+    let pool = entresol_backing::FramePool::new(first, meta, CPUS + 1).unwrap();
+    pool.add(entresol_addr::PfnRange::new(first, frames).unwrap()).unwrap();
+    let machine = FlatMachine::new(first, frames, crate::tests::coherent());
+    let host = Host::new(machine, pool, entresol_backing::Objects::with_capacity(64).unwrap()).unwrap();
+    let (vm, _) = private(&host, CPUS);
+    let page = Gpa::new(RAM);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let record = |cpu: usize| Gpa::new(page.get() + RECORD * cpu as u64);
+    let tell = |cpu: usize, value: u64| {
+        let pin = host.epoch.pin(cpu);
+        let piece = vm.check(&pin, cpu - 1, 8);
+        if let Some(piece) = &piece {
+            vm.write_piece(piece, &value.to_le_bytes());
+        }
+        piece.is_some()
+    };
+    let mut last = [0; CPUS + 1];
+    std::thread::scope(|scope| {
+        let writers: std::vec::Vec<_> = (1..=CPUS)
+            .map(|cpu| {
+                let (vm, over, tell, record) = (&vm, &over, &tell, &record);
+                scope.spawn(move || {
+                    while let Err(error) = vm.activate(cpu, cpu - 1, record(cpu), 8) {
+                        assert_eq!(error, CacheError::Memory(CopyError::Busy));
+                    }
+                    let mut told = 0;
+                    while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                        // Out of memory: what was given back waits for others' pins.
+                        if tell(cpu, told + 1) || vm.refresh(cpu, cpu - 1).is_ok() && tell(cpu, told + 1) {
+                            told += 1;
+                        }
+                    }
+                    told
+                })
+            })
+            .collect();
+        for round in 0..200 {
+            while vm.discard(CPU, &[GfnRange::single(page.frame())]).is_err() {}
+            if round % 20 == 0 {
+                let child = vm.fork(CPU).unwrap();
+                let object = crate::fork_tests::child_object(&child);
+                child.destroy(CPU);
+                host.objects.destroy(&host.supply(CPU), &host.epoch, object).unwrap();
+            }
+            host.pool.reap(&host.epoch, CPU, usize::MAX);
+            host.supply(CPU).scrub(usize::MAX);
+            let audit = entresol_backing::audit(&host.supply(CPU), &host.objects, &host.epoch.pin(CPU));
+            assert_eq!(audit.wrong, 0, "{audit:?}");
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        for (cpu, writer) in (1..).zip(writers) {
+            last[cpu] = writer.join().unwrap();
+        }
+    });
+    for cpu in 1..=CPUS {
+        assert!(last[cpu] > 0, "CPU {cpu} has told nothing");
+        vm.refresh(cpu, cpu - 1).unwrap();
+        assert!(tell(cpu, last[cpu]));
+    }
+    for cpu in 1..=CPUS {
+        let mut bytes = [0; 8];
+        vm.read(&host.epoch.pin(CPU), &Hint::new(), record(cpu), &mut bytes).unwrap();
+        assert_eq!(u64::from_le_bytes(bytes), last[cpu], "CPU {cpu}");
+    }
+    assert_eq!(leased(&host), 1);
+    (0..CPUS).for_each(|index| vm.deactivate(index).unwrap());
+    assert_eq!(leased(&host), 0);
+}

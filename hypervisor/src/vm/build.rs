@@ -156,7 +156,7 @@ fn put_together(
     let devices = Devices::new(&link, &gic, terminal, media, config.balloon)?;
     let posted = Posted::new(config)?;
     let passed = Passed::new(&config.pass_through).map_err(BuildError)?;
-    let records = Records::new(config.mte).map_err(|error| because("stolen time")(&error))?;
+    let records = Records::new(config).map_err(|error| because("stolen time")(&error))?;
     let (memory, vtcr) = create_memory(config)?;
     let slots = slots::create(&memory, config, bundle, ram, media).map_err(BuildError);
     let shown = slots.and_then(|()| passed.show(&memory).map_err(BuildError));

@@ -5,11 +5,12 @@
 //! Protocol: the guest asks for a vCPU's record by PV_TIME_ST, from that vCPU, and gets an address: a page of its own, one
 //! slot beside its memory, has the records of all, 64 bytes each. From then on the record says at every turn's beginning what
 //! the scheduler has counted ([`Wait`]): nothing is done at the exits in between. Each vCPU has a page-frame cache for the
-//! eight bytes that change, so telling takes a check and a store; the CPU that the vCPU is loaded on is the only one that
-//! writes them.
+//! eight bytes that change, so telling takes a check and a store; the CPU that the vCPU is loaded on is the only one that writes
+//! them. A private machine's page is private, too: the caches lease its frame, all of them the same one.
 //!
-//! A copy of the virtual machine goes on counting where the parent was; its page is shared until it is written. So does one that is
-//! made from a snapshot, with a fresh page, which is told before its guest runs. One that starts over begins at zero. Time in which its owner has paused it is not stolen.
+//! A copy of the virtual machine goes on counting where the parent was; its page is shared until it is written. So does one that
+//! is made from a snapshot, with a fresh page, which is told before its guest runs. One that starts over begins at zero. Time in
+//! which its owner has paused it is not stolen.
 //!
 //! Invariants: no counted time is lost: what cannot be told at one turn is told at a later one. The guest may do with the page
 //! what it likes, and give it back, too: the record is written again to what is there then.
@@ -22,7 +23,7 @@ use entresol_loader::virt;
 use entresol_metal_arm64::{Metal, cpu, timer};
 use entresol_slot::{Hint, ObjectId, SlotError, SlotRequest};
 use entresol_sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use entresol_wire::config::MAX_VCPUS;
+use entresol_wire::config::{self, MAX_VCPUS};
 
 use super::Vm;
 use super::slots::RECORDS;
@@ -45,14 +46,19 @@ const _: () = assert!(RECORD * MAX_VCPUS as u64 <= PAGE_SIZE);
 pub struct Records(ObjectHandle);
 
 impl Records {
-    /// A page that nobody has touched, with allocation tags if the guest uses them.
+    /// A page that nobody has touched, private or with allocation tags as the memory of a machine like `config` is.
     ///
     /// # Errors
     ///
     /// [`CreateError`].
-    pub fn new(tagged: bool) -> Result<Self, CreateError> {
+    pub fn new<F>(config: &config::Vm<F>) -> Result<Self, CreateError> {
         let host = host::get();
-        let spec = Spec::Anonymous { frames: virt::STOLEN_TIME_SIZE / PAGE_SIZE, policy: Policy::Pages, tagged };
+        let (frames, policy) = (virt::STOLEN_TIME_SIZE / PAGE_SIZE, Policy::Pages);
+        let spec = if config.private {
+            Spec::Private { frames, policy }
+        } else {
+            Spec::Anonymous { frames, policy, tagged: config.mte }
+        };
         host.objects.create(&host.supply(cpu::index()), spec).map(Self)
     }
 

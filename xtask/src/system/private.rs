@@ -43,12 +43,15 @@ pub fn private_memory_is_nowhere_else(context: &Context) -> Result<()> {
     machine.expect(initrd::READY)?;
     machine.shell(LOAD)?;
     let mut owner = Owner::of(&mut machine)?;
-    let mut most = 0;
+    let (mut most, mut leased) = (0, false);
     for _ in 0..AUDITS {
         let audit = owner.audit()?;
-        ensure!((audit.leased, audit.stuck) == (0, 0), "private frames are mapped: {audit:?}");
+        // Linux has asked for its stolen time: the page with the records is leased.
+        ensure!(audit.leased <= 1 && audit.stuck == 0, "private frames are mapped: {audit:?}");
+        leased |= audit.leased == 1;
         most = most.max(audit.pages);
     }
+    ensure!(leased, "no record of stolen time was ever seen");
     ensure!(most > (240 << 8), "only {most} pages of private memory were ever seen");
 
     let kernel_page = 0x4020_0000;

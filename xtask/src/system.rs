@@ -256,6 +256,16 @@ pub const TESTS: &[SystemTest] = &[
         run: dirty::log_rings_and_mark_name_what_was_written,
     },
     SystemTest {
+        name: "private_writes_are_named_too",
+        about: "the same of a machine whose memory is private",
+        run: dirty::private_writes_are_named_too,
+    },
+    SystemTest {
+        name: "private_machines_fork_and_are_saved",
+        about: "private Linux forks, is saved and restored: data stays right and apart, no frame is where it should not be",
+        run: private::private_machines_fork_and_are_saved,
+    },
+    SystemTest {
         name: "trapped_cache_maintenance",
         about: "cache maintenance by address traps: nothing is lost, and its faults are the guest's own",
         run: mmio::trapped_cache_maintenance,

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use entresol_wire::config::{ReadOnlyStore, WrittenVm};
+use entresol_wire::config::{ReadOnlyStore, WrittenMemory, WrittenVm};
 use entresol_wire::control::{Alias, Answer, Bytes, Code, Dirty, Entries, Op, PagePlace, State};
 
 use super::Context;
@@ -134,13 +134,22 @@ impl Round {
 /// Two vCPUs store at random, with every kind of store: log, rings and a mark name the same pages, exactly those that the guest
 /// says; blocks are put together again in the end; and requests that make no sense are refused.
 pub fn log_rings_and_mark_name_what_was_written(context: &Context) -> Result<()> {
+    written_is_named(context, "log_rings_and_mark_name_what_was_written", false)
+}
+
+/// The same of private memory.
+pub fn private_writes_are_named_too(context: &Context) -> Result<()> {
+    written_is_named(context, "private_writes_are_named_too", true)
+}
+
+fn written_is_named(context: &Context, name: &str, private: bool) -> Result<()> {
     let mut vm: WrittenVm = program(VM, &guests::flat("dirty")?, &format!("rounds=3 seed=7 go={GO:#x}"));
-    vm.memory = "64M".into();
+    vm.memory = WrittenMemory { size: "64M".to_owned(), private };
     vm.vcpus = Some(2);
     vm.policies.services = true;
     vm.policies.read_only_store = ReadOnlyStore::Abort;
     vm.autostart = Some(false);
-    let mut machine = Builder::new(context, "log_rings_and_mark_name_what_was_written")?.boot(vec![vm])?;
+    let mut machine = Builder::new(context, name)?.boot(vec![vm])?;
     let mut owner = Owner { told: Listener::attach(machine.control()?, VM)? };
     owner.told.done(Op::Resume { vm: VM.into() })?;
     refusals(&mut owner)?;

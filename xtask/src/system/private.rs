@@ -1,11 +1,15 @@
 //! Private memory: absent from the hypervisor's own mapping whatever the guest does, and zero for whoever comes next.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use entresol_wire::config::{WrittenMemory, WrittenVm};
+use entresol_wire::control::{Answer, Audit, Op};
 
 use super::Context;
+use super::control::Listener;
 use super::machine::Builder;
 use super::owner::Owner;
+use super::snapshot::{STILL_RIGHT, WORKLOAD};
+use super::store::create;
 use crate::bundle::{disk, linux, program};
 use crate::guests;
 use crate::initrd::{self, Initrd};
@@ -72,5 +76,79 @@ pub fn private_memory_is_nowhere_else(context: &Context) -> Result<()> {
     let after = owner.audit()?;
     ensure!(after.pages > 0 && before.pages > 0, "{before:?}, then {after:?}");
     owner.shutdown()?;
+    machine.expect_power_off().map(drop)
+}
+
+/// Who forks and is saved, its copy, and who is made from the file.
+const FAMILY: [&str; 3] = ["secret", "copy", "back"];
+
+/// Nothing is where it should not be, and what is there of private machines.
+fn audited(told: &mut Listener) -> Result<Audit> {
+    match told.ask(Op::Audit)? {
+        Answer::Audit(audit) if audit.wrong + audit.stuck == 0 => Ok(audit),
+        other => bail!("the audit found {other:?}"),
+    }
+}
+
+/// A private machine that works is forked, saved, and made again from the file. All have its data, write their own, and go on;
+/// each is private; when they have ended nothing of them is left.
+pub fn private_machines_fork_and_are_saved(context: &Context) -> Result<()> {
+    const NAME: &str = "private_machines_fork_and_are_saved";
+    let builder = Builder::new(context, NAME)?.outer("2G", 2);
+    let store = builder.file("store.img", &[])?;
+    create(&store, 1 << 30)?;
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
+    let guest = |name: &str| {
+        let vm = linux(name, &context.guest.kernel()?, &initrd);
+        anyhow::Ok(WrittenVm { vcpus: Some(2), autostart: Some(false), ..private(vm, "256M") })
+    };
+    let [first, copy, back] = FAMILY;
+    let mut vm = guest(first)?;
+    vm.disks.push(disk(&builder.file("disk.img", &[0; 1 << 20])?));
+    // Somebody must be left when all of them have ended.
+    let mut machine = builder.store(&store).boot(vec![vm, guest("witness")?])?;
+    let (mut told, mut asked) = (Listener::attach(machine.control()?, first)?, 0);
+    told.done(Op::Resume { vm: first.into() })?;
+    told.hear(initrd::READY)?;
+    let mut ask = |told: &mut Listener, command: &str| {
+        asked += 1;
+        told.shell(asked, command)
+    };
+    for command in WORKLOAD {
+        ask(&mut told, command)?;
+    }
+    let alone = audited(&mut told)?;
+    told.done(Op::Fork { vm: first.into(), name: copy.into(), count: None })?;
+    told.done(Op::Snapshot { vm: first.into(), file: "one".into(), base: None })?;
+    told.done(Op::Restore { file: "one".into(), name: Some(back.into()) })?;
+    for name in FAMILY {
+        told.turn_to(name)?;
+        ensure!(ask(&mut told, STILL_RIGHT)? == "100", "{name}: its memory is another");
+        ask(&mut told, &format!("for key in $(seq 100); do echo {name} > /run/kv/$key; done"))?;
+    }
+    for name in FAMILY {
+        told.turn_to(name)?;
+        let own = ask(&mut told, "sort -u /run/kv/*; md5sum < /run/blob | cmp - /run/sum && echo same")?;
+        ensure!(own.lines().eq([name, "same"]), "{name}: finds {own:?}");
+    }
+    let all = audited(&mut told)?;
+    ensure!(all.leased <= 3 && all.pages > 2 * alone.pages, "{alone:?} of one, {all:?} of three");
+    for name in FAMILY {
+        told.done(Op::Kill { vm: name.into() })?;
+    }
+    // Frames that a grace period keeps come back with the host's next work: each question is some.
+    const QUESTIONS: usize = 200;
+    let mut left = audited(&mut told)?;
+    for _ in 0..QUESTIONS {
+        if left.leased == 0 && left.pages < alone.pages {
+            break;
+        }
+        left = audited(&mut told)?;
+    }
+    ensure!(
+        left.leased == 0 && left.pages < alone.pages,
+        "of ended machines {left:?} is left, and one alone had {alone:?}"
+    );
+    told.done(Op::Shutdown)?;
     machine.expect_power_off().map(drop)
 }

@@ -23,14 +23,14 @@ const QUESTIONS: usize = 100_000;
 const GUEST: &str = "worker";
 
 /// What it keeps in memory and on its disk: a table, 1 MiB with its sum, and a file that grows.
-const WORKLOAD: [&str; 3] = [
+pub(super) const WORKLOAD: [&str; 3] = [
     "dmesg -n 1; mkdir /run/kv && for key in $(seq 100); do echo \"value $key\" > /run/kv/$key; done",
     "head -c 1048576 /dev/urandom > /run/blob && md5sum < /run/blob > /run/sum && echo first > /dev/vda && sync",
     "(while echo >> /run/n; do sleep 1; done) & true",
 ];
 
 /// It answers with its data, and goes on.
-const STILL_RIGHT: &str = "md5sum < /run/blob | cmp - /run/sum && cat /run/kv/* | wc -l && \
+pub(super) const STILL_RIGHT: &str = "md5sum < /run/blob | cmp - /run/sum && cat /run/kv/* | wc -l && \
      lines=$(wc -l < /run/n); while [ $(wc -l < /run/n) = $lines ]; do sleep 1; done";
 
 struct Owner {

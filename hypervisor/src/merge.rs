@@ -3,7 +3,7 @@
 //! Protocol: host's work, on the boot CPU. Virtual machines whose configuration says `merge` are scanned one after the other,
 //! a step at a time; when the last is at its end a round is over. Between two steps as much time goes by as the
 //! configuration's rate asks for, so the boot CPU spends a bounded share of its time on it: the rate times what a page
-//! costs, which [`status`] reports. An owner may ask for rounds at once: then the steps follow each other, with a turn of
+//! costs, which [`status`] reports. What a step gave back it also frees, as far as grace periods are over. An owner may ask for rounds at once: then the steps follow each other, with a turn of
 //! the CPU's vCPU in between.
 //!
 //! Invariants: no lock is held but this module's own while the core works; nobody but host's work takes it.
@@ -76,10 +76,14 @@ pub fn run(cpu: usize) {
     let at_once = progress.rounds_left != 0;
     let began = timer::now();
     let scan = progress.step(cpu, if at_once { STEP_AT_ONCE } else { STEP });
+    let given_back = scan.joined + scan.vacated;
+    // As many as this step deferred, and as many again of what steps before it did: none pile up.
+    let reap = usize::try_from(2 * given_back).unwrap_or(usize::MAX);
+    host::get().pool.reap(&host::get().epoch, cpu, reap);
     let now = timer::now();
     progress.ticks += now - began;
     progress.scanned += scan.pages;
-    progress.given_back += scan.joined + scan.vacated;
+    progress.given_back += given_back;
     if progress.rounds_left != 0 {
         host_work::raise(Work::Merge);
     }

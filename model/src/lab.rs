@@ -12,6 +12,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::fmt;
 use std::panic::Location;
 
 use corosensei::Yielder;
@@ -335,6 +336,12 @@ impl Scheduler for Facade {
             lab.world.freed(frames);
         });
         settle();
+    }
+
+    fn told(&self, what: fmt::Arguments<'_>) {
+        if !ABANDONED.get() {
+            with(|lab| lab.log(None, || what.to_string()));
+        }
     }
 
     fn starved(&self) -> bool {

@@ -7,7 +7,7 @@
 //! Names are the specification's; Z-X are ours, so that each checker has a bug to find. Z-A1 is here twice: on the path of a
 //! fault, and on its own, the `change` of a notifier; so is Z-B5, whose bug has two halves.
 //!
-//! What is not here yet, because the core has no such code: Z-C (x86), Z-D (private memory), Z-E (tags and swap).
+//! What is not here yet, because the core has no such code: Z-C (x86), Z-D (private memory), of Z-E what speaks of swap.
 
 use std::time::Duration;
 
@@ -48,10 +48,10 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 36] = {
+pub const ZOO: [Exhibit; 37] = {
     use Check::{
-        Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv9, Inv11, Inv13, Inv14, Inv15,
-        Maintenance, Panic, Slots, Written,
+        Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv9, Inv11, Inv12, Inv13, Inv14,
+        Inv15, Maintenance, Panic, Slots, Written,
     };
     /// A translation outlives what it leads to: whoever looks first sees it.
     const STALE: &[Check] = &[Inv3, Inv7, Inv11, Inv2];
@@ -167,6 +167,7 @@ pub const ZOO: [Exhibit; 36] = {
         exhibit!("Z-E2", ZE2, "tags-touch.toml", &[Inv1], "a page is there before its tags are cleared"),
         exhibit!("Z-E3", ZE3, "tags-block.toml", &[Inv1], "of a block, only the first page's tags are cleared"),
         exhibit!("Z-E5", ZE5, "tags-fork.toml", &[Inv1], "a copy has the bytes and not the tags"),
+        exhibit!("Z-E6", ZE6, "merge-tags.toml", &[Inv12], "pages of equal bytes become one, whatever their tags"),
         exhibit!("Z-G2", ZG2, "difference.toml", &[Written], "a difference misses a page that was written in between"),
         exhibit!(
             "Z-G4",

@@ -23,7 +23,7 @@ impl Host {
     }
 
     /// What a scanner does for a pair: breaks blocks, keeps the one, has the other join it.
-    fn merge(&self, offered: Place, joins: Place) -> Merged {
+    pub(crate) fn merge(&self, offered: Place, joins: Place) -> Merged {
         for (handle, frame) in [offered, joins] {
             if self.on(handle, |object, supply| object.break_block(supply, frame)).is_err() {
                 return Merged::Gone;

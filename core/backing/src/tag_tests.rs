@@ -65,6 +65,46 @@ fn a_relative_reads_the_tags_and_changes_its_own() {
 }
 
 #[test]
+fn only_pages_of_equal_tags_become_one() {
+    let host = Host::new(8 * 512);
+    let (one, other) = (host.tagged(Policy::Pages), host.tagged(Policy::Pages));
+    let plain = host.anonymous(FRAMES, Policy::Pages);
+    for handle in [one, other, plain] {
+        host.on(handle, |object, _| object.take_part());
+        host.put(handle, 7, 5).unwrap();
+    }
+    host.tag(other, 7, 3, 0xa);
+    assert_eq!(host.merge((one, 7), (other, 7)), Merged::Differs);
+    assert_eq!((host.merge((one, 7), (plain, 7)), host.merge((plain, 7), (one, 7))), (Merged::Differs, Merged::Gone));
+    assert_eq!(host.merge((plain, 7), (other, 7)), Merged::Differs, "the plain one has tags that nobody gave it");
+    host.tag(one, 7, 3, 0xa);
+    assert_eq!(host.merge((one, 7), (other, 7)), Merged::Done);
+    host.tag(one, 7, 3, 0xb);
+    assert_eq!((host.tags(one, 7).get(3), host.tags(other, 7).get(3)), (0xb, 0xa));
+}
+
+#[test]
+fn zeros_with_a_tag_are_not_untouched() {
+    let host = Host::new(8 * 512);
+    let (pages, blocks) = (host.tagged(Policy::Pages), host.tagged(Policy::Blocks));
+    for (handle, frame) in [(pages, 3), (pages, 4), (blocks, 3), (blocks, 600)] {
+        host.on(handle, |object, _| object.take_part());
+        host.put(handle, frame, 0).unwrap();
+    }
+    host.tag(pages, 3, 200, 1);
+    host.tag(blocks, 511, 0, 1);
+    host.on(pages, |object, supply| {
+        assert_eq!((object.vacate(supply, 3), object.vacate(supply, 4)), (Merged::Differs, Merged::Done));
+    });
+    host.on(blocks, |object, supply| {
+        let vacated = [3, 600].map(|frame| object.vacate_block(supply, frame));
+        assert_eq!(vacated, [Merged::Differs, Merged::Done]);
+    });
+    assert_eq!((host.tags(pages, 3).get(200), host.tags(blocks, 511).get(0)), (1, 1));
+    assert_eq!((host.tags(pages, 4), host.tags(blocks, 600)), (Tags::ZERO, Tags::ZERO));
+}
+
+#[test]
 fn memory_without_tags_costs_nothing() {
     let host = Host::new(4 * 512);
     let parent = host.anonymous(FRAMES, Policy::Blocks);
@@ -87,6 +127,9 @@ enum Step {
     Write(u64, u8),
     Fork,
     Punch(u64, u64),
+    /// The frame of another relative joins this one.
+    Merge(u64, usize, u64),
+    Vacate(u64),
 }
 
 fn steps() -> impl Strategy<Value = Vec<(usize, Step)>> {
@@ -96,6 +139,8 @@ fn steps() -> impl Strategy<Value = Vec<(usize, Step)>> {
         2 => (frame(), any::<u8>()).prop_map(|(frame, byte)| Step::Write(frame, byte)),
         1 => Just(Step::Fork),
         1 => (frame(), 1..600u64).prop_map(|(frame, count)| Step::Punch(frame, count)),
+        4 => (0..8u64, 0..4usize, 0..8u64).prop_map(|(frame, other, at)| Step::Merge(frame, other, at)),
+        2 => frame().prop_map(Step::Vacate),
     ];
     prop::collection::vec((0..4usize, step), 1..60)
 }
@@ -103,15 +148,21 @@ fn steps() -> impl Strategy<Value = Vec<(usize, Step)>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever is written, forked and punched: each relative has the tags that its own history gave it (INV-12).
+    /// Whatever is written, forked, punched, merged and given back as zeros: each relative has the tags that its own history gave it (INV-12).
     #[test]
     fn tags_travel_with_the_page(
         steps in steps(), policy in prop::sample::select(std::vec![Policy::Pages, Policy::Blocks, Policy::WholeBlocks]),
     ) {
         let host = Host::new(16 * 512);
-        let mut family: Vec<(ObjectHandle, Known)> = std::vec![(host.tagged(policy), Known::new())];
+        // Two that are no relatives.
+        let mut family: Vec<(ObjectHandle, Known)> = (0..2).map(|_| (host.tagged(policy), Known::new())).collect();
+        family.iter().for_each(|(handle, _)| host.on(*handle, |object, _| object.take_part()));
         for (who, step) in steps {
-            let (who, room) = (who % family.len(), family.len() < 4);
+            let (who, room) = (who % family.len(), family.len() < 5);
+            if let Step::Merge(frame, other, at) = step {
+                host.merge((family[who].0, frame), (family[other % family.len()].0, at));
+                continue;
+            }
             let (handle, known) = &mut family[who];
             match step {
                 Step::Tag(frame, granule, tag) => {
@@ -129,6 +180,13 @@ proptest! {
                     host.on(*handle, |object, supply| object.punch(supply, frame, count)).unwrap();
                     known.retain(|(at, _), _| !(frame..frame + count).contains(at));
                 }
+                Step::Vacate(frame) => {
+                    host.on(*handle, |object, supply| {
+                        object.vacate_block(supply, frame);
+                        object.vacate(supply, frame);
+                    });
+                }
+                Step::Merge(..) => {}
             }
         }
         for (handle, known) in &family {

@@ -19,7 +19,7 @@
 
 use entresol_addr::{Gfn, GfnRange};
 use entresol_sync::atomic::{AtomicU64, Ordering, fence};
-use entresol_sync::{Mutex, ordering, planted};
+use entresol_sync::{Mutex, ordering, planted, told};
 
 /// Ended invalidations that can still be told apart by range. Under loom so few that one is overwritten while it is read.
 const HISTORY: u64 = if cfg!(loom) { 2 } else { 8 };
@@ -100,7 +100,9 @@ impl Notifier {
     /// Samples the sequence: before anything about the fault is decided.
     #[inline]
     pub fn sample(&self) -> Sample {
-        Sample(self.sequence.load(ordering!(NotifierSample, Acquire, Relaxed)))
+        let sequence = self.sequence.load(ordering!(NotifierSample, Acquire, Relaxed));
+        told!("the sequence is sampled: {sequence}");
+        Sample(sequence)
     }
 
     /// Whether nothing at all changed, or is changing, since `sample`.
@@ -148,6 +150,7 @@ impl Notifier {
         let place = self.progress.iter().position(|place| place.count.load(Ordering::Relaxed) == 0).ok_or(TooMany)?;
         self.progress[place].set(range);
         self.active.fetch_add(1, Ordering::SeqCst);
+        told!("invalidate_range_start: {} pages from gfn {:#x} are in progress", range.count(), range.start());
         Ok(Invalidation { place, range })
     }
 
@@ -159,6 +162,7 @@ impl Notifier {
         self.sequence.store(ended + 1, ordering!(NotifierEnd, Release, Relaxed));
         self.progress[invalidation.place].clear();
         self.active.fetch_sub(1, Ordering::SeqCst);
+        told!("invalidate_range_end: gfn {:#x}, the sequence is {}", invalidation.range.start(), ended + 1);
     }
 
     /// Whether no invalidation but `mine` is in progress in `range`. One that starts later waits for the caller's pin.

@@ -73,3 +73,43 @@ fn registers_are_a_device_and_have_none() {
     assert_eq!(touch(&vm, RAM, Access::Write), Outcome::Resume);
     assert!(matches!(entry(&vm, RAM), Entry::Leaf(leaf) if leaf.memory == Memory::Device));
 }
+
+/// Pages with tags meet only those of equal bytes and tags; zeros with a tag stay.
+#[test]
+fn a_scan_merges_what_is_equal_to_the_tag() {
+    let host = host();
+    let machines = [0, 1].map(|_| {
+        let vm = vm(&host);
+        let ram = object(&host, Spec::Anonymous { frames: 600, policy: Policy::Pages, tagged: true });
+        vm.set_slot(CPU, &slot(0, RAM, 600, ram, SlotFlags::empty())).unwrap();
+        vm.enable_merging(CPU).unwrap();
+        vm
+    });
+    let put = |vm: &TestVm<'_>, frame: u64, byte: u8, tag: u8| {
+        let gpa = RAM + frame * PAGE_SIZE;
+        assert_eq!(touch(vm, gpa, Access::Write), Outcome::Resume);
+        let Entry::Leaf(leaf) = entry(vm, gpa) else { panic!("{gpa:#x} is mapped") };
+        host.machine.write(leaf.pfn.base(), &[byte]);
+        let mut tags = Tags::ZERO;
+        tags.set(9, tag);
+        host.machine.store_tags(leaf.pfn, &tags);
+    };
+    for frame in 0..40 {
+        put(&machines[0], frame, 1 + frame as u8, 3);
+        put(&machines[1], frame, 1 + frame as u8, if frame < 30 { 3 } else { 4 });
+        put(&machines[0], 100 + frame, 0, 0);
+        put(&machines[0], 200, 0, 5);
+    }
+    let mut sums = [0; 3];
+    for _ in 0..3 {
+        for vm in &machines {
+            let scan = vm.merge_scan(CPU, u64::MAX);
+            assert!(scan.round_over);
+            sums = [sums[0] + scan.offered, sums[1] + scan.joined, sums[2] + scan.vacated];
+        }
+        host.merging.next_round();
+    }
+    assert_eq!(sums, [30, 30, 40], "offered, joined, given back as zeros");
+    let differed: u64 = machines.iter().map(|vm| vm.stats.merge_differed.get()).sum();
+    assert_eq!(differed, 0, "what cannot become one is not even tried");
+}

@@ -48,6 +48,24 @@ macro_rules! planted {
     };
 }
 
+/// Writes into the lab's trace what no memory access shows by itself, as [`format_args!`] has it. Nothing at all without the
+/// feature `lab`.
+#[cfg(feature = "lab")]
+#[macro_export]
+macro_rules! told {
+    ($($what:tt)+) => {
+        $crate::lab::told(format_args!($($what)+))
+    };
+}
+
+/// Writes into the lab's trace what no memory access shows by itself, as [`format_args!`] has it. Nothing at all without the
+/// feature `lab`.
+#[cfg(not(feature = "lab"))]
+#[macro_export]
+macro_rules! told {
+    ($($what:tt)+) => {};
+}
+
 /// Whether a bug of the zoo, named by a variant of `zoo::Bug`, is switched on. `false`, known to the compiler, wherever
 /// the feature `zoo` is not.
 #[cfg(not(feature = "zoo"))]

@@ -50,6 +50,8 @@ pub enum Bug {
     ZE3,
     /// Z-E5: a copy has the bytes and not the tags.
     ZE5,
+    /// Z-E6: pages become one by their bytes, and their tags are not compared.
+    ZE6,
     /// Z-G1: a write goes through a shared node without copying the path.
     ZG1,
     /// Z-G2: the difference of two relatives passes over what was written in one part of a shared block.

@@ -1,4 +1,5 @@
-//! INV-11: a guest never reads a byte that it, its owner or zeroing did not put there: the data oracle.
+//! INV-11: a guest never reads a byte that it, its owner or zeroing did not put there: the data oracle. Allocation tags are
+//! content of a page too, and judged the same way; what is wrong with them is INV-12.
 //!
 //! Purpose: for each word of an object that a scenario uses, which values a read may return now. A guest's store makes
 //! its value the only one; a store of the owner takes a while, during which both the old and the new value are right.
@@ -13,6 +14,7 @@
 use std::collections::HashMap;
 
 use crate::explore::access::Spread;
+use crate::machine::content::WORDS;
 
 /// A word of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,9 +23,12 @@ pub struct Place {
     pub object: usize,
     /// Its frame.
     pub frame: u64,
-    /// Word of the frame.
+    /// Word of the frame; from [`TAGS`] on the tags of its granules.
     pub word: u16,
 }
+
+/// The tag of a frame's first granule, among its words.
+pub const TAGS: u16 = WORDS;
 
 #[derive(Clone, Debug)]
 struct Cell {
@@ -68,7 +73,7 @@ pub struct Oracle {
 
 impl Oracle {
     fn cell(&mut self, place: Place) -> &mut Cell {
-        let initial = self.initial.get(place.object).copied().unwrap_or(0);
+        let initial = self.initial.get(place.object).copied().filter(|_| place.word < TAGS).unwrap_or(0);
         self.cells.entry(place).or_insert_with(|| Cell {
             values: vec![initial],
             stores: 0,
@@ -163,10 +168,11 @@ impl Oracle {
 
     /// Frames of which some word surely reads otherwise in objects `one` and `other`.
     pub fn unlike(&self, one: usize, other: usize) -> std::collections::BTreeSet<u64> {
-        let initial = |object: usize| vec![self.initial.get(object).copied().unwrap_or(0)];
+        let initial =
+            |place: Place| vec![self.initial.get(place.object).copied().filter(|_| place.word < TAGS).unwrap_or(0)];
         let differs = |(place, cell): (&Place, &Cell)| {
             let twin = Place { object: if place.object == one { other } else { one }, ..*place };
-            let values = self.cells.get(&twin).map_or_else(|| initial(twin.object), |cell| cell.values.clone());
+            let values = self.cells.get(&twin).map_or_else(|| initial(twin), |cell| cell.values.clone());
             !cell.mixed && !values.iter().any(|value| cell.values.contains(value))
         };
         let mine = self.cells.iter().filter(|(place, _)| [one, other].contains(&place.object));
@@ -200,9 +206,13 @@ impl Oracle {
             return None;
         }
         let right = cell.values.iter().map(|value| format!("{value:#x}")).collect::<Vec<_>>().join(" or ");
+        let what = match place.word.checked_sub(TAGS) {
+            Some(granule) => format!("the tag of granule {granule}"),
+            None => format!("word {}", place.word),
+        };
         Some(format!(
-            "a read of word {} of frame {} of object {} returned {value:#x}; only {right} was put there",
-            place.word, place.frame, place.object
+            "a read of {what} of frame {} of object {} returned {value:#x}; only {right} was put there",
+            place.frame, place.object
         ))
     }
 }

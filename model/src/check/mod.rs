@@ -3,8 +3,8 @@
 //! A checker is a pure function of the model's state and of what just happened; the lab calls it at the moment its
 //! module says. Any of them can be switched off, so that a test can show that a bug is found *by it*.
 //!
-//! INV-8, INV-10 and INV-12 speak of the MMIO cache, private memory and tags, which the core does
-//! not have yet; their checkers come with them.
+//! INV-8 and INV-10 speak of the MMIO cache and private memory, which the core does not have yet; their checkers come with
+//! them. INV-12 is judged by the oracle of INV-11.
 
 pub mod coalesced;
 pub mod completion;
@@ -50,6 +50,8 @@ pub enum Check {
     Inv9,
     /// The data oracle.
     Inv11,
+    /// The data oracle's tags.
+    Inv12,
     /// Read-only bytes.
     Inv13,
     /// VMIDs.
@@ -74,7 +76,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -84,6 +86,7 @@ impl Check {
         Self::Inv7,
         Self::Inv9,
         Self::Inv11,
+        Self::Inv12,
         Self::Inv13,
         Self::Inv14,
         Self::Inv15,
@@ -113,6 +116,7 @@ impl Check {
             Self::Inv7 => "INV-7",
             Self::Inv9 => "INV-9",
             Self::Inv11 => "INV-11",
+            Self::Inv12 => "INV-12",
             Self::Inv13 => "INV-13",
             Self::Inv14 => "INV-14",
             Self::Inv15 => "INV-15",

@@ -6,12 +6,12 @@
 //! memory.
 
 use entresol_addr::Gpa;
-use entresol_machine::Word;
+use entresol_machine::{GRANULE, Word};
 
 use super::operation::{Line, Operation, STAGE1_AF};
 use super::vcpu::Attempt;
 use crate::check::Check;
-use crate::check::inv11::{Cleaned, Place};
+use crate::check::inv11::{Cleaned, Place, TAGS};
 use crate::check::written::Page;
 use crate::lab::Lab;
 use crate::litmus::outcome::Value;
@@ -47,7 +47,7 @@ pub fn reach(lab: &mut Lab, attempt: &Attempt, found: &Translated) -> Value {
     let place = place(lab, walker.vm, gpa);
     let uncached = mmu_off && !lab.world.config.fwb;
     let page = page(lab, walker.vm, gpa);
-    let access = Reaching { cpu: walker.cpu, found, word: word(found, gpa), place, page, read_only, uncached };
+    let access = Reaching { cpu: walker.cpu, found, word: word(found, gpa), place, page, read_only, mmu_off, uncached };
     access.perform(lab, what)
 }
 
@@ -111,6 +111,7 @@ struct Reaching<'a> {
     page: Page,
     /// What is stored is no content of the object.
     read_only: bool,
+    mmu_off: bool,
     uncached: bool,
 }
 
@@ -142,7 +143,37 @@ impl Reaching<'_> {
                 }
                 Value::Word(u64::from(!watched))
             }
+            Operation::LoadTag => Value::Word(self.load_tag(lab).into()),
+            Operation::StoreTag(tag) => {
+                self.store_tag(lab, tag);
+                Value::Word(tag.into())
+            }
             Operation::Maintain(_) => unreachable!("done before"),
+        }
+    }
+
+    /// Where the granule's tag is content, if the access has a tag at all (Arm DDI 0487 D10.2: memory that is not tagged reads
+    /// as 0, and stores to it do nothing).
+    fn tag(&self, lab: &Lab) -> Option<(usize, Option<Place>)> {
+        let granule = self.word * 8 / GRANULE as u16;
+        let tagged = lab.world.config.tags && !self.mmu_off;
+        tagged.then(|| (granule.into(), self.place.map(|place| Place { word: TAGS + granule, ..place })))
+    }
+
+    fn load_tag(&self, lab: &mut Lab) -> u8 {
+        let Some((granule, place)) = self.tag(lab) else { return 0 };
+        let tag = lab.world.frame_mut(self.found.pfn).tags.get(granule);
+        let wrong = place.and_then(|place| lab.oracle.judge(place, tag.into(), false));
+        lab.found(Check::Inv12, wrong);
+        tag
+    }
+
+    fn store_tag(&self, lab: &mut Lab, tag: u8) {
+        let Some((granule, place)) = self.tag(lab) else { return };
+        lab.world.frame_mut(self.found.pfn).tags.set(granule, tag);
+        if let Some(place) = place.filter(|_| !self.read_only) {
+            lab.oracle.store(place, (tag & 0xf).into(), false, true);
+            lab.written.wrote(&self.page, None);
         }
     }
 

@@ -23,6 +23,10 @@ pub enum Operation {
     LoadExclusive,
     /// STXR of this value: happens only if nobody stored there since.
     StoreExclusive(u64),
+    /// LDG: loads the allocation tag of a granule.
+    LoadTag,
+    /// STG: stores it, the low four bits of this.
+    StoreTag(u8),
     /// The walk of a stage-1 table reads a descriptor, for a load or a fetch.
     Walk(For),
     /// The walk sets a descriptor's access flag (FEAT_HAFDBS).
@@ -84,8 +88,12 @@ impl Operation {
     /// need to read).
     pub const fn needs(self) -> Access {
         match self {
-            Self::Load | Self::LoadExclusive | Self::Walk(_) => Access::Read,
-            Self::Store(_) | Self::StoreExclusive(_) | Self::Update(_) | Self::Maintain(Line::Ivac) => Access::Write,
+            Self::Load | Self::LoadExclusive | Self::LoadTag | Self::Walk(_) => Access::Read,
+            Self::StoreTag(_)
+            | Self::Store(_)
+            | Self::StoreExclusive(_)
+            | Self::Update(_)
+            | Self::Maintain(Line::Ivac) => Access::Write,
             Self::Maintain(_) => Access::Read,
             Self::Fetch => Access::Fetch,
         }
@@ -93,12 +101,12 @@ impl Operation {
 
     /// Whether it loads a register.
     pub const fn loads(self) -> bool {
-        matches!(self, Self::Load | Self::LoadExclusive)
+        matches!(self, Self::Load | Self::LoadExclusive | Self::LoadTag)
     }
 
-    /// Whether bytes of memory become others by it.
+    /// Whether bytes or tags of memory become others by it.
     pub const fn stores(self) -> bool {
-        matches!(self, Self::Store(_) | Self::StoreExclusive(_) | Self::Update(_))
+        matches!(self, Self::Store(_) | Self::StoreExclusive(_) | Self::StoreTag(_) | Self::Update(_))
     }
 
     /// Whether it is the hardware's own access to a stage-1 table.
@@ -120,7 +128,7 @@ impl Operation {
         let fetch = matches!(self, Self::Fetch | Self::Walk(For::Fetch) | Self::Update(For::Fetch));
         let class: u64 = if fetch { 0b10_0000 } else { 0b10_0100 };
         let maintenance = self.line().is_some();
-        let write = maintenance || matches!(self, Self::Store(_) | Self::StoreExclusive(_));
+        let write = maintenance || matches!(self, Self::Store(_) | Self::StoreExclusive(_) | Self::StoreTag(_));
         class << 26
             | 1 << 25
             | (maintenance as u64) << 8
@@ -138,6 +146,8 @@ impl Operation {
             Self::Fetch => "fetch",
             Self::LoadExclusive => "load exclusive",
             Self::StoreExclusive(_) => "store exclusive",
+            Self::LoadTag => "LDG",
+            Self::StoreTag(_) => "STG",
             Self::Walk(For::Data) => "table walk for data",
             Self::Walk(For::Fetch) => "table walk for a fetch",
             Self::Update(For::Data) => "table update for data",
@@ -166,6 +176,8 @@ mod tests {
             (Operation::Fetch, Access::Fetch),
             (Operation::LoadExclusive, Access::Read),
             (Operation::StoreExclusive(1), Access::Write),
+            (Operation::LoadTag, Access::Read),
+            (Operation::StoreTag(1), Access::Write),
             (Operation::Walk(For::Data), Access::Read),
             (Operation::Walk(For::Fetch), Access::Fetch),
             (Operation::Update(For::Data), Access::Read),

@@ -42,6 +42,7 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
             stage.result(to, value);
         }
         Step::Reclaim => relatives::reclaim(stage, cpu),
+        Step::Notifier { vm } => stage.vm(*vm).switches.force_notifier(true),
         Step::Merging { vm } => {
             stage.vm(*vm).enable_merging(cpu).expect("a scenario's memory is small, and nothing is invalidated");
         }

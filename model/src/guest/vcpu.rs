@@ -103,7 +103,8 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
             Outcome::Resume => {}
             Outcome::Retry => entresol_sync::hint::spin_loop(),
             Outcome::Unshare => {
-                let _ = stage.vm(vm).unshare(actor.cpu, attempt.gpa);
+                let outcome = stage.vm(vm).unshare(actor.cpu, attempt.gpa);
+                lab::with(|lab| lab.log(None, || format!("the core answers {outcome:?} for {:#x}", attempt.gpa)));
             }
             Outcome::Mmio => return conclude(stage, actor, &attempt, Value::Mmio),
             Outcome::Skip => return conclude(stage, actor, &attempt, Value::Skipped),

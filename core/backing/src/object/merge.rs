@@ -56,12 +56,12 @@ impl Object {
             .then(|| self.tree.hold_offered(supply, frame))?
     }
 
-    /// Whether the own page at `frame` has the bytes of `offered`, now.
+    /// Whether the own page at `frame` has the bytes and the tags of `offered`, now.
     pub fn reads_as<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, offered: &Offered) -> bool {
         frame < self.frames() && self.can_merge() && self.tree.reads_as(supply, frame, offered)
     }
 
-    /// The own page at `frame` becomes `offered`, if it has its bytes.
+    /// The own page at `frame` becomes `offered`, if it has its bytes and its tags.
     pub fn join<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, offered: Offered) -> Merged {
         let _structure = self.structure.lock();
         if self.standing(supply.machine, frame) == Standing::Other {
@@ -71,7 +71,7 @@ impl Object {
         self.tree.join(supply, frame, offered)
     }
 
-    /// The own page at `frame` becomes vacant, if it is all zeros.
+    /// The own page at `frame` becomes vacant, if it is all zeros, its tags too.
     pub fn vacate<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Merged {
         let _structure = self.structure.lock();
         if self.standing(supply.machine, frame) == Standing::Other {
@@ -80,7 +80,7 @@ impl Object {
         self.tree.vacate(supply, frame)
     }
 
-    /// The own block around `frame` becomes vacant, if it is all zeros.
+    /// The own block around `frame` becomes vacant, if it is all zeros, its tags too.
     pub fn vacate_block<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Merged {
         let _structure = self.structure.lock();
         match self.span(supply.machine, frame & !511) {

@@ -7,6 +7,9 @@
 //! compared, the word is exchanged for one that names the offered frame, marked, and the frame that it named is deferred. A
 //! page of zeros becomes vacant instead. Each reads the same before and after, so pinned readers see no difference.
 //!
+//! Where pages have allocation tags these are content: they are compared as bytes are, and a page of zeros has tags of zero.
+//! A page that has tags and one that has none are never one frame (D10).
+//!
 //! Only words with nothing marked above them are looked at. What relatives share is one frame already, and taking it
 //! apart would copy nodes; and a word that a fork has marked stays what it is, so a difference of relatives names nothing
 //! that was not written. An offered page's own word cannot be told from one that a fork has marked: either may be joined.
@@ -14,10 +17,10 @@
 //! Bound: a frame is joined while it has fewer than [`MOST_JOINED`] references. So one tree reaches a frame by at most so
 //! many words, and forks, of which there are fewer than objects, cannot make the count overflow.
 //!
-//! Invariants: INV-7, INV-11.
+//! Invariants: INV-7, INV-11, INV-12.
 
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
-use entresol_machine::{Machine, Word};
+use entresol_machine::{Machine, Tags, Word};
 use entresol_sync::atomic::Ordering;
 use entresol_sync::planted;
 
@@ -62,17 +65,21 @@ pub enum Span {
 /// A reference to an offered page, for a page that shall join it.
 #[must_use = "the reference is lost if it is dropped"]
 #[derive(Debug)]
-pub struct Offered(Pfn);
+pub struct Offered {
+    pfn: Pfn,
+    /// The frame has valid allocation tags.
+    tagged: bool,
+}
 
 impl Offered {
     /// The frame.
     pub fn pfn(&self) -> Pfn {
-        self.0
+        self.pfn
     }
 
     /// Gives the reference back.
     pub fn give_back<M>(self, supply: &Supply<'_, M>) {
-        supply.pool.release(self.0);
+        supply.pool.release(self.pfn);
     }
 }
 
@@ -81,7 +88,7 @@ impl Offered {
 pub enum Merged {
     /// It is the offered page's frame now, or vacant; its own frame is deferred.
     Done,
-    /// It has other bytes.
+    /// It has other bytes, or other tags.
     Differs,
     /// It is not the object's own page any more.
     Gone,
@@ -128,20 +135,32 @@ impl Tree {
     pub(crate) fn hold_offered<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Option<Offered> {
         let Standing::Offered(pfn) = self.standing(supply.machine, frame) else { return None };
         // The caller is pinned, so the frame is nobody else's: what was released since is deferred.
-        supply.pool.share_if_below(pfn, MOST_JOINED).then_some(Offered(pfn))
+        supply.pool.share_if_below(pfn, MOST_JOINED).then_some(Offered { pfn, tagged: self.is_tagged() })
     }
 
-    /// Whether the own page at `frame` has the bytes of `offered`.
+    /// Whether the own page at `frame` has the bytes and the tags of `offered`.
     pub(crate) fn reads_as<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, offered: &Offered) -> bool {
-        matches!(self.standing(supply.machine, frame), Standing::Own(pfn) if same_content(supply.machine, pfn, offered.0))
+        matches!(self.standing(supply.machine, frame), Standing::Own(pfn) if self.same(supply.machine, pfn, offered))
     }
 
-    /// The own page at `frame`, if it has the bytes of `offered`, becomes that frame.
+    /// Whether the own page `pfn` has the bytes and the tags of `offered`.
+    fn same<M: Machine>(&self, machine: &M, pfn: Pfn, offered: &Offered) -> bool {
+        let tagged = self.is_tagged();
+        let same_tags = || !tagged || machine.load_tags(pfn) == machine.load_tags(offered.pfn);
+        (tagged == offered.tagged && same_tags() || planted!(ZE6)) && same_content(machine, pfn, offered.pfn)
+    }
+
+    /// Whether the own page `pfn` reads as untouched memory does.
+    fn reads_untouched<M: Machine>(&self, machine: &M, pfn: Pfn) -> bool {
+        (!self.is_tagged() || machine.load_tags(pfn) == Tags::ZERO || planted!(ZE6)) && is_zero(machine, pfn)
+    }
+
+    /// The own page at `frame`, if it has the bytes and the tags of `offered`, becomes that frame.
     pub(crate) fn join<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, offered: Offered) -> Merged {
         let outcome = match self.own_page(supply.machine, frame) {
-            Some((_, _, pfn)) if !planted!(ZG3) && !same_content(supply.machine, pfn, offered.0) => Merged::Differs,
+            Some((_, _, pfn)) if !planted!(ZG3) && !self.same(supply.machine, pfn, &offered) => Merged::Differs,
             Some((word, raw, pfn)) => {
-                let joined = Entry::Page(offered.0).encode() | SHARED;
+                let joined = Entry::Page(offered.pfn).encode() | SHARED;
                 self.replace(supply, word, raw, joined, pfn)
             }
             None => Merged::Gone,
@@ -152,10 +171,10 @@ impl Tree {
         outcome
     }
 
-    /// The own page at `frame`, if it is all zeros, becomes vacant.
+    /// The own page at `frame`, if it is all zeros, its tags too, becomes vacant.
     pub(crate) fn vacate<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Merged {
         match self.own_page(supply.machine, frame) {
-            Some((_, _, pfn)) if !is_zero(supply.machine, pfn) => Merged::Differs,
+            Some((_, _, pfn)) if !self.reads_untouched(supply.machine, pfn) => Merged::Differs,
             Some((word, raw, pfn)) => {
                 let outcome = self.replace(supply, word, raw, Entry::Vacant.encode(), pfn);
                 if outcome == Merged::Done {
@@ -167,11 +186,11 @@ impl Tree {
         }
     }
 
-    /// Whether the block of the tree's own at `frame` is all zeros.
+    /// Whether the block of the tree's own at `frame` is all zeros, its tags too.
     pub(crate) fn is_zero_block<M: Machine>(&self, machine: &M, frame: u64) -> bool {
         match self.own_word(machine, frame) {
             Some((_, raw, _)) if entry::is_own_block(raw) => {
-                (0..BLOCK_FRAMES).all(|index| is_zero(machine, entry::frame(raw).offset(index)))
+                (0..BLOCK_FRAMES).all(|index| self.reads_untouched(machine, entry::frame(raw).offset(index)))
             }
             _ => false,
         }

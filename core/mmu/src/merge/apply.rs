@@ -4,7 +4,7 @@
 //! 1. forks and slot updates are offered out; the object is shown by this machine alone, at a few places;
 //! 2. `invalidate_range_start` for each place: no translation is left, no fault makes one, and whoever was writing for the
 //!    guest has finished;
-//! 3. page by page: bytes are compared, and the object's word is exchanged ([`Object::join`], [`Object::vacate`]), or
+//! 3. page by page: bytes and tags are compared, and the object's word is exchanged ([`Object::join`], [`Object::vacate`]), or
 //!    marked ([`Object::keep`]);
 //! 4. `invalidate_range_end`. The next access brings an entry, clean, read-only where the page is shared.
 //!
@@ -50,7 +50,7 @@ pub enum MergeRefusal {
         /// Where.
         gpa: Gpa,
     },
-    /// They have other bytes, or one of them is not what it was any more.
+    /// They have other bytes or tags, or one of them is not what it was any more.
     Differs,
     /// Another machine shows the memory too, or this one at too many places; or an invalidation stands in the way.
     Shown,
@@ -63,8 +63,8 @@ impl From<InvalidateError> for MergeRefusal {
 }
 
 impl<M: Machine, F: Format> Vm<'_, M, F> {
-    /// Makes the page at `gpa` one with that of `other` at `other_gpa`, if both have the same bytes: for an owner who knows
-    /// of them. Both take part in merging. Not called by a pinned CPU; `cpu` is the one that the caller runs on.
+    /// Makes the page at `gpa` one with that of `other` at `other_gpa`, if both have the same bytes and tags: for an owner
+    /// who knows of them. Both take part in merging. Not called by a pinned CPU; `cpu` is the one that the caller runs on.
     ///
     /// # Errors
     ///

@@ -17,7 +17,7 @@
 //! they are become one within two rounds after they were first seen, and each is invalidated once. A page of zeros becomes
 //! vacant, which reads the same.
 //!
-//! Sums decide nothing. Whether pages are equal is found by comparing all bytes, while no translation reaches the page
+//! Sums decide nothing. Whether pages are equal is found by comparing all bytes, and tags where there are some, while no translation reaches the page
 //! that joins and none can come ([`apply`](self), steps there), and the offered one cannot change any more. A write that comes
 //! before is compared; one that comes after waits for the end and takes an ordinary copy-on-write trap.
 //!
@@ -37,7 +37,7 @@
 //! is whether some other machine that takes part has a page that it can guess: by the time that a write takes. So it is
 //! the owner's choice, for each machine.
 //!
-//! Invariants: INV-3, INV-7, INV-11. A step of the scan invalidates at most 512 frames, and compares them at most once.
+//! Invariants: INV-3, INV-7, INV-11, INV-12. A step of the scan invalidates at most 512 frames, and compares them at most once.
 //! Lock order: merging → fork → dirty logs → slot update → notifier → object → pool.
 //!
 //! Known holes: memory that relatives share is not merged with strangers' ([`entresol_backing::Standing`]). Two offered pages
@@ -58,6 +58,7 @@ use core::hash::{BuildHasher, Hasher};
 use area::Area;
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{FramePool, ObjectHandle, Order};
+use entresol_machine::Tags;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::Ordering;
 use entresol_sync::tally::AtomicU64;
@@ -146,8 +147,8 @@ pub struct Merging {
 /// What the lock protects.
 struct State {
     hash: FixedState,
-    /// The sum of a page of zeros.
-    zeros: u64,
+    /// The sums of a page of zeros that has no tags, and of one that has.
+    zeros: [u64; 2],
     index: Index,
     areas: Vec<Area>,
     /// The page that a sum is taken of.
@@ -157,15 +158,16 @@ struct State {
 }
 
 impl State {
-    fn sum(&self) -> u64 {
-        sum(&self.hash, &self.page)
+    fn sum(&self, tags: Option<Tags>) -> u64 {
+        sum(&self.hash, &self.page, tags)
     }
 }
 
-/// The sum of a page; 0 is "none".
-fn sum(hash: &FixedState, page: &[u8]) -> u64 {
+/// The sum of a page, with its tags where it has some: what cannot be one frame shall not meet. 0 is "none".
+fn sum(hash: &FixedState, page: &[u8], tags: Option<Tags>) -> u64 {
     let mut hasher = hash.build_hasher();
     hasher.write(page);
+    tags.iter().flat_map(|tags| tags.0).for_each(|word| hasher.write_u64(word));
     hasher.finish().max(1)
 }
 
@@ -174,7 +176,7 @@ impl Merging {
     pub const fn new() -> Self {
         let state = State {
             hash: FixedState::with_seed(0),
-            zeros: 0,
+            zeros: [0; 2],
             index: Index::new(),
             areas: Vec::new(),
             page: Vec::new(),
@@ -235,7 +237,7 @@ impl Merging {
         state.page.resize(PAGE_SIZE as usize, 0);
         state.plan.resize_with(SPAN as usize, || Action::Leave);
         state.page.fill(0);
-        state.zeros = state.sum();
+        state.zeros = [state.sum(None), state.sum(Some(Tags::ZERO))];
         state.areas.push(area);
         self.areas.fetch_add(1, Ordering::Relaxed);
         Ok(())

@@ -154,14 +154,14 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             Standing::Own(pfn) | Standing::Offered(pfn) => {
                 machine.read(Hpa::new(pfn.base().get()), &mut state.page);
                 scan.pages += 1;
-                let sum = state.sum();
+                let sum = state.sum(object.is_tagged().then(|| machine.load_tags(pfn)));
                 state.areas[place].remember(machine, frame, sum);
                 sum
             }
         };
         let stable = sum == last;
         let own = matches!(standing, Standing::Own(_));
-        if sum == state.zeros && own {
+        if state.zeros.contains(&sum) && own {
             return if stable { Action::Vacate } else { Action::Leave };
         }
         let Some(found) = state.index.find(machine, sum) else {

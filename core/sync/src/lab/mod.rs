@@ -12,6 +12,7 @@ pub mod atomic;
 mod mutex;
 
 use core::cell::Cell;
+use core::fmt;
 use core::panic::Location;
 
 pub use mutex::{Mutex, MutexGuard};
@@ -48,6 +49,8 @@ pub trait Scheduler {
     fn freed(&self, first: u64, frames: u64);
     /// Whether a request for a frame is to be refused.
     fn starved(&self) -> bool;
+    /// For whoever reads what happened; nobody does, unless this says otherwise.
+    fn told(&self, _what: fmt::Arguments<'_>) {}
 }
 
 std::thread_local! {
@@ -99,6 +102,13 @@ pub(crate) fn freed(first: u64, frames: u64) {
 
 pub(crate) fn starved() -> bool {
     SCHEDULER.get().is_some_and(|scheduler| scheduler.starved())
+}
+
+/// See [`crate::told`].
+pub fn told(what: fmt::Arguments<'_>) {
+    if let Some(scheduler) = SCHEDULER.get() {
+        scheduler.told(what);
+    }
 }
 
 #[cfg(test)]

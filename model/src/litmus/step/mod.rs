@@ -15,12 +15,14 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 46] = [
+pub const VERBS: [(&str, &str); 49] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
     ("ldxr GPA", "the vCPU loads a word and watches it"),
     ("stxr GPA VALUE", "the vCPU stores a word if nobody stored there since its ldxr: 0, or 1 if it did not"),
+    ("ldg GPA", "the vCPU loads the allocation tag of the granule at GPA"),
+    ("stg GPA VALUE", "the vCPU stores the granule's tag"),
     ("walk data|fetch GPA", "the hardware reads the vCPU's stage-1 descriptor at GPA"),
     ("update data|fetch GPA", "the hardware sets the access flag of the stage-1 descriptor at GPA"),
     ("dc ivac|cvac|civac|cvau GPA", "the vCPU's maintenance of the line at GPA, with its barrier"),
@@ -42,6 +44,7 @@ pub const VERBS: [(&str, &str); 46] = [
     ("differ OBJECT BASE", "the owner asks in what OBJECT and its relative BASE differ: in how many frames"),
     ("reclaim", "tables that forks detached, and tree nodes that nobody refers to, are taken apart"),
     ("unshare GPA", "the owner breaks the sharing of the page through the notifier"),
+    ("notifier", "in setup: the virtual machine's copies on write go through the notifier"),
     ("merging", "in setup: the virtual machine's pages may become one with equal ones"),
     ("join GPA VM GPA", "the owner makes the page at GPA one with VM's at the second GPA, if both read the same"),
     ("slot ID GPA PAGES OBJECT OFFSET [ro]", "the owner creates a slot"),
@@ -163,6 +166,11 @@ pub enum Step {
         vm: usize,
         /// Where.
         gpa: Gpa,
+    },
+    /// Its copies on write go through the notifier.
+    Notifier {
+        /// Whose.
+        vm: usize,
     },
     /// Its memory takes part in merging.
     Merging {
@@ -364,6 +372,8 @@ impl Step {
             | Self::Fork { vm, .. }
             | Self::Kill { vm, .. }
             | Self::Unshare { vm, .. }
+            | Self::Notifier { vm }
+            | Self::Merging { vm }
             | Self::Slot { vm, .. }
             | Self::Log { vm, .. }
             | Self::Ring { vm, .. }

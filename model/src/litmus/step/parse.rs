@@ -70,6 +70,8 @@ impl Said<'_> {
             "load" => (words.gpa()?, Operation::Load),
             "fetch" => (words.gpa()?, Operation::Fetch),
             "ldxr" => (words.gpa()?, Operation::LoadExclusive),
+            "ldg" => (words.gpa()?, Operation::LoadTag),
+            "stg" => (words.gpa()?, Operation::StoreTag(words.small("VALUE")?)),
             "store" => (words.gpa()?, Operation::Store(words.number("VALUE")?)),
             "stxr" => (words.gpa()?, Operation::StoreExclusive(words.number("VALUE")?)),
             "walk" | "update" => {
@@ -187,6 +189,7 @@ impl Said<'_> {
             }
             "reclaim" => Step::Reclaim,
             "unshare" => Step::Unshare { vm, gpa: words.gpa()? },
+            "notifier" => Step::Notifier { vm },
             "merging" => Step::Merging { vm },
             "join" => {
                 let (gpa, other) = (words.frame()?.base(), words.vm()?);

@@ -26,6 +26,7 @@ mod private;
 mod programs;
 mod slots;
 mod snapshot;
+mod stale;
 mod stolen;
 mod store;
 mod swap;
@@ -99,6 +100,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "swap_takes_and_brings_back",
         about: "a guest's memory goes to the swap device and comes back, through an error of the disk and a fork; frames exact",
         run: swap::swap_takes_and_brings_back,
+    },
+    SystemTest {
+        name: "replaced_memory_is_never_stale",
+        about: "every byte through every mapping after merges, forks and slots that move; each write after is one trap",
+        run: stale::replaced_memory_is_never_stale,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

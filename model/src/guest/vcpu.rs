@@ -103,8 +103,9 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
             Outcome::Resume => {}
             Outcome::Retry => entresol_sync::hint::spin_loop(),
             Outcome::Unshare => {
-                let outcome = stage.vm(vm).unshare(actor.cpu, attempt.gpa);
-                lab::with(|lab| lab.log(None, || format!("the core answers {outcome:?} for {:#x}", attempt.gpa)));
+                if let Some(end) = unshare(stage, actor, vm, &attempt) {
+                    return end;
+                }
             }
             Outcome::Mmio => return conclude(stage, actor, &attempt, Value::Mmio),
             Outcome::Skip => return conclude(stage, actor, &attempt, Value::Skipped),
@@ -113,6 +114,13 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
         }
         last = Some(esr);
     }
+}
+
+/// The vCPU is out of its pin, and its page becomes its own by the notifier. The end of the access, if that cannot be.
+fn unshare(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt) -> Option<Value> {
+    let outcome = stage.vm(vm).unshare(actor.cpu, attempt.gpa);
+    lab::with(|lab| lab.log(None, || format!("the core answers {outcome:?} for {:#x}", attempt.gpa)));
+    matches!(outcome, Outcome::Exit(_)).then(|| conclude(stage, actor, attempt, Value::Exit))
 }
 
 /// The hardware has done it.
@@ -188,7 +196,9 @@ fn maintain(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, 
             Outcome::Skip => return conclude(stage, actor, attempt, Value::Skipped),
             Outcome::Retry | Outcome::Resume => entresol_sync::hint::spin_loop(),
             Outcome::Unshare => {
-                let _ = stage.vm(vm).unshare(actor.cpu, gpa);
+                if let Some(end) = unshare(stage, actor, vm, attempt) {
+                    return end;
+                }
             }
             Outcome::Mmio => return conclude(stage, actor, attempt, Value::Mmio),
             Outcome::Inject(_) => return conclude(stage, actor, attempt, Value::Abort),

@@ -14,9 +14,12 @@
  * before 0xe000: for `marker; op; marker` that is `op` and all that it causes until its successor. The markers are not
  * in it. An instruction that faults and is executed again counts each time.
  *
- * A pause ends with 0xe000 too, some time after it is over. For each member the longest silence since 0xb1nn is looked
- * for; the result is what was executed from the first silence's begin to the last one's end: from the moment in which the
- * first member stopped to that in which all were at work again.
+ * A pause ends with 0xe000 too, some time after it is over. Member 0 executes 0xb1nn, asks for the pause with the next
+ * instruction, and gives its first sign after some silence when it was answered. For each member the longest silence is
+ * looked for that began before that sign; the result is what was executed from the first silence's begin to the last one's
+ * end: from the moment in which the first member stopped to that in which all were at work again. What a CPU executes after
+ * the answer for a member that is at work on it is not of the pause: with CPUs that take turns the others seem silent
+ * meanwhile. It counts after all for a member that has to wait for that very CPU.
  *
  * Arguments: out=FILE (needed): the result, as JSON, written when QEMU ends: for each phase the number of intervals and
  * their min, median, p99 (nearest rank), max and mean. start=OPCODE: the instruction with this encoding, executed at a
@@ -72,7 +75,7 @@ uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *);
 struct qemu_plugin_scoreboard *qemu_plugin_scoreboard_new(size_t);
 uint64_t qemu_plugin_u64_sum(plugin_u64);
 
-enum { PHASES = 256, BOOT_PHASE = 254, MEMBERS = 16 };
+enum { PHASES = 256, BOOT_PHASE = 254, MEMBERS = 16, CPUS = 64, SOME_SILENCE = 4096 };
 
 struct phase {
 	uint64_t *samples;
@@ -89,6 +92,11 @@ static uint64_t called_back;
 static int several;
 static struct member members[MEMBERS];
 static unsigned paused;
+/* When member 0 gave the sign that its question was answered, or 0. */
+static uint64_t answered;
+/* Whether a member is at work on a CPU since then, and what that CPU has executed since. */
+static int working[CPUS];
+static uint64_t worked[CPUS];
 static struct phase phases[PHASES];
 static unsigned phase;
 static int open;
@@ -103,9 +111,10 @@ static uint64_t executed(void)
 
 static void on_instruction(unsigned vcpu, void *argument)
 {
-	(void)vcpu;
 	(void)argument;
 	called_back++;
+	if (vcpu < CPUS && working[vcpu])
+		worked[vcpu]++;
 }
 
 static void die(const char *what)
@@ -130,20 +139,41 @@ static void record(uint64_t instructions)
 static void begin_pause(unsigned count, uint64_t now)
 {
 	paused = count;
+	answered = 0;
+	memset(working, 0, sizeof(working));
+	memset(worked, 0, sizeof(worked));
 	for (unsigned i = 0; i < count; i++)
 		members[i] = (struct member){ now, now, now };
 }
 
-static void hear(unsigned number, uint64_t now)
+/* What all CPUs but vcpu have executed for members that are at work on them. */
+static uint64_t worked_elsewhere(unsigned vcpu)
+{
+	uint64_t sum = 0;
+
+	for (unsigned i = 0; i < CPUS; i++)
+		if (i != vcpu)
+			sum += worked[i];
+	return sum;
+}
+
+static void hear(unsigned number, unsigned vcpu, uint64_t now)
 {
 	struct member *m = &members[number];
 
-	if (number >= paused)
+	if (number >= paused || vcpu >= CPUS)
 		return;
-	if (now - m->last > m->end - m->begin) {
-		m->begin = m->last;
-		m->end = now;
+	if (!number && !answered && now - m->last >= SOME_SILENCE)
+		answered = now;
+	if (!answered || m->last < answered) {
+		uint64_t end = now - worked_elsewhere(vcpu);
+
+		if (end - m->last > m->end - m->begin) {
+			m->begin = m->last;
+			m->end = end;
+		}
 	}
+	working[vcpu] = answered != 0;
 	m->last = now;
 }
 
@@ -166,7 +196,6 @@ static void on_marker(unsigned vcpu, void *argument)
 {
 	unsigned imm = (unsigned)(uintptr_t)argument;
 
-	(void)vcpu;
 	switch (imm >> 8) {
 	case 0xa0:
 		phase = imm & 0xff;
@@ -182,7 +211,7 @@ static void on_marker(unsigned vcpu, void *argument)
 		break;
 	case 0xc0:
 		if ((imm & 0xff) < MEMBERS)
-			hear(imm & 0xff, executed());
+			hear(imm & 0xff, vcpu, executed());
 		break;
 	case 0xe0:
 		if (open)

@@ -106,6 +106,9 @@ fn media(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Result<Med
 ///
 /// [`ForkRefusal`]; nothing changed.
 pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
+    if FORKED.lock().as_ref().is_some_and(|forked| forked.number != number) {
+        tell_of_fork();
+    }
     let ended = || ForkRefusal::Status(status(number).unwrap_or(Status::Stopped(Stop::Killed)));
     let parent = find(number).ok_or_else(ended)?;
     let numbers = places_for(names)?;
@@ -125,12 +128,35 @@ pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
     // The parent's vCPUs are the first to get a CPU again.
     drop(held);
     let ticks = timer::now() - since;
-    log::info!("vm {}: {} times forked, held for {} us", parent.config.name, names.len(), micros(ticks));
+    note_fork(Forked { number, times: names.len(), ticks });
     host_work::raise(Work::Reclaim);
     for (number, Child { vm, disks, terminal }) in children {
         settle_in(number, vm, terminal, Media { disks, flash: None }, status);
     }
     Ok(())
+}
+
+/// Forks of one virtual machine: how many, and the longest time that it was held.
+struct Forked {
+    number: usize,
+    times: usize,
+    ticks: u64,
+}
+
+/// The last ones, until they are told: a console takes longer for a line than a fork for a machine, which would wait for it.
+static FORKED: Mutex<Option<Forked>> = Mutex::new(None);
+
+fn note_fork(new: Forked) {
+    let mut forked = FORKED.lock();
+    let before = forked.take().filter(|forked| forked.number == new.number);
+    let (times, ticks) = before.map_or((0, 0), |before| (before.times, before.ticks));
+    *forked = Some(Forked { times: new.times + times, ticks: new.ticks.max(ticks), ..new });
+}
+
+fn tell_of_fork() {
+    let Some(Forked { number, times, ticks }) = FORKED.lock().take() else { return };
+    let name = PLACES.lock().get(number).map(|place| place.config.name.clone()).unwrap_or_default();
+    log::info!("vm {name}: {times} times forked, held for at most {} us", micros(ticks));
 }
 
 /// A copy of a virtual machine that is in no place: for its state.
@@ -293,10 +319,11 @@ fn places_for(names: &[String]) -> Result<Vec<usize>, ForkRefusal> {
     Ok(numbers)
 }
 
-/// Takes some of the tables apart that forks have left. True if none are left.
+/// Tells of the last fork, and takes some of the tables apart that forks have left. True if none are left.
 pub fn reclaim(cpu: usize) -> bool {
     /// Table pages of one virtual machine in one go.
     const AT_ONCE: u64 = 16;
+    tell_of_fork();
     let count = PLACES.lock().len();
     let mut done = true;
     for vm in (0..count).filter_map(find) {
@@ -345,6 +372,7 @@ pub fn settle() {
         }
     }
     if PLACES.lock().iter().all(|place| place.vm.is_none()) {
+        tell_of_fork();
         log::info!("no virtual machine is left: power off");
         control::farewell();
         power::off();

@@ -2,7 +2,8 @@
 //!
 //! The guest `forks` writes all its memory, in 4 KiB entries, and is forked while its two vCPUs run on two CPUs. The pause is
 //! every instruction that both CPUs execute from the moment in which the first vCPU stops to that in which both are at
-//! work again: what one CPU does while it waits for the other is in it, so it is more than the longer of the two.
+//! work again: what one CPU does while it waits for the other is in it, so it is more than the longer of the two. What a CPU
+//! executes for a vCPU that is at work again, as the copies of its first writes, is not.
 
 use anyhow::{Context, Result};
 use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};

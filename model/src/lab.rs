@@ -8,7 +8,9 @@
 //! body left in a scoped thread-local of its own ([`inhabit`]). A violation ends the schedule: its CPU suspends and is
 //! never resumed, the coroutines are unwound, and [`abandoned`](entresol_sync::hint::abandoned) tells waiting loops in
 //! destructors that nobody will come. The state lives in a thread-local that is borrowed for one operation at a time and
-//! never across a suspension.
+//! never across a suspension. What the core does to the machine is in [`hardware`].
+
+mod hardware;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -16,22 +18,21 @@ use std::fmt;
 use std::panic::Location;
 
 use corosensei::Yielder;
-use entresol_addr::{GfnRange, Hpa, Pfn, PfnRange};
-use entresol_machine::model::Model;
-use entresol_machine::{Features, Tags, TlbOp, Word};
+use entresol_addr::{GfnRange, Pfn, PfnRange};
+use entresol_machine::Word;
 use entresol_sync::lab::{Access, Scheduler, Site};
+pub use hardware::Hardware;
 use scoped_tls::scoped_thread_local;
 
 use crate::check::coalesced::Posted;
 use crate::check::inv04::Log;
 use crate::check::inv11::Oracle;
 use crate::check::written::Written;
-use crate::check::{self, Check, Checks, Violation, inv03, inv04, inv05, inv07, inv15};
+use crate::check::{self, Check, Checks, Violation, inv03, inv04, inv05, inv07, inv10, inv15};
 use crate::explore::access::WORD;
 use crate::explore::schedule::{Go, Schedule};
 use crate::guest::record::Records;
 use crate::machine::config::{Config, MAX_CPUS};
-use crate::machine::content::Content;
 use crate::machine::frame::Pick;
 use crate::machine::{EntryWrite, World};
 use crate::report::{Event, Trace};
@@ -88,6 +89,7 @@ scoped_thread_local!(static OUT_3: Yielder<(), ()>);
 /// host address has these bits.
 const PAGE: usize = 1 << 62;
 const TLB: usize = 1 << 61;
+const OWN: usize = 1 << 60;
 
 /// Puts a new machine on the table, with what the thread has learned about places of the source.
 pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::access::Sites) {
@@ -232,6 +234,16 @@ impl Lab {
         }
     }
 
+    /// The same by their addresses.
+    fn reaches(&mut self, frames: PfnRange, site: Site) {
+        if self.world.own.is_used() {
+            self.schedule.access_now(own_key(frames.start()), false, site);
+            let absent = inv10::used(&self.world, frames);
+            self.found(Check::Inv10, absent);
+        }
+        self.uses(frames);
+    }
+
     /// Something happened that a scenario may want to have seen.
     pub fn mark(&mut self, mark: &'static str) {
         self.marks.insert(mark);
@@ -356,10 +368,6 @@ fn range(first: u64, frames: u64) -> PfnRange {
     PfnRange::new(Pfn::new(first), frames).expect("frames of the pool")
 }
 
-/// The model as a machine. Everything is in the thread's laboratory.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Hardware;
-
 fn word_key(word: Word) -> usize {
     WORD | word.address().get() as usize
 }
@@ -367,6 +375,11 @@ fn word_key(word: Word) -> usize {
 /// The key of a page's content.
 pub fn page_key(pfn: Pfn) -> usize {
     PAGE | pfn.get() as usize
+}
+
+/// The key of a frame's entry in the hypervisor's own mapping.
+fn own_key(pfn: Pfn) -> usize {
+    OWN | pfn.get() as usize
 }
 
 /// A guest's access is about to happen: it looks at the translation caches.
@@ -385,206 +398,4 @@ pub fn touched(lab: &mut Lab, words: &[Word], page: Option<(Pfn, bool)>) {
     if let Some((pfn, write)) = page {
         lab.schedule.access_now(page_key(pfn), write, site);
     }
-}
-
-impl Hardware {
-    /// A change of a range of pages: the first stands for all.
-    fn pages(site: Site, frames: PfnRange, what: &'static str, change: impl FnOnce(&mut Lab, usize)) {
-        step(page_key(frames.start()), true, site);
-        with(|lab| {
-            let cpu = lab.schedule.current();
-            lab.uses(frames);
-            change(lab, cpu);
-            lab.log(Some(site), || match frames.count() {
-                1 => format!("{what} frame {:#x}", frames.start()),
-                count => format!("{what} {count} frames from {:#x}", frames.start()),
-            });
-        });
-        settle();
-    }
-}
-
-fn each(frames: PfnRange) -> impl Iterator<Item = Pfn> {
-    (0..frames.count()).map(move |offset| frames.start().offset(offset))
-}
-
-impl Model for Hardware {
-    fn features(&self) -> Features {
-        with(|lab| lab.world.config.features())
-    }
-
-    #[track_caller]
-    fn load(&self, word: Word) -> u64 {
-        step(word_key(word), false, Location::caller());
-        let value = with(|lab| {
-            lab.uses(PfnRange::single(word.frame()));
-            lab.machine(|world, pick| world.load(word, pick))
-        });
-        settle();
-        value
-    }
-
-    #[track_caller]
-    fn store(&self, word: Word, value: u64) {
-        let site = Location::caller();
-        step(word_key(word), true, site);
-        with(|lab| {
-            lab.uses(PfnRange::single(word.frame()));
-            change(lab, word, value, site);
-        });
-        settle();
-    }
-
-    #[track_caller]
-    fn compare_exchange(&self, word: Word, current: u64, new: u64) -> Result<u64, u64> {
-        let site = Location::caller();
-        step(word_key(word), true, site);
-        let result = with(|lab| {
-            lab.uses(PfnRange::single(word.frame()));
-            let found = lab.machine(|world, pick| world.load(word, pick));
-            if found != current {
-                return Err(found);
-            }
-            change(lab, word, new, site);
-            Ok(found)
-        });
-        settle();
-        result
-    }
-
-    fn published(&self) {}
-
-    #[track_caller]
-    fn zero(&self, frames: PfnRange) {
-        Self::pages(Location::caller(), frames, "zero", |lab, _| {
-            each(frames).for_each(|pfn| lab.world.replace(pfn, Content::filled(0)));
-        });
-    }
-
-    #[track_caller]
-    fn copy(&self, from: Pfn, to: Pfn, count: u64) {
-        let frames = range(to.get(), count);
-        Self::pages(Location::caller(), frames, "copy to", |lab, _| {
-            each(frames).for_each(|pfn| lab.world.copy(from.offset(pfn.since(to)), pfn));
-        });
-    }
-
-    #[track_caller]
-    fn clear_tags(&self, frames: PfnRange) {
-        if self.features().tags {
-            Self::pages(Location::caller(), frames, "clear the tags of", |lab, _| {
-                each(frames).for_each(|pfn| lab.world.frame_mut(pfn).tags = Tags::ZERO);
-            });
-        }
-    }
-
-    #[track_caller]
-    fn copy_tags(&self, from: Pfn, to: Pfn, count: u64) {
-        if self.features().tags {
-            let frames = range(to.get(), count);
-            Self::pages(Location::caller(), frames, "copy tags to", |lab, _| {
-                each(frames).for_each(|pfn| {
-                    lab.world.frame_mut(pfn).tags = lab.world.frame_mut(from.offset(pfn.since(to))).tags;
-                });
-            });
-        }
-    }
-
-    #[track_caller]
-    fn load_tags(&self, frame: Pfn) -> Tags {
-        if !self.features().tags {
-            return Tags::ZERO;
-        }
-        step(page_key(frame), false, Location::caller());
-        with(|lab| lab.world.frame_mut(frame).tags)
-    }
-
-    #[track_caller]
-    fn store_tags(&self, frame: Pfn, tags: &Tags) {
-        if self.features().tags {
-            Self::pages(Location::caller(), PfnRange::single(frame), "store tags of", |lab, _| {
-                lab.world.frame_mut(frame).tags = *tags;
-            });
-        }
-    }
-
-    #[track_caller]
-    fn read(&self, from: Hpa, to: &mut [u8]) {
-        step(page_key(from.frame()), false, Location::caller());
-        with(|lab| {
-            lab.uses(PfnRange::single(from.frame()));
-            for (byte, address) in to.iter_mut().zip(from.get()..) {
-                let word = lab.machine(|world, pick| world.load(word_at(address), pick));
-                *byte = word.to_le_bytes()[(address % 8) as usize];
-            }
-        });
-    }
-
-    #[track_caller]
-    fn write(&self, to: Hpa, from: &[u8]) {
-        let site = Location::caller();
-        Self::pages(site, PfnRange::single(to.frame()), "write", |lab, _| {
-            let (mut at, mut rest) = (to.get(), from);
-            while !rest.is_empty() {
-                let within = (at % 8) as usize;
-                let (now, later) = rest.split_at(rest.len().min(8 - within));
-                let mut bytes = lab.machine(|world, pick| world.load(word_at(at), pick)).to_le_bytes();
-                bytes[within..within + now.len()].copy_from_slice(now);
-                change(lab, word_at(at), u64::from_le_bytes(bytes), site);
-                (at, rest) = (at + now.len() as u64, later);
-            }
-        });
-    }
-
-    #[track_caller]
-    fn clean_invalidate_to_poc(&self, frames: PfnRange) {
-        Self::pages(Location::caller(), frames, "DC CIVAC", |lab, cpu| lab.world.begin_clean(cpu, frames));
-    }
-
-    #[track_caller]
-    fn invalidate_icache(&self, frames: PfnRange) {
-        Self::pages(Location::caller(), frames, "IC IVAU", |lab, cpu| lab.world.begin_icache(cpu, frames));
-    }
-
-    #[track_caller]
-    fn tlb(&self, op: TlbOp) {
-        let site = Location::caller();
-        step(TLB, true, site);
-        with(|lab| {
-            let cpu = lab.schedule.current();
-            lab.world.begin_flush(cpu, op);
-            lab.log(Some(site), || format!("TLBI {op:?}"));
-        });
-    }
-
-    #[track_caller]
-    fn complete(&self) {
-        let site = Location::caller();
-        step(TLB, true, site);
-        with(|lab| {
-            let cpu = lab.schedule.current();
-            lab.world.complete(cpu);
-            lab.log(Some(site), || "DSB: everything begun has completed".to_owned());
-        });
-    }
-}
-
-fn word_at(address: u64) -> Word {
-    let address = Hpa::new(address);
-    Word::new(address.frame(), (address.page_offset() / 8) as u16)
-}
-
-/// A word becomes `value`.
-fn change(lab: &mut Lab, word: Word, value: u64, site: Site) {
-    if lab.checks.has(Check::Inv4) {
-        let wrong = inv04::cleared(&lab.world, &lab.logs, word, value);
-        lab.found(Check::Inv4, wrong);
-    }
-    let writes = lab.machine(|world, pick| world.store(word, value, pick));
-    for write in &writes {
-        lab.log(Some(site), || {
-            format!("level {} entry for gfn {:#x}: {}", write.level, write.span.start(), Event::entry(write.new))
-        });
-    }
-    lab.entries(&writes);
 }

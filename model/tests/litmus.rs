@@ -1,6 +1,7 @@
 //! Every litmus file: nothing is found, and each shows what it says it shows.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use entresol_model::explore::run::Setting;
 use entresol_model::explore::{Plan, explore, starve};
@@ -78,4 +79,17 @@ fn forced_write_back_makes_the_stale_read_impossible() {
     let plan = Plan { exhaustive: u64::MAX, pct: 0, sticky: 0, ..Plan::default() };
     let with = explore(&scenario, setting, &plan, &|_| {});
     assert!(with.failure.is_none() && with.exhausted, "{} schedules, exhausted {}", with.schedules, with.exhausted);
+}
+
+/// Two CPUs, and every way in which leases, releases, a hole and removals that fail can follow each other with so many preemptions.
+#[test]
+fn leases_of_two_cpus_are_exhausted() {
+    for (file, bound) in [("lease.toml", 4), ("lease-fails.toml", 2), ("lease-hole.toml", 2)] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab");
+        let scenario = Scenario { bound: Some(bound), ..Scenario::load(&folder.join(file)).unwrap() };
+        let plan = Plan { pct: 0, sticky: 0, limit: Duration::from_secs(600), ..Plan::default() };
+        let report = explore(&scenario, Setting::default(), &plan, &|_| {});
+        let found = report.failure.map(|failure| format!("{} [{}]", failure.violation, failure.trail));
+        assert_eq!((found, report.exhausted), (None, true), "{file}: {} schedules", report.searched);
+    }
 }

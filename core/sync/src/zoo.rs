@@ -44,6 +44,18 @@ pub enum Bug {
     ZB5,
     /// Z-B6: the ring of coalesced writes computes its distances modulo 2^32.
     ZB6,
+    /// Z-D1: a release removes the frame, though another lease of it lives.
+    ZD1,
+    /// Z-D3: a late release takes a lease of the frame's next owner.
+    ZD3,
+    /// Z-D4: a frame whose removal failed counts as absent.
+    ZD4,
+    /// Z-D5: a removed frame is not invalidated.
+    ZD5,
+    /// Z-D8: a lease is handed out before the frame is in the mapping again.
+    ZD8,
+    /// Z-D9: a frame of private memory is given to somebody else unzeroed.
+    ZD9,
     /// Z-E2: a page is there before its tags are cleared.
     ZE2,
     /// Z-E3: of a block, only the first page's tags are cleared.

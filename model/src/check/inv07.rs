@@ -60,6 +60,8 @@ pub struct Account {
     pub total: u64,
     /// Those free.
     pub free: u64,
+    /// Private ones that no object has.
+    pub private: u64,
     /// Those in second-stage tables, roots included.
     pub tables: u64,
     /// Those behind objects and in their trees, what relatives share once.
@@ -70,7 +72,7 @@ pub struct Account {
 
 /// The schedule has ended, nothing waits for a grace period.
 pub fn balance(account: &Account) -> Option<String> {
-    let used = account.tables + account.objects + account.logs;
+    let used = account.private + account.tables + account.objects + account.logs;
     let missing = account.total as i64 - account.free as i64 - used as i64;
     (missing != 0).then(|| format!("{missing} frames are neither free nor used: {account:?}"))
 }

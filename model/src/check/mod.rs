@@ -3,8 +3,8 @@
 //! A checker is a pure function of the model's state and of what just happened; the lab calls it at the moment its
 //! module says. Any of them can be switched off, so that a test can show that a bug is found *by it*.
 //!
-//! INV-8 and INV-10 speak of the MMIO cache and private memory, which the core does not have yet; their checkers come with
-//! them. INV-12 is judged by the oracle of INV-11.
+//! INV-8 speaks of the MMIO cache, which the core does not have yet; its checker comes with it. INV-12 is judged by the oracle
+//! of INV-11.
 
 pub mod coalesced;
 pub mod completion;
@@ -16,6 +16,7 @@ pub mod inv05;
 pub mod inv06;
 pub mod inv07;
 pub mod inv09;
+pub mod inv10;
 pub mod inv11;
 pub mod inv13;
 pub mod inv14;
@@ -48,6 +49,8 @@ pub enum Check {
     Inv7,
     /// Memory is not emulated.
     Inv9,
+    /// The hypervisor's own mapping.
+    Inv10,
     /// The data oracle.
     Inv11,
     /// The data oracle's tags.
@@ -76,7 +79,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -85,6 +88,7 @@ impl Check {
         Self::Inv6,
         Self::Inv7,
         Self::Inv9,
+        Self::Inv10,
         Self::Inv11,
         Self::Inv12,
         Self::Inv13,
@@ -115,6 +119,7 @@ impl Check {
             Self::Inv6 => "INV-6",
             Self::Inv7 => "INV-7",
             Self::Inv9 => "INV-9",
+            Self::Inv10 => "INV-10",
             Self::Inv11 => "INV-11",
             Self::Inv12 => "INV-12",
             Self::Inv13 => "INV-13",

@@ -10,6 +10,7 @@ pub mod memory;
 pub mod operation;
 pub mod owner;
 pub mod posted;
+pub mod private;
 pub mod record;
 pub mod relatives;
 pub mod stage;

@@ -9,7 +9,7 @@ use entresol_table::{Permissions, Reserve, Retired, Straddle};
 use super::dirty;
 use super::record::SlotRecord;
 use super::stage::{Actor, Kind, Stage};
-use super::{memory, relatives};
+use super::{memory, private, relatives};
 use crate::check::inv11::Place;
 use crate::check::{Check, inv03};
 use crate::lab::{self, Hardware};
@@ -52,8 +52,14 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         Step::Log { vm, id, what, to } => stage.result(to, dirty::log(stage, cpu, *vm, *id, *what)),
         Step::Ring { vm, what, to } => stage.result(to, dirty::ring(stage, cpu, *vm, *what)),
         Step::CleanAll { vm } => stage.vm(*vm).clean_all(cpu),
+        Step::Lease { vm, gpa } => private::lease(stage, actor, *vm, *gpa),
+        Step::Use { to } => stage.result(to, private::use_leased(stage, actor)),
+        Step::Release => private::release(stage, actor),
         Step::Reap => {
             stage.host.pool.reap(&stage.host.epoch, cpu, usize::MAX);
+            if stage.has_private() {
+                stage.host.supply(cpu).scrub(usize::MAX);
+            }
         }
         Step::Vmids { count } => {
             let worn: Vec<VmVmid> = (0..*count).map(|_| VmVmid::new()).collect();

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_arch_arm64::stage2::Stage2;
-use entresol_backing::{FrameMeta, FramePool, ObjectHandle, Objects, Policy, Spec};
+use entresol_backing::{FrameMeta, FramePool, Lease, ObjectHandle, Objects, Policy, Spec};
 use entresol_machine::Vmid;
 use entresol_machine::model::Modelled;
 use entresol_mmu::{CoalescedRing, Host, Invalidation, Options, Vm};
@@ -14,7 +14,7 @@ use entresol_sync::Mutex;
 
 use super::context::Context;
 use super::vcpu::{self, Attempt};
-use super::{dirty, owner, posted, relatives};
+use super::{dirty, owner, posted, private, relatives};
 use crate::check::inv07::{self, Account};
 use crate::check::inv11::Oracle;
 use crate::check::{Check, inv14};
@@ -47,6 +47,7 @@ pub struct Stage<'h> {
     pub kinds: Vec<Kind>,
     /// For each object whether it is made of blocks.
     pub blocks: Vec<bool>,
+    private: bool,
     /// What the owner decided about guests.
     pub policy: GuestPolicy,
     /// Coalesced writes; who shares a ring locks it.
@@ -81,6 +82,8 @@ pub struct Actor {
     pub runs: Option<(usize, Vmid)>,
     /// Invalidations that it has started and not ended.
     pub invalidations: Vec<(usize, Invalidation)>,
+    /// What it has leased and not released, each with the byte in its page.
+    pub leases: Vec<(Lease, u64)>,
 }
 
 impl Actor {
@@ -93,6 +96,7 @@ impl Actor {
             mmu_off: false,
             runs: None,
             invalidations: Vec::new(),
+            leases: Vec::new(),
         }
     }
 }
@@ -136,9 +140,10 @@ impl<'h> Stage<'h> {
         });
         let kinds = scenario.objects.iter().map(kind).collect();
         let blocks = scenario.objects.iter().map(|object| object.blocks).collect();
+        let private = scenario.objects.iter().any(|object| object.private);
         let (policy, registers) = (scenario.policy, RefCell::default());
         let vms = vms.collect();
-        let stage = Self { host, vms, objects, kinds, blocks, policy, ring: Mutex::default(), registers };
+        let stage = Self { host, vms, objects, kinds, blocks, private, policy, ring: Mutex::default(), registers };
         let mut actor = Actor::new(0);
         for step in &scenario.setup {
             stage.run(&mut actor, step);
@@ -149,6 +154,11 @@ impl<'h> Stage<'h> {
         }
         stage.leave(&mut actor);
         stage
+    }
+
+    /// Whether some of its memory is private.
+    pub fn has_private(&self) -> bool {
+        self.private
     }
 
     /// Virtual machine `vm`, which is there.
@@ -194,6 +204,9 @@ impl<'h> Stage<'h> {
         for step in steps {
             self.run(&mut actor, step);
             lab::with(|lab| lab.schedule.progress());
+        }
+        while !actor.leases.is_empty() {
+            private::release(self, &mut actor);
         }
         self.leave(&mut actor);
     }
@@ -279,6 +292,10 @@ impl<'h> Stage<'h> {
         vms.iter().for_each(|vm| assert!(vm.reclaim(0, u64::MAX), "nobody is pinned any more"));
         while self.host.supply(0).reclaim(usize::MAX) != 0 {}
         while pool.deferred_frames() != 0 && pool.reap(&self.host.epoch, 0, usize::MAX) != 0 {}
+        if self.private {
+            while self.host.supply(0).scrub(usize::MAX) != 0 {}
+            private::settled(self);
+        }
         let root = |vm: &LabVm<'_>| vm.table().root().count().next_power_of_two();
         let tables = vms.iter().map(|vm| vm.census().tables + root(vm)).sum();
         let pin = self.host.epoch.pin(0);
@@ -287,9 +304,11 @@ impl<'h> Stage<'h> {
         // What relatives share is there once.
         let mut frames = std::collections::BTreeSet::new();
         live.iter().for_each(|object| object.visit_frames(&self.host.machine, &mut |pfn| frames.extend([pfn.get()])));
+        let hidden = frames.iter().filter(|pfn| pool.is_private(Pfn::new(**pfn))).count() as u64;
         let account = Account {
             total: pool.total_frames(),
             free: pool.free_frames(),
+            private: pool.private_frames() - hidden,
             tables,
             objects: frames.len() as u64,
             logs: vms.iter().map(|vm| vm.log_frames(&pin)).sum(),
@@ -316,6 +335,7 @@ impl<'h> Stage<'h> {
             }
         }
         while host.pool.deferred_frames() != 0 && host.pool.reap(&host.epoch, 0, usize::MAX) != 0 {}
+        while host.pool.dirty_frames() != 0 && host.supply(0).scrub(usize::MAX) != 0 {}
         let (total, free) = (host.pool.total_frames(), host.pool.free_frames());
         let account = Account { total, free, ..Account::default() };
         lab::with(|lab| lab.found(Check::Inv7, inv07::balance(&account)));
@@ -357,6 +377,9 @@ fn create(host: &LabHost, object: &Object, rom: &mut u64) -> ObjectHandle {
                 lab::with(|lab| lab.world.frame_mut(pfn).preset(Content::filled(value)));
             }
             Spec::Rom { first, frames, owned: false }
+        }
+        (_, None) if object.private => {
+            Spec::Private { frames, policy: if object.blocks { Policy::Blocks } else { Policy::Pages } }
         }
         (_, None) => Spec::Anonymous {
             frames,

@@ -66,6 +66,9 @@ pub struct Object {
     /// A device's addresses instead of memory; every word reads as 0.
     #[serde(default)]
     pub device: bool,
+    /// Absent from the hypervisor's own mapping.
+    #[serde(default)]
+    pub private: bool,
 }
 
 /// What the owner decided about all guests of a scenario.
@@ -341,6 +344,9 @@ fn check(written: &Written) -> Result<(), LitmusError> {
         }
         if object.device && (object.blocks || object.rom.is_some()) {
             return Err(field("object.device", &object.name, "must not stand beside rom or blocks"));
+        }
+        if object.private && (object.device || object.rom.is_some() || written.machine.tags) {
+            return Err(field("object.private", &object.name, "must not stand beside rom, device or machine.tags"));
         }
     }
     Ok(())

@@ -24,11 +24,22 @@ pub struct Config {
     pub ipa_bits: u8,
     /// Frames of the pool.
     pub frames: u64,
+    /// Taking a frame out of the hypervisor's own mapping may fail.
+    pub removals_fail: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { fwb: false, dic: true, tags: false, vmid_bits: 8, physical_bits: 44, ipa_bits: 36, frames: 48 }
+        Self {
+            fwb: false,
+            dic: true,
+            tags: false,
+            vmid_bits: 8,
+            physical_bits: 44,
+            ipa_bits: 36,
+            frames: 48,
+            removals_fail: false,
+        }
     }
 }
 

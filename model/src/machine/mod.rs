@@ -7,13 +7,14 @@
 //! Protocol: each operation happens whole, in the order in which the explorer lets CPUs go. Where the hardware is free
 //! to do one thing or another, a [`frame::Pick`] decides, when an access comes that can tell the difference.
 //!
-//! Known holes: memory orderings weaker than sequential consistency; set/way maintenance; tags; stage-1 tables; the
-//! hypervisor's own translations. x86 comes with its port.
+//! Known holes: memory orderings weaker than sequential consistency; set/way maintenance; tags; stage-1 tables. x86 comes with
+//! its port.
 
 pub mod config;
 pub mod content;
 pub mod descriptor;
 pub mod frame;
+pub mod own;
 pub mod tables;
 pub mod tlb;
 pub mod walk;
@@ -25,6 +26,7 @@ use config::{Config, MAX_CPUS};
 use content::Content;
 use descriptor::Descriptor;
 use frame::{Cleaning, Frame, Pick};
+use own::Own;
 use tables::{Past, Tables};
 use tlb::{Stamp, Tlb};
 
@@ -68,6 +70,8 @@ pub struct World {
     pub tables: Tables,
     /// Translation caches.
     pub tlb: Tlb,
+    /// The hypervisor's own mapping.
+    pub own: Own,
     pending: [Pending; MAX_CPUS],
 }
 
@@ -76,7 +80,15 @@ impl World {
     pub fn new(config: Config, rom: u64) -> Self {
         let mut frames: Vec<Frame> = (0..config.frames + rom).map(|_| Frame::new()).collect();
         frames[config.frames as usize..].iter_mut().for_each(|frame| (frame.rom, frame.taken) = (true, true));
-        Self { config, frames, now: 0, tables: Tables::default(), tlb: Tlb::default(), pending: Default::default() }
+        Self {
+            config,
+            frames,
+            now: 0,
+            tables: Tables::default(),
+            tlb: Tlb::default(),
+            own: Own::default(),
+            pending: Default::default(),
+        }
     }
 
     /// The moment of the last change.
@@ -218,13 +230,17 @@ impl World {
     /// `Machine::tlb`.
     pub fn begin_flush(&mut self, cpu: usize, op: TlbOp) {
         let now = self.tick();
-        self.tlb.begin(cpu, op, now);
+        match op {
+            TlbOp::Own(frames) => self.own.begin(cpu, frames, now),
+            op => self.tlb.begin(cpu, op, now),
+        }
     }
 
     /// `Machine::complete`.
     pub fn complete(&mut self, cpu: usize) {
         self.tick();
         self.tlb.complete(cpu);
+        self.own.complete(cpu);
         let Pending { cleans, icache } = std::mem::take(&mut self.pending[cpu]);
         for (pfn, cleaning) in cleans {
             self.frame_mut(Pfn::new(pfn)).end_clean(cleaning);
@@ -234,6 +250,12 @@ impl World {
                 self.frame_mut(pfn).end_icache(began);
             }
         }
+    }
+
+    /// `Machine::unmap_own`.
+    pub fn unmap_own(&mut self, frames: PfnRange) {
+        let now = self.tick();
+        self.own.unmap(frames, now);
     }
 
     /// `cpu` runs `vm` from now on.

@@ -30,7 +30,7 @@ use entresol_addr::{Pfn, PfnRange};
 use entresol_machine::own::Work;
 use entresol_machine::{Machine, TlbOp};
 use entresol_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use entresol_sync::hint;
+use entresol_sync::{hint, planted};
 
 use super::FramePool;
 
@@ -208,6 +208,12 @@ impl FramePool {
         if locked.value & STUCK != 0 {
             locked.value &= !STUCK;
             self.private.leases.stuck.fetch_sub(1, Ordering::Relaxed);
+        } else if planted!(ZD8) && locked.value & COUNT == 0 {
+            locked.value += COUNT_ONE;
+            let life = locked.life();
+            drop(locked);
+            machine.map_own(PfnRange::single(pfn));
+            return Ok(Lease { pfn, life: Some(life) });
         } else if locked.value & COUNT == 0 {
             machine.map_own(PfnRange::single(pfn));
         }
@@ -220,12 +226,13 @@ impl FramePool {
     pub fn release_lease<M: Machine>(&self, machine: &M, lease: Lease) {
         let Some(life) = lease.life else { return };
         let mut locked = Locked::new(self.frames.lease(self.owned(lease.pfn)));
-        if !locked.is_private() || locked.life() != life {
+        let is_over = locked.life() != life && !(planted!(ZD3) && locked.value & COUNT != 0);
+        if !locked.is_private() || is_over {
             return;
         }
         assert!(locked.value & COUNT != 0, "a lease of this life is counted");
         locked.value -= COUNT_ONE;
-        if locked.value & COUNT == 0 {
+        if locked.value & COUNT == 0 || planted!(ZD1) {
             self.remove(machine, lease.pfn, &mut locked);
         }
     }
@@ -263,7 +270,9 @@ impl FramePool {
     pub(super) fn cleanse<M: Machine>(&self, machine: &M, index: u32) -> bool {
         let pfn = self.frames.pfn(index);
         let mut locked = Locked::new(self.frames.lease(index));
-        machine.through_window(pfn, Work::Zero);
+        if !planted!(ZD9) {
+            machine.through_window(pfn, Work::Zero);
+        }
         let mapped = locked.is_mapped();
         let next = u32::from(locked.life().wrapping_add(1));
         locked.value = locked.value & !(COUNT | LIFE) | next;
@@ -291,9 +300,11 @@ impl FramePool {
         let frame = PfnRange::single(pfn);
         let removed = (0..TRIES).any(|_| machine.unmap_own(frame).is_ok());
         let was_stuck = locked.value & STUCK != 0;
-        if removed {
-            machine.tlb(TlbOp::Own(frame));
-            machine.complete();
+        if removed || planted!(ZD4) {
+            if !planted!(ZD5) {
+                machine.tlb(TlbOp::Own(frame));
+                machine.complete();
+            }
             locked.value &= !STUCK;
             self.private.leases.stuck.fetch_sub(u64::from(was_stuck), Ordering::Relaxed);
         } else {

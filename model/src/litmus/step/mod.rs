@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 49] = [
+pub const VERBS: [(&str, &str); 52] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -64,7 +64,10 @@ pub const VERBS: [(&str, &str); 49] = [
     ("forge CPU SLOT OFFSET", "the first entry of a ring says something else"),
     ("reset", "the owner resets the dirty rings: how many entries were freed"),
     ("clean-all", "the guest's set/way maintenance, trapped"),
-    ("reap", "frames whose grace period is over become free"),
+    ("reap", "frames whose grace period is over become free, private ones zeroed"),
+    ("lease GPA", "the hypervisor leases the page at GPA"),
+    ("use", "it reads the word that it leased last, by its address"),
+    ("release", "it releases what it leased last"),
 ];
 
 /// Beside [`VERBS`]: `vmids COUNT` wears VMIDs out, for `setup`.
@@ -235,6 +238,20 @@ pub enum Step {
     },
     /// Deferred frames become free.
     Reap,
+    /// A page is leased.
+    Lease {
+        /// Whose.
+        vm: usize,
+        /// Where.
+        gpa: Gpa,
+    },
+    /// What was leased last is read by its address.
+    Use {
+        /// The register for the result.
+        to: Option<String>,
+    },
+    /// What was leased last is released.
+    Release,
     /// So many VMIDs are used up.
     Vmids {
         /// How many.
@@ -357,6 +374,7 @@ impl Step {
             | Self::Log { to, .. }
             | Self::Ring { to, .. }
             | Self::Post { to, .. }
+            | Self::Use { to }
             | Self::Drain { to } => to.as_deref(),
             _ => None,
         }
@@ -377,6 +395,7 @@ impl Step {
             | Self::Slot { vm, .. }
             | Self::Log { vm, .. }
             | Self::Ring { vm, .. }
+            | Self::Lease { vm, .. }
             | Self::CleanAll { vm } => Some(*vm),
             _ => None,
         }

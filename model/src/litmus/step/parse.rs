@@ -201,6 +201,9 @@ impl Said<'_> {
             }
             "clean-all" => Step::CleanAll { vm },
             "reap" => Step::Reap,
+            "lease" => Step::Lease { vm, gpa: words.gpa()? },
+            "use" => Step::Use { to: self.to.clone() },
+            "release" => Step::Release,
             "vmids" => Step::Vmids { count: words.number("COUNT")? },
             _ => return Ok(None),
         }))

@@ -90,7 +90,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 .objects
                 .get(pin, ObjectHandle::from_raw(slot.object.get()))
                 .ok_or(CopyError::Outside { gpa })?;
-            if object.is_forked() {
+            if object.may_share() {
                 self.own_for_write(pin, &slot, object, gpa)?;
             }
             let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();

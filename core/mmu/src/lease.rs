@@ -31,7 +31,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             return Err(CopyError::ReadOnly { gpa });
         }
         let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get())).ok_or(outside)?;
-        if object.is_forked() {
+        if object.may_share() {
             self.own_for_write(pin, &slot, object, gpa)?;
         }
         let (supply, frame) = (self.host.supply(pin.cpu()), slot.object_frame(gpa.frame()));

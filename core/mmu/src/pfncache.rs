@@ -352,7 +352,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         }
         let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()));
         let object = object.ok_or(CopyError::Outside { gpa })?;
-        if !object.is_own() {
+        if object.may_share() {
             self.own_for_write(pin, &slot, object, gpa)?;
         }
         let frame = slot.object_frame(gpa.frame());

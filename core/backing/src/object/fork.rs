@@ -184,6 +184,13 @@ impl Object {
         self.tree.is_own()
     }
 
+    /// Whether it is memory of which relatives, strangers or a store may have a page: who writes it by its address makes that page
+    /// its own first.
+    #[inline]
+    pub fn may_share(&self) -> bool {
+        matches!(self.kind(), Kind::Anonymous(_)) && !self.tree.is_own()
+    }
+
     /// Calls `visit` with every frame of memory and of nodes that an anonymous object reaches, for audits: what relatives
     /// share is reached by each. Nobody changes the object meanwhile.
     pub fn visit_frames<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {

@@ -120,6 +120,26 @@ fn a_page_that_is_touched_on_its_way_out_needs_no_reading() {
 }
 
 #[test]
+fn a_page_on_its_way_out_that_the_hypervisor_writes_is_shown_as_written() {
+    let host = host(4096);
+    let (vm, object) = with_memory(&host, Policy::Pages);
+    let device = Device::new(&host, 8);
+    let shown = [Shown { vm: &vm, object }];
+    store(&vm, gpa(0), 7);
+    let mut outs = Vec::new();
+    begin_out(CPU, &shown, frames(0, 1), device.store, |_, out| outs.push(out)).unwrap();
+    assert_eq!(load(&vm, gpa(0)), 7, "mapped, read-only");
+    // What is being written to the store keeps the frame, so the write goes to a copy.
+    vm.write(&host.epoch.pin(CPU), &Hint::new(), Gpa::new(gpa(0)), &[8]).unwrap();
+    assert_eq!(load(&vm, gpa(0)), 8);
+    outs.into_iter().for_each(|out| out.finish(&host.supply(CPU), true));
+    assert_eq!(discard(CPU, &shown, frames(0, 1)), Ok(0), "what was written stays");
+    assert_eq!(load(&vm, gpa(0)), 8);
+    end(vm);
+    assert_eq!(settled(&host), 0);
+}
+
+#[test]
 fn relatives_lose_their_translations_too_and_share_again() {
     let host = host(8192);
     let (parent, object) = with_memory(&host, Policy::Pages);

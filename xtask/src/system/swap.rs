@@ -59,7 +59,8 @@ pub fn swap_takes_and_brings_back(context: &Context) -> Result<()> {
     }
     told.hear("fine")?;
     let back = told.stats(GUEST)?;
-    ensure!(back.faults.absent > 0 && back.stored_frames < after.stored_frames, "nothing came back: {back:?}");
+    // How many are out says nothing: the other half may still be on its way.
+    ensure!(back.faults.absent > after.faults.absent, "nothing came back: {back:?}");
     a_copy_shares_what_is_out(&mut told)?;
     for vm in [GUEST, COPY] {
         told.done(Op::Kill { vm: vm.into() })?;

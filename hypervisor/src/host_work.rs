@@ -71,6 +71,7 @@ pub fn run(cpu: usize) {
     if cpu != CPU {
         return;
     }
+    swap::look_at_pressure();
     let work = PENDING.swap(0, Ordering::SeqCst);
     let has = |kind: Work| work & kind as u64 != 0;
     if has(Work::Console) {

@@ -9,6 +9,10 @@
 //! ([`crate::sched::Leave::Fetch`]); a device is remembered by its virtual machine, and goes on when any reading is over. Both look
 //! again then, as does a task of the store ([`until_over`]): a page may have come by another way, have gone, or have missed its place in the note.
 //!
+//! Who needs a frame where there is none waits here too, if somebody reclaims ([`memory`]): until frames have been freed, or a round of reclaim has
+//! found nothing that may leave ([`memory_came`]). In the second case the first who finds none again is told so, and is paused by its
+//! caller; that is one guest less that wants some.
+//!
 //! When a reading fails that a guest wants, every virtual machine that shows a page of it is paused ([`Pause::Storage`]). Nothing is remembered of
 //! the failure: let run again, it asks anew. A virtual machine that ends leaves its readings as they are: nobody has the
 //! page then, and the frame is given back.
@@ -39,7 +43,7 @@ const PAGES: usize = 8;
 /// Keepers at once.
 const KEEPERS: usize = 64;
 
-/// A reading, to wait for.
+/// A reading, or frames, to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket {
     place: usize,
@@ -91,6 +95,20 @@ struct Table {
     /// Readings that ever were.
     count: u64,
 }
+
+/// The wait for frames.
+struct Memory {
+    /// Who reclaims.
+    keeper: Option<Work>,
+    /// Ends of the wait so far.
+    round: u64,
+    /// The last end was one without frames, and nobody has been told.
+    barren: bool,
+    /// Somebody waits.
+    wanted: bool,
+}
+
+static MEMORY: Mutex<Memory> = Mutex::new(Memory { keeper: None, round: 0, barren: false, wanted: false });
 
 static TABLE: Mutex<Table> =
     Mutex::new(Table { entries: [const { None }; READINGS], keepers: [None; KEEPERS], count: 0 });
@@ -197,7 +215,72 @@ pub fn want_frame(object: ObjectHandle, frame: u64, slot: StoreSlot, whose: Whos
 
 /// Whether the reading is still on its way. Asked under the scheduler's lock.
 pub fn is_pending(ticket: Ticket) -> bool {
+    if ticket.place == READINGS {
+        return MEMORY.lock().round == ticket.number;
+    }
     TABLE.lock().entries[ticket.place].as_ref().is_some_and(|entry| entry.number == ticket.number)
+}
+
+/// Frames are reclaimed by who does `work`, from now on.
+pub fn reclaim_by(work: Work) {
+    MEMORY.lock().keeper = Some(work);
+}
+
+/// There is no frame for a guest: the end of the wait for one. `None`: nobody can reclaim any.
+pub fn memory() -> Option<Ticket> {
+    let mut memory = MEMORY.lock();
+    let work = memory.keeper?;
+    if core::mem::take(&mut memory.barren) {
+        return None;
+    }
+    memory.wanted = true;
+    let ticket = Ticket { place: READINGS, number: memory.round };
+    drop(memory);
+    host_work::raise(work);
+    Some(ticket)
+}
+
+/// Whether somebody reclaims.
+pub fn has_reclaim() -> bool {
+    MEMORY.lock().keeper.is_some()
+}
+
+/// Whether somebody waits for frames.
+pub fn is_memory_wanted() -> bool {
+    MEMORY.lock().wanted
+}
+
+/// Frames were freed, or, if `barren`, none can be. Host's work.
+pub fn memory_came(barren: bool) {
+    let mut memory = MEMORY.lock();
+    if !core::mem::take(&mut memory.wanted) {
+        return;
+    }
+    memory.barren = barren;
+    let ticket = Ticket { place: READINGS, number: memory.round };
+    memory.round += 1;
+    drop(memory);
+    sched::fetched(ticket);
+    wake_others();
+}
+
+/// Devices and tasks that wait look again.
+fn wake_others() {
+    if DEVICES.swap(false, Ordering::SeqCst) {
+        registry::for_each(let_device_go_on);
+    }
+    if TASKS.swap(false, Ordering::SeqCst) {
+        host_work::raise(Work::Store);
+    }
+}
+
+/// A device of `vm` waits for a frame.
+pub fn device_waits_for(vm: &Vm, ticket: Ticket) {
+    DEVICES.store(true, Ordering::SeqCst);
+    // As for a page.
+    if !is_pending(ticket) {
+        let_device_go_on(vm);
+    }
 }
 
 /// Waits, as a task of the store, until the reading is over.
@@ -295,11 +378,6 @@ impl Reading {
         TABLE.lock().entries[ticket.place] = None;
         fetch.give_back(&supply);
         sched::fetched(ticket);
-        if DEVICES.swap(false, Ordering::SeqCst) {
-            registry::for_each(let_device_go_on);
-        }
-        if TASKS.swap(false, Ordering::SeqCst) {
-            host_work::raise(Work::Store);
-        }
+        wake_others();
     }
 }

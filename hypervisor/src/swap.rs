@@ -6,6 +6,10 @@
 //! Protocol, all of it host's work: the owner asks for so much of a virtual machine's memory ([`reclaim`]). A hand goes round its
 //! frames, [`WINDOW`] at a time: what was used since the hand came last is made old, and stays; the rest goes out. A page whose place on the disk is
 //! still right is discarded at once; another is written, and discarded when it is written, unless it was used meanwhile.
+//! Under pressure, when fewer than [`LOW`] frames are free or somebody waits for one, memory is reclaimed unasked, from who has most, [`BATCH`]
+//! at a time, until [`HIGH`] are free ([`Round`]). A round that finds nothing more to take ends, and who still has no frame is paused.
+//! Some frames are put by for the nodes of blocks that are taken apart while there is no other.
+//!
 //! Pages that vCPUs wait for ([`crate::paging`]) have precedence over those that leave, and always some of the disk's requests.
 //!
 //! Failures: a page that cannot be written stays, and the reclaim that wanted it out ends; one that cannot be read pauses whoever shows it
@@ -20,9 +24,9 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use arrayvec::ArrayVec;
-use entresol_addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageSize};
+use entresol_addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageSize, Pfn};
 use entresol_arch_arm64::stage2::Stage2;
-use entresol_backing::{ObjectHandle, Order, Out, StoreId};
+use entresol_backing::{ObjectHandle, Order, Out, OutError, StoreError, StoreId};
 use entresol_loader::virt;
 use entresol_machine::Machine;
 use entresol_metal_arm64::{Metal, cpu};
@@ -42,6 +46,17 @@ const WINDOW: u64 = 8;
 const STEPS: usize = 16;
 /// Requests that pages on their way out leave to others.
 const RESERVED: usize = DEPTH / 4;
+/// Free frames below which memory is reclaimed unasked, and from which on it is enough.
+const LOW: u64 = 4096;
+const HIGH: u64 = 2 * LOW;
+/// Free frames with which who waits for one goes on.
+const ENOUGH: u64 = 256;
+/// Pages that are taken from one virtual machine before another is looked for.
+const BATCH: u64 = 2048;
+/// Frames that are looked at together for places to free.
+const LOOKS: u64 = 1024;
+/// Frames that are put by.
+const PUT_BY: usize = 32;
 /// Sectors of a place.
 const SECTORS: u64 = PAGE_SIZE / SECTOR;
 
@@ -77,6 +92,14 @@ struct Job {
     hand: u64,
     /// Frames that it passed since something left.
     idle: u64,
+    /// Nobody asked for it: it is part of the round.
+    unasked: bool,
+}
+
+/// Memory is short.
+struct Round {
+    /// Who has nothing more to give, by number.
+    tried: [bool; MAX_VMS],
 }
 
 struct Swap {
@@ -84,9 +107,16 @@ struct Swap {
     store: StoreId,
     pending: [Option<Pending>; DEPTH],
     spare: ArrayVec<Buffer, DEPTH>,
-    jobs: ArrayVec<Job, MAX_VMS>,
+    jobs: ArrayVec<Job, { MAX_VMS + 1 }>,
     /// Where the hand stopped in each virtual machine.
     hands: [u64; MAX_VMS],
+    round: Option<Round>,
+    /// The last round found nothing, and there is no more free, nor anybody who waits, since.
+    hopeless: bool,
+    /// Where frames were last looked at whose places are to be freed.
+    looked_at: u64,
+    /// Frames for nodes.
+    put_by: ArrayVec<Pfn, PUT_BY>,
 }
 
 static SWAP: Mutex<Option<Swap>> = Mutex::new(None);
@@ -120,7 +150,21 @@ fn start(disk: &'static Disk) -> Result<u64, &'static str> {
         stores.open_counted(slots).map_err(|_| "it has no place for a page, or the heap none for its records")?;
     paging::keep(store, Work::Swap).map_err(|_| "there are too many stores")?;
     let pending = [const { None }; DEPTH];
-    *SWAP.lock() = Some(Swap { disk, store, pending, spare, jobs: ArrayVec::new(), hands: [0; MAX_VMS] });
+    let mut swap = Swap {
+        disk,
+        store,
+        pending,
+        spare,
+        jobs: ArrayVec::new(),
+        hands: [0; MAX_VMS],
+        round: None,
+        hopeless: false,
+        looked_at: 0,
+        put_by: ArrayVec::new(),
+    };
+    swap.put_frames_by();
+    *SWAP.lock() = Some(swap);
+    paging::reclaim_by(Work::Swap);
     Ok(slots)
 }
 
@@ -138,9 +182,16 @@ pub fn reclaim(number: usize, vm: &Vm, bytes: u64) -> Result<(), Refusal> {
     let (object, left) = (vm.ram(), bytes >> PAGE_SHIFT);
     // The newest wish counts.
     swap.jobs.retain(|job| job.number != number);
-    swap.jobs.push(Job { number, object, left, hand: swap.hands[number], idle: 0 });
+    swap.jobs.push(Job { number, object, left, hand: swap.hands[number], idle: 0, unasked: false });
     host_work::raise(Work::Swap);
     Ok(())
+}
+
+/// Raises the work if memory is short.
+pub fn look_at_pressure() {
+    if paging::has_reclaim() && host::get().pool.free_frames() < LOW {
+        host_work::raise(Work::Swap);
+    }
 }
 
 /// Takes what the disk has done, and gives it what is to do.
@@ -149,6 +200,7 @@ pub fn serve() {
     let Some(swap) = swap.as_mut() else { return };
     swap.collect();
     swap.read();
+    swap.relieve();
     let mut steps = 0;
     while let Some(job) = swap.jobs.pop() {
         if swap.spare.len() < RESERVED + WINDOW as usize {
@@ -159,6 +211,8 @@ pub fn serve() {
         if let Some(job) = swap.step(job) {
             // The others have their turn.
             swap.jobs.insert(0, job);
+        } else if swap.round.is_some() {
+            host_work::raise(Work::Swap);
         }
         steps += 1;
         if steps == STEPS {
@@ -166,6 +220,14 @@ pub fn serve() {
             return;
         }
     }
+}
+
+/// Who has most in memory that may leave, of those that were not tried.
+fn largest(tried: &[bool; MAX_VMS]) -> Option<(usize, ObjectHandle)> {
+    let all = (0..MAX_VMS).filter(|number| !tried[*number]);
+    let all = all.filter_map(|number| registry::find(number).map(|vm| (number, vm)));
+    let (number, vm) = all.filter(|(_, vm)| !vm.config.private).max_by_key(|(_, vm)| vm.resident_frames())?;
+    Some((number, vm.ram()))
 }
 
 /// A virtual machine's memory as the core wants it named, and that of all who may share it.
@@ -222,6 +284,87 @@ fn block_at(vm: &Vm, frame: u64) -> Option<Frames> {
 }
 
 impl Swap {
+    /// Begins, goes on with or ends a round.
+    fn relieve(&mut self) {
+        let pool = &host::get().pool;
+        let free = pool.free_frames();
+        if free >= ENOUGH {
+            self.put_frames_by();
+            paging::memory_came(false);
+        }
+        if free >= HIGH {
+            self.round = None;
+            return;
+        }
+        let wanted = paging::is_memory_wanted();
+        self.hopeless &= free < LOW && !wanted;
+        if self.round.is_none() && (free < LOW || wanted) && !self.hopeless {
+            self.round = Some(Round { tried: [false; MAX_VMS] });
+        }
+        let Some(round) = &self.round else { return };
+        // What is on its way out may be enough.
+        let leaving = self.pending.iter().flatten().any(|pending| matches!(pending, Pending::Out(_)));
+        if leaving || self.jobs.iter().any(|job| job.unasked) {
+            return;
+        }
+        match largest(&round.tried) {
+            Some((number, object)) => {
+                let hand = self.hands[number];
+                self.jobs.push(Job { number, object, left: BATCH, hand, idle: 0, unasked: true });
+            }
+            None => {
+                (self.round, self.hopeless) = (None, true);
+                paging::memory_came(true);
+            }
+        }
+    }
+
+    /// A job is over: if it has not found what it was to, there is no more where it looked.
+    fn has_given(&mut self, job: &Job) {
+        if let Some(round) = self.round.as_mut().filter(|_| job.unasked && job.left != 0) {
+            round.tried[job.number] = true;
+        }
+    }
+
+    /// A page of virtual machine `number` could not be written.
+    fn give_up(&mut self, number: usize) {
+        self.jobs.retain(|job| job.number != number);
+        if let Some(round) = &mut self.round {
+            round.tried[number] = true;
+        }
+    }
+
+    /// Frees places of pages that are in memory too: to leave again they must be written. Whether there were any.
+    fn free_places(&mut self) -> bool {
+        let pool = &host::get().pool;
+        let before = pool.stores().taken(self.store);
+        let mut looked = 0;
+        while looked < pool.total_frames() && pool.stores().taken(self.store) == before {
+            let _pin = host::get().epoch.pin(cpu::index());
+            let next = pool.stop_keeping_for(self.store, self.looked_at, LOOKS);
+            looked += LOOKS;
+            self.looked_at = next.unwrap_or(0);
+        }
+        pool.stores().taken(self.store) != before
+    }
+
+    fn put_frames_by(&mut self) {
+        while !self.put_by.is_full()
+            && let Ok(frame) = host::get().pool.take(cpu::index(), Order::PAGE)
+        {
+            self.put_by.push(frame);
+        }
+    }
+
+    /// Gives back what was put by. Whether there was something.
+    fn spend_put_by(&mut self) -> bool {
+        let had = !self.put_by.is_empty();
+        for frame in self.put_by.drain(..) {
+            host::get().pool.give(cpu::index(), frame, Order::PAGE);
+        }
+        had
+    }
+
     /// Takes what the disk has done.
     fn collect(&mut self) {
         let mut written: ArrayVec<Page, { 2 * DEPTH }> = ArrayVec::new();
@@ -245,7 +388,7 @@ impl Swap {
                         Ok(()) if !written.is_full() => written.push(page),
                         // It leaves when the hand comes again.
                         Ok(()) => {}
-                        Err(_) => self.jobs.retain(|job| job.number != page.number),
+                        Err(_) => self.give_up(page.number),
                     }
                 }
             }
@@ -299,7 +442,7 @@ impl Swap {
                 Pending::In(reading) => reading.finish(false),
                 Pending::Out(leaving) => {
                     leaving.out.finish(&host::get().supply(cpu::index()), false);
-                    self.jobs.retain(|job| job.number != leaving.page.number);
+                    self.give_up(leaving.page.number);
                 }
             }
             return;
@@ -313,6 +456,7 @@ impl Swap {
         let total = family[0].memory_frames();
         if job.left == 0 || job.idle > 2 * total {
             self.hands[job.number] = job.hand;
+            self.has_given(&job);
             return None;
         }
         job.hand %= total;
@@ -341,8 +485,14 @@ impl Swap {
                     job.left = job.left.saturating_sub(left);
                     job.idle = 0;
                 }
+                // Nothing of it leaves: it is looked at again when there is room.
+                Err(LeaveError::Out(OutError::OutOfMemory)) if self.spend_put_by() => job.hand = frames.start,
+                Err(LeaveError::Out(OutError::Store(StoreError::Full { .. }))) if self.free_places() => {
+                    job.hand = frames.start;
+                }
                 Err(error) => {
                     log::warn!("swap: vm {}: {error:?}", family[0].config.name);
+                    self.has_given(&job);
                     return None;
                 }
             }

@@ -107,6 +107,11 @@ pub const TESTS: &[SystemTest] = &[
         run: stale::replaced_memory_is_never_stale,
     },
     SystemTest {
+        name: "guests_share_less_than_they_use",
+        about: "three guests of 512 MiB work on 380 MiB each with less than 800 MiB for all: memory is reclaimed unasked, nothing is lost",
+        run: swap::guests_share_less_than_they_use,
+    },
+    SystemTest {
         name: "hostile_guests_harm_nobody",
         about: "three guests attack with a seed each; the fourth answers all the time, and outlives them",
         run: programs::hostile_guests_harm_nobody,

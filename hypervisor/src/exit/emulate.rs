@@ -77,10 +77,7 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
             Next::Again
         }
         Err(Stop::Again) => Next::Look,
-        Err(Stop::OutOfMemory) => {
-            vcpu.vm.pause(Pause::OutOfMemory);
-            Next::Leave(Leave::Park)
-        }
+        Err(Stop::OutOfMemory) => memory::starve(vcpu),
         Err(Stop::Absent { gpa }) => memory::absent(vcpu, gpa),
         Err(Stop::Full) => posted::wait_for_room(&vcpu.vm),
         Err(Stop::NoSyndrome(instruction)) => refuse(vcpu, state, fault, far, instruction),

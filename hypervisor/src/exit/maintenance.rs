@@ -39,10 +39,7 @@ pub fn maintain(vcpu: &VcpuRef, state: &mut State, esr: u64, operation: CacheOp,
             undefined::enter(state, Exception::DataAbort { address, status, write: true, cache_maintenance: true });
             Next::Again
         }
-        Err(Untranslated::OutOfMemory) => {
-            vcpu.vm.pause(Pause::OutOfMemory);
-            Next::Leave(Leave::Park)
-        }
+        Err(Untranslated::OutOfMemory) => memory::starve(vcpu),
         Err(Untranslated::Absent { gpa }) => memory::absent(vcpu, gpa),
         Err(Untranslated::Again) => Next::Look,
     }

@@ -66,10 +66,7 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
             inject(vcpu, state, fault, far, abort);
             Next::Again
         }
-        Outcome::Exit(Reason::OutOfMemory) => {
-            vcpu.vm.pause(Pause::OutOfMemory);
-            Next::Leave(Leave::Park)
-        }
+        Outcome::Exit(Reason::OutOfMemory) => starve(vcpu),
         Outcome::Exit(Reason::Stored { .. }) => absent(vcpu, fault.gpa),
         Outcome::Exit(Reason::DirtyRingFull) => {
             vcpu.vm.pause(Pause::DirtyRingFull);
@@ -86,11 +83,23 @@ pub fn absent(vcpu: &VcpuRef, gpa: Gpa) -> Next {
     let pause = match paging::want(&vcpu.vm, gpa) {
         Wanted::Later(reading) => return Next::Leave(Leave::Fetch(reading)),
         Wanted::Now => return Next::Look,
-        Wanted::OutOfMemory => Pause::OutOfMemory,
+        Wanted::OutOfMemory => return starve(vcpu),
         Wanted::Lost => Pause::Storage,
     };
     vcpu.vm.pause(pause);
     Next::Leave(Leave::Park)
+}
+
+/// There is no frame: the vCPU sleeps until some have been reclaimed, and makes its access again; or its virtual machine is paused.
+#[cold]
+pub fn starve(vcpu: &VcpuRef) -> Next {
+    match paging::memory() {
+        Some(frames) => Next::Leave(Leave::Fetch(frames)),
+        None => {
+            vcpu.vm.pause(Pause::OutOfMemory);
+            Next::Leave(Leave::Park)
+        }
+    }
 }
 
 fn crash(vcpu: &VcpuRef, crash: Crash) -> Next {

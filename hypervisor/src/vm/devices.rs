@@ -478,7 +478,12 @@ impl Vm {
                 self.devices.unfinished.fetch_or(1 << slot, Ordering::AcqRel);
                 true
             }
-            (Work::Stalled, Some(_)) => self.pause(Pause::OutOfMemory),
+            (Work::Stalled, Some(slot)) => {
+                let Some(frames) = paging::memory() else { return self.pause(Pause::OutOfMemory) };
+                self.devices.absent.fetch_or(1 << slot, Ordering::SeqCst);
+                paging::device_waits_for(self, frames);
+                self.has_device_work()
+            }
             (Work::Waiting, Some(slot)) => {
                 self.devices.absent.fetch_or(1 << slot, Ordering::SeqCst);
                 if self.devices.lost.swap(false, Ordering::SeqCst) {

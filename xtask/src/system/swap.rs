@@ -1,4 +1,5 @@
-//! Swap: memory of a Linux guest goes to the outer machine's disk and comes back, through a fork and an error of the disk.
+//! Swap: memory of a Linux guest goes to the outer machine's disk and comes back, through a fork and an error of the disk; and
+//! guests that use more than there is.
 
 use anyhow::{Result, bail, ensure};
 use entresol_wire::config::WrittenVm;
@@ -7,7 +8,8 @@ use entresol_wire::control::{Code, Op, State};
 use super::Context;
 use super::control::Listener;
 use super::machine::{Builder, Machine};
-use crate::bundle::linux;
+use crate::bundle::{linux, program};
+use crate::guests;
 use crate::initrd::{self, Initrd};
 
 /// Who works.
@@ -96,6 +98,41 @@ fn start(context: &Context) -> Result<Machine> {
     );
     let device = "virtio-blk-device,drive=swap,serial=entresol-swap";
     builder.qemu(&["-drive", &drive, "-device", device]).boot(vec![vm(GUEST), vm(TWIN), vm(WITNESS)])
+}
+
+/// Three guests of 512 MiB, each of which works on 380 MiB, where there are less than 800 MiB for all of them: memory is reclaimed unasked,
+/// all of them finish, and find what they wrote.
+pub fn guests_share_less_than_they_use(context: &Context) -> Result<()> {
+    const ALL: [&str; 3] = ["one", "two", "three"];
+    let kernel = guests::flat("toucher")?;
+    let mut vms = Vec::new();
+    for (seed, name) in (1..).zip(ALL) {
+        let vm = program(name, &kernel, &format!("mib=380 seed={seed}"));
+        vms.push(WrittenVm { memory: "512M".to_owned().into(), autostart: Some(false), ..vm });
+    }
+    vms.push(WrittenVm { autostart: Some(false), ..program(WITNESS, &kernel, "mib=1") });
+    let builder = Builder::new(context, "guests_share_less_than_they_use")?.outer("864M", 2);
+    let image = builder.file("swap.img", &[])?;
+    std::fs::File::options().write(true).open(&image)?.set_len(2 * DISK)?;
+    let drive = format!("file={},if=none,id=swap,format=raw", image.display());
+    let mut machine =
+        builder.qemu(&["-drive", &drive, "-device", "virtio-blk-device,drive=swap,serial=entresol-swap"]).boot(vms)?;
+    machine.expect("swap: 1024 MiB")?;
+    let mut told = Listener::attach(machine.control()?, WITNESS)?;
+    let free = told.stats(WITNESS)?.free_frames;
+    ensure!(free < 800 * FRAMES, "{free} frames are free, which is too much for a test of too little");
+    for vm in ALL {
+        told.done(Op::Resume { vm: vm.into() })?;
+    }
+    for vm in ALL {
+        machine.expect(&format!("vm {vm}: powered off"))?;
+    }
+    for key in *b"123" {
+        machine.send(&[0x1d, key])?;
+        machine.expect("VERIFIED 380 MiB, round 1")?;
+    }
+    told.done(Op::Shutdown)?;
+    machine.expect_power_off().map(drop)
 }
 
 fn refusals(told: &mut Listener) -> Result<()> {

@@ -337,6 +337,13 @@ impl Reading {
         self.fetch.slot()
     }
 
+    /// The page that a guest waits for, as its object and the frame there.
+    pub fn page(&self) -> Option<(ObjectHandle, u64)> {
+        let table = TABLE.lock();
+        let entry = table.entries[self.ticket.place].as_ref().filter(|entry| entry.guests)?;
+        entry.pages[0].map(|page| (page.object, page.frame))
+    }
+
     /// The same frame of `object` is filled too, if it waits for the same place.
     pub fn also(&mut self, object: ObjectHandle) {
         let host = host::get();

@@ -36,7 +36,7 @@ use entresol_wire::config::MAX_VMS;
 
 use crate::block::{self, Buffer, DEPTH, Disk, Operation, Request, SECTOR};
 use crate::host_work::{self, Work};
-use crate::paging::{self, Reading};
+use crate::paging::{self, Reading, Whose};
 use crate::vm::{OutOfHeap, Vm};
 use crate::{host, registry};
 
@@ -53,6 +53,8 @@ const HIGH: u64 = 2 * LOW;
 const ENOUGH: u64 = 256;
 /// Pages that are taken from one virtual machine before another is looked for.
 const BATCH: u64 = 2048;
+/// Pages behind one that is waited for that are brought with it.
+const AHEAD: u64 = 8;
 /// Frames that are looked at together for places to free.
 const LOOKS: u64 = 1024;
 /// Frames that are put by.
@@ -419,8 +421,28 @@ impl Swap {
         while !self.spare.is_empty()
             && let Some(reading) = paging::next(self.store)
         {
+            if let Some((object, frame)) = reading.page() {
+                self.read_ahead(object, frame);
+            }
             let sector = reading.slot().index() * SECTORS;
             self.submit(Operation::Read, sector, Pending::In(reading));
+        }
+    }
+
+    /// What lies behind a page that a guest waits for is brought with it, as far as there is room for both.
+    fn read_ahead(&self, object: ObjectHandle, frame: u64) {
+        let host = host::get();
+        for frame in frame + 1..=frame + AHEAD.min(self.spare.len().saturating_sub(RESERVED) as u64) {
+            let stored = {
+                let pin = host.epoch.pin(cpu::index());
+                host.objects.get(&pin, object).and_then(|object| object.stored_at(&host.machine, frame))
+            };
+            let Some(slot) = stored.filter(|slot| slot.store() == self.store) else { return };
+            if host.pool.free_frames() < ENOUGH {
+                return;
+            }
+            // If it does not come, who needs it asks again.
+            paging::want_frame(object, frame, slot, Whose::Nobodys);
         }
     }
 

@@ -41,7 +41,7 @@ use crate::counters::Reason;
 use crate::host;
 use crate::sched::{Leave, VcpuRef};
 use crate::vcpu::State;
-use crate::vm::{Claim, Crash, Pause, Store};
+use crate::vm::{Claim, Crash, Store};
 
 /// Why an access was not carried out. Nothing of it shows.
 enum Stop {

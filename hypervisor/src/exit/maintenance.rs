@@ -17,9 +17,8 @@ use super::walk::{self, Untranslated};
 use super::{Next, memory, undefined};
 use crate::counters;
 use crate::host;
-use crate::sched::{Leave, VcpuRef};
+use crate::sched::VcpuRef;
 use crate::vcpu::State;
-use crate::vm::Pause;
 
 /// Carries out `operation`, which trapped, on the guest's virtual address `address`.
 #[cold]

@@ -108,7 +108,7 @@ pub const TESTS: &[SystemTest] = &[
     },
     SystemTest {
         name: "guests_share_less_than_they_use",
-        about: "three guests work on 120 MiB each with less than 240 MiB for all: memory is reclaimed unasked, nothing is lost",
+        about: "three guests of 512 MiB work on 380 MiB each with 800 MiB for all: memory is reclaimed unasked, nothing is lost",
         run: swap::guests_share_less_than_they_use,
     },
     SystemTest {

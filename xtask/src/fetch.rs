@@ -9,8 +9,8 @@ pub mod browser;
 pub mod foreign;
 pub mod guest;
 pub mod host;
+pub mod programs;
 pub mod qemu;
-pub mod redis;
 pub mod sources;
 pub mod toolchain;
 
@@ -21,8 +21,8 @@ use anyhow::{Context, Result};
 
 pub use browser::Browser;
 pub use guest::Guest;
+pub use programs::Programs;
 pub use qemu::Qemu;
-pub use redis::Redis;
 
 use crate::progress::Step;
 use crate::workspace;
@@ -57,14 +57,14 @@ pub fn browser() -> Result<Browser> {
     browser::ensure_browser(&cache)
 }
 
-/// A store in memory for a guest.
+/// Programs of Debian's for a guest.
 ///
 /// # Errors
 /// As [`everything`].
-pub fn redis() -> Result<Redis> {
+pub fn programs(package: programs::Package) -> Result<Programs> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
-    redis::ensure_redis(&cache)
+    programs::ensure(&cache, package)
 }
 
 /// Held while the cache is read or changed; the operating system lets go of it however we end.

@@ -19,6 +19,7 @@ mod linux;
 pub mod machine;
 mod merge;
 mod mmio;
+mod mte;
 pub mod owner;
 mod page;
 mod posted;
@@ -105,6 +106,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "replaced_memory_is_never_stale",
         about: "every byte through every mapping after merges, forks and slots that move; each write after is one trap",
         run: stale::replaced_memory_is_never_stale,
+    },
+    SystemTest {
+        name: "tagged_heap_finds_what_was_freed",
+        about: "Linux with mte = true: /proc/cpuinfo says so, a use after free ends by a tag fault; without it neither",
+        run: mte::tagged_heap_finds_what_was_freed,
     },
     SystemTest {
         name: "guests_share_less_than_they_use",

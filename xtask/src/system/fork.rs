@@ -11,7 +11,7 @@ use super::Context;
 use super::control::Listener;
 use super::machine::Builder;
 use crate::bundle::{disk, linux};
-use crate::fetch;
+use crate::fetch::{self, programs::REDIS};
 use crate::guests;
 use crate::initrd::{self, Initrd};
 
@@ -104,7 +104,7 @@ pub fn live_forks_answer_diverge_and_end(context: &Context) -> Result<()> {
 /// The machine of this test; nothing in it runs yet.
 fn start(context: &Context, name: &str) -> Result<super::machine::Machine> {
     let builder = Builder::new(context, name)?;
-    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive().with(fetch::redis()?.files()?))?;
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive().with(fetch::programs(REDIS)?.files()?))?;
     let kernel = context.guest.kernel()?;
     let mut parent = linux(PARENT, &kernel, &initrd);
     parent.memory = "256M".into();

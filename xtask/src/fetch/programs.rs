@@ -1,7 +1,6 @@
-//! Debian's arm64 Redis: an in-memory store, and the load that is put on it, for guests.
+//! Programs of Debian's for guests, with the libraries that they are linked with.
 //!
-//! Only its own packages and libraries are taken out of what Debian would install, and of their files only the programs
-//! and what these are linked with.
+//! Only packages for arm64 are taken out of what Debian would install, and of their files only the programs and what these are linked with.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -15,10 +14,24 @@ use super::apt::{self, Root, Suite};
 use super::host::{self, Os};
 use crate::progress::Step;
 
-/// As in [`super::qemu`].
-const FOLDER: &str = "redis-1";
-/// What a guest gets in `/bin`.
-const PROGRAMS: [&str; 3] = ["redis-server", "redis-cli", "redis-benchmark"];
+/// What is fetched together.
+#[derive(Clone, Copy, Debug)]
+pub struct Package {
+    /// As Debian calls it.
+    name: &'static str,
+    /// As in [`super::qemu`].
+    folder: &'static str,
+    /// What a guest gets in `/bin`.
+    programs: &'static [&'static str],
+}
+
+/// An in-memory store, and the load that is put on it.
+pub const REDIS: Package =
+    Package { name: "redis-server", folder: "redis-1", programs: &["redis-server", "redis-cli", "redis-benchmark"] };
+
+/// An interpreter that takes addresses apart and puts them together.
+pub const PERL: Package = Package { name: "perl-base", folder: "perl-1", programs: &["perl"] };
+
 /// The loader that every program names.
 const LOADER: &str = "ld-linux-aarch64.so.1";
 /// Most of Debian's shared libraries lie in one of these.
@@ -26,28 +39,30 @@ const LIBRARIES: [&str; 3] = ["lib/aarch64-linux-gnu", "usr/lib/aarch64-linux-gn
 
 /// The fetched files.
 #[derive(Clone, Debug)]
-pub struct Redis {
+pub struct Programs {
+    package: Package,
     folder: PathBuf,
 }
 
-/// Redis for a guest, fetched when it has to be.
+/// A package's programs for a guest, fetched when they have to be.
 ///
 /// # Errors
 /// When it cannot be fetched: the error says what to type.
-pub fn ensure_redis(cache: &Path) -> Result<Redis> {
-    let folder = cache.join(FOLDER);
+pub fn ensure(cache: &Path, package: Package) -> Result<Programs> {
+    let folder = cache.join(package.folder);
     if !folder.is_dir() {
-        fetch(cache, &folder)?;
+        fetch(cache, package.name, &folder)?;
     }
-    Ok(Redis { folder })
+    Ok(Programs { package, folder })
 }
 
-fn fetch(cache: &Path, folder: &Path) -> Result<()> {
-    let step = Step::start("fetching Debian's arm64 Redis");
+fn fetch(cache: &Path, name: &str, folder: &Path) -> Result<()> {
+    let text = format!("fetching Debian's arm64 {name}");
+    let step = Step::start(&text);
     let debian = host::debian(&Os::here(), cache)?;
     let root = Root::open(cache, Suite::Bookworm, &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
-    step.say("fetching Debian's arm64 Redis");
-    let mut packages = root.closure("redis-server:arm64")?;
+    step.say(&text);
+    let mut packages = root.closure(&format!("{name}:arm64"))?;
     // What a whole Debian has besides is for its scripts of installation.
     packages.retain(|package| package.contains(":arm64="));
     let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;
@@ -59,7 +74,7 @@ fn fetch(cache: &Path, folder: &Path) -> Result<()> {
     super::publish(&tree, folder)
 }
 
-impl Redis {
+impl Programs {
     /// Paths in a guest, and the bytes of the file there: programs, their loader, every library that one of them needs.
     ///
     /// # Errors
@@ -67,7 +82,7 @@ impl Redis {
     pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut files = Vec::new();
         let mut wanted = VecDeque::from([LOADER.to_owned()]);
-        for program in PROGRAMS {
+        for program in self.package.programs {
             let bytes = self.read(&self.folder.join("usr/bin").join(program))?;
             wanted.extend(needed(&bytes).with_context(|| format!("{program} is no program"))?);
             files.push((format!("bin/{program}"), bytes));

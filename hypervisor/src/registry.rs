@@ -130,8 +130,8 @@ pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
     let ticks = timer::now() - since;
     note_fork(Forked { number, times: names.len(), ticks });
     host_work::raise(Work::Reclaim);
-    for (number, Child { vm, disks, terminal }) in children {
-        settle_in(number, vm, terminal, Media { disks, flash: None }, status);
+    for (number, Child { vm, media, terminal }) in children {
+        settle_in(number, vm, terminal, media, status);
     }
     Ok(())
 }
@@ -193,7 +193,8 @@ pub fn copy(number: usize) -> Result<Copy, ForkRefusal> {
     if !matches!(status, Status::Running | Status::Paused(_)) {
         return Err(ForkRefusal::Status(status));
     }
-    let Child { vm, disks, .. } = Child::of(&held, &original, number, &original.config.name, number)?;
+    let Child { vm, media: Media { disks, .. }, .. } =
+        Child::of(&held, &original, number, &original.config.name, number)?;
     drop(held);
     let pause = timer::now() - begun;
     host_work::raise(Work::Reclaim);
@@ -275,13 +276,14 @@ impl From<OutOfHeap> for ForkRefusal {
 /// A child that is in no place yet. Dropping it gives everything back: the virtual machine first, then its disks.
 struct Child {
     vm: Arc<Vm>,
-    disks: Vec<Arc<Overlay>>,
+    media: Media,
     terminal: Arc<Terminal>,
 }
 
 impl Child {
     fn of(held: &Hold<'_>, parent: &Vm, number: usize, name: &str, place: usize) -> Result<Self, ForkRefusal> {
-        let originals = PLACES.lock().get(number).map(|place| place.media.disks.clone()).unwrap_or_default();
+        let media = PLACES.lock().get(number).map(|place| place.media.clone());
+        let Media { disks: originals, flash: original } = media.unwrap_or_default();
         let mut disks = Vec::new();
         disks.try_reserve_exact(originals.len()).map_err(|_| OutOfHeap)?;
         for disk in &originals {
@@ -289,8 +291,10 @@ impl Child {
         }
         let terminal = Terminal::new(place)?;
         let config = config::Vm { name: String::from(name), ..parent.config.clone() };
-        let vm = parent.fork(held, config, &terminal, &disks).map_err(ForkRefusal::Failed)?;
-        Ok(Self { vm, disks, terminal })
+        let flash = original.as_ref().map(|original| original.like());
+        let both = original.as_deref().zip(flash.as_ref());
+        let vm = parent.fork(held, config, &terminal, &disks, both).map_err(ForkRefusal::Failed)?;
+        Ok(Self { vm, media: Media { disks, flash }, terminal })
     }
 }
 

@@ -140,6 +140,18 @@ impl Chip {
         Ok(Self { mode: Mode::Array, next: Next::Command, errors: 0, locked: [0; LOCKS], buffer })
     }
 
+    /// Chips in the same state.
+    ///
+    /// # Errors
+    ///
+    /// [`FlashError::OutOfMemory`].
+    pub fn fork(&self) -> Result<Self, FlashError> {
+        let mut copy = Self::new()?;
+        copy.buffer.copy_from_slice(&self.buffer);
+        (copy.mode, copy.next, copy.errors, copy.locked) = (self.mode, self.next, self.errors, self.locked);
+        Ok(copy)
+    }
+
     /// Back to power-on.
     pub fn reset(&mut self) {
         (self.mode, self.next, self.errors) = (Mode::Array, Next::Command, 0);

@@ -129,11 +129,26 @@ impl<B: Backing> Flash<B> {
         if !size.is_power_of_two() || !(BLOCK..=MAX_SIZE).contains(&size) {
             return Err(FlashError::Size { value: size });
         }
+        Self::with(backing, Chip::new()?, true)
+    }
+
+    fn with(backing: B, chip: Chip, shown: bool) -> Result<Self, FlashError> {
         let mut piece = Vec::new();
         piece.try_reserve_exact(PIECE).map_err(|_| FlashError::OutOfMemory)?;
         piece.resize(PIECE, 0);
-        let state = State { chip: Chip::new()?, shown: true, piece: piece.into_boxed_slice() };
+        let (size, state) = (backing.size(), State { chip, shown, piece: piece.into_boxed_slice() });
         Ok(Self { state: Mutex::new(state), backing, size })
+    }
+
+    /// A flash in the same state, in the middle of a command too, over `backing`: as long, with the same bytes, and shown if this
+    /// one is.
+    ///
+    /// # Errors
+    ///
+    /// [`FlashError::OutOfMemory`].
+    pub fn fork<C: Backing>(&self, backing: C) -> Result<Flash<C>, FlashError> {
+        let state = self.state.lock();
+        Flash::with(backing, state.chip.fork()?, state.shown)
     }
 
     /// Bytes.

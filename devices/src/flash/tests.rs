@@ -111,6 +111,29 @@ fn a_driver_finds_what_it_looks_for() {
 }
 
 #[test]
+fn a_copy_goes_on_in_the_middle_of_a_command() {
+    let (flash, cells) = bank();
+    both(&flash, BLOCK + 40, 0x20);
+    let copied = Cells::new(cells.bytes());
+    copied.hide();
+    let copy = flash.fork(copied.clone()).unwrap_or_else(|error| panic!("{error}"));
+    // The copy erases its block, the original is told to read its array.
+    both(&copy, BLOCK + 40, 0xd0);
+    // What is no confirmation ends the command; then it is told again.
+    both(&flash, 0, 0xff);
+    both(&flash, 0, 0xff);
+    both(&copy, 0, 0xff);
+    assert!(copied.is_shown() && cells.is_shown());
+    let bytes = copied.bytes();
+    let (first, second) = bytes.split_at(BLOCK as usize);
+    assert_eq!(first, &cells.bytes()[..BLOCK as usize]);
+    assert!(second.iter().all(|byte| *byte == 0xff) && cells.bytes()[BLOCK as usize..] != second[..]);
+    // Registers, errors and the buffer are each one's own.
+    both(&copy, 0, 0x90);
+    assert!(!copied.is_shown() && cells.is_shown());
+}
+
+#[test]
 fn programming_clears_bits_and_erasing_sets_a_block() {
     let (flash, cells) = bank();
     let mut expected = cells.bytes();

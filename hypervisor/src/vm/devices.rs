@@ -211,7 +211,7 @@ impl Devices {
     }
 
     /// Devices in the same state for the copy of the virtual machine at the end of `link`, whose disks are copies of this
-    /// one's, on the copy's `terminal`. No vCPU is on a CPU; there is no flash.
+    /// one's, and so is `flash`, on the copy's `terminal`. No vCPU is on a CPU.
     ///
     /// # Errors
     ///
@@ -222,6 +222,7 @@ impl Devices {
         gic: &Arc<Vgic>,
         terminal: &Arc<Terminal>,
         disks: &[Arc<Overlay>],
+        flash: Option<&Arc<FlashMemory>>,
     ) -> Result<Self, OutOfHeap> {
         let wires = Wires { link, gic };
         let mut blocks = Vec::new();
@@ -249,10 +250,14 @@ impl Devices {
             }
             None => None,
         };
+        let flash = match (&self.flash, flash) {
+            (Some(flash), Some(copy)) => Some(flash.fork(Window::new(copy.clone(), link.clone()))?),
+            _ => None,
+        };
         Ok(Self {
             serial: self.serial.fork(terminal.clone(), wires.line(virt::UART_SPI)?),
             clock: self.clock.fork(WallClock, wires.line(virt::RTC_SPI)?),
-            flash: None,
+            flash,
             generation: VmGenId::new(self.generation.id(), wires.line(virt::VMGENID_SPI)?),
             transports: in_order(&blocks, &port, entropy.as_ref(), balloon.as_ref())?,
             disks: blocks.into_boxed_slice(),

@@ -11,16 +11,20 @@
 //! Invariants: the slot is there exactly while the flash says that it is shown; only the flash, under its lock, updates it. An owner
 //! who puts an alias in its place while it is away keeps it away.
 //!
-//! Lock order: the flash's lock → slots → objects.
+//! Forks: where the array is shown, the core copies what its slot shows, as it does with memory; else its owner's object is copied. No vCPU is
+//! in a store to it then.
+//!
+//! Lock order: the flash's lock → slots → objects; the name of its object is a leaf.
 
 use alloc::sync::Arc;
 
 use entresol_addr::{Gpa, PAGE_SIZE};
-use entresol_backing::{AccessError, CreateError, ObjectHandle, Policy, Spec};
+use entresol_backing::{AccessError, CreateError, ForkError, ObjectHandle, Policy, Spec};
 use entresol_devices::flash::{Backing, BackingError};
 use entresol_loader::virt;
 use entresol_metal_arm64::cpu;
 use entresol_slot::{ObjectId, SlotError, SlotFlags, SlotRequest};
+use entresol_sync::Mutex;
 
 use super::lines::Link;
 use super::slots;
@@ -28,7 +32,8 @@ use crate::host;
 
 /// The bytes of a flash.
 pub struct FlashMemory {
-    object: ObjectHandle,
+    /// Of a copy that is being made, none yet.
+    object: Mutex<Option<ObjectHandle>>,
     size: u64,
 }
 
@@ -53,7 +58,7 @@ impl FlashMemory {
         let frames = size.div_ceil(PAGE_SIZE);
         let spec = Spec::Anonymous { frames, policy: Policy::Pages, tagged };
         let object = host.objects.create(&supply, spec).map_err(FlashMemoryError::Create)?;
-        let memory = Arc::new(Self { object, size });
+        let memory = Arc::new(Self { object: Mutex::new(Some(object)), size });
         for (page, bytes) in image.chunks(PAGE_SIZE as usize).enumerate() {
             if bytes.iter().any(|byte| *byte != 0) {
                 memory.store(page as u64 * PAGE_SIZE, bytes).map_err(FlashMemoryError::Write)?;
@@ -62,13 +67,39 @@ impl FlashMemory {
         Ok(memory)
     }
 
+    /// For a copy of its virtual machine, which gets its bytes by [`Self::copy_to`].
+    pub fn like(&self) -> Arc<Self> {
+        Arc::new(Self { object: Mutex::new(None), size: self.size })
+    }
+
+    /// The bytes as they are now become those of `copy`; no slot shows them.
+    ///
+    /// # Errors
+    ///
+    /// [`ForkError`]; `copy` has none still.
+    pub fn copy_to(&self, copy: &Self) -> Result<(), ForkError> {
+        let host = host::get();
+        let object = host.objects.fork(&host.supply(cpu::index()), &host.epoch, self.object())?;
+        copy.take(object);
+        Ok(())
+    }
+
+    /// Its bytes are `object`'s, which it owns from now on.
+    pub fn take(&self, object: ObjectHandle) {
+        *self.object.lock() = Some(object);
+    }
+
+    fn object(&self) -> ObjectHandle {
+        self.object.lock().expect("a flash that somebody uses has its bytes")
+    }
+
     /// The slot that shows it.
     pub fn slot(&self) -> SlotRequest {
         SlotRequest {
             id: slots::FLASH,
             base: Gpa::new(virt::FLASH_BASE),
             size: self.size,
-            object: ObjectId::new(self.object.raw()),
+            object: ObjectId::new(self.object().raw()),
             offset: 0,
             flags: SlotFlags::READ_ONLY.bits(),
         }
@@ -77,14 +108,14 @@ impl FlashMemory {
     fn store(&self, offset: u64, from: &[u8]) -> Result<(), AccessError> {
         let host = host::get();
         let pin = host.epoch.pin(cpu::index());
-        let object = host.objects.get(&pin, self.object).expect("it lives as long as its owner");
+        let object = host.objects.get(&pin, self.object()).expect("it lives as long as its owner");
         object.write(&host.supply(pin.cpu()), offset, from)
     }
 
     fn load(&self, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
         let host = host::get();
         let pin = host.epoch.pin(cpu::index());
-        let object = host.objects.get(&pin, self.object).expect("it lives as long as its owner");
+        let object = host.objects.get(&pin, self.object()).expect("it lives as long as its owner");
         object.read(&host.supply(pin.cpu()), offset, to)
     }
 }
@@ -92,7 +123,8 @@ impl FlashMemory {
 impl Drop for FlashMemory {
     fn drop(&mut self) {
         let host = host::get();
-        if let Err(error) = host.objects.destroy(&host.supply(cpu::index()), &host.epoch, self.object) {
+        let Some(object) = self.object.get_mut().take() else { return };
+        if let Err(error) = host.objects.destroy(&host.supply(cpu::index()), &host.epoch, object) {
             log::error!("a flash's pages stay: {error:?}");
         }
     }

@@ -14,8 +14,6 @@
 //! Invariants: whatever fails, dropping the child gives everything back (INV-7). While a
 //! [`Hold`] lives nobody resumes the parent: that is host's work too.
 //! Lock order: as [`super`].
-//!
-//! Known hole: a virtual machine with flash is not forked: its array's object is its owner's as well as the slot's.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -24,9 +22,10 @@ use core::fmt;
 use core::mem::ManuallyDrop;
 
 use entresol_addr::Gpa;
+use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::ObjectHandle;
 use entresol_loader::virt;
-use entresol_metal_arm64::cpu;
+use entresol_metal_arm64::{Metal, cpu};
 use entresol_mmu::Counter;
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
@@ -37,7 +36,7 @@ use entresol_wire::config;
 use super::lines::Link;
 use super::pass_through::Passed;
 use super::stolen::Records;
-use super::{OutOfHeap, Overlay, Pause, Posted, Status, Vm};
+use super::{FlashMemory, OutOfHeap, Overlay, Pause, Posted, Status, Vm, slots};
 use crate::console::Terminal;
 use crate::counters::Counters;
 use crate::vcpu::Vcpu;
@@ -55,7 +54,7 @@ pub enum ForkError {
     },
     /// The memory could not be shared.
     Memory(entresol_mmu::ForkError),
-    /// A disk could not be.
+    /// A disk, or a flash that is in the middle of a command, could not be.
     Disk(entresol_backing::ForkError),
 }
 
@@ -94,6 +93,13 @@ impl Drop for Hold<'_> {
     }
 }
 
+/// What slot `id` shows.
+fn slot_of(memory: &entresol_mmu::Vm<'static, Metal, Stage2>, id: u32) -> Option<ObjectHandle> {
+    let pin = host::get().epoch.pin(cpu::index());
+    let slot = memory.slots().iter(&pin).find(|slot| u32::from(slot.id) == id)?;
+    Some(ObjectHandle::from_raw(slot.object.get()))
+}
+
 impl Vm {
     /// Stops its vCPUs without changing its status. Host's work, with no vCPU loaded on this CPU.
     pub fn hold(self: &Arc<Self>) -> Hold<'_> {
@@ -106,7 +112,7 @@ impl Vm {
         Hold(self)
     }
 
-    /// A copy called as `config` says, paused; see the module.
+    /// A copy called as `config` says, paused; see the module. `flash` is this one's and the copy's, which gets its bytes here.
     ///
     /// # Errors
     ///
@@ -117,16 +123,18 @@ impl Vm {
         config: config::Vm<FileIndex>,
         terminal: &Arc<Terminal>,
         disks: &[Arc<Overlay>],
+        flash: Option<(&FlashMemory, &Arc<FlashMemory>)>,
     ) -> Result<Arc<Self>, ForkError> {
         assert!(core::ptr::eq(Arc::as_ptr(held.0), self), "the virtual machine that is forked is the one that is held");
         if !self.passed.is_empty() {
             return Err(ForkError::Unshareable { field: "pass_through" });
         }
-        if config.flash.is_some() {
-            return Err(ForkError::Unshareable { field: "flash" });
+        let shown = flash.filter(|_| slot_of(&self.memory, slots::FLASH).is_some());
+        if let (Some((flash, copy)), None) = (flash, shown) {
+            flash.copy_to(copy).map_err(ForkError::Disk)?;
         }
         let (gic, link) = (Arc::new(self.gic.fork().map_err(OutOfHeap::from)?), Link::default());
-        let devices = self.devices.fork(&link, &gic, terminal, disks)?;
+        let devices = self.devices.fork(&link, &gic, terminal, disks, flash.map(|(_, copy)| copy))?;
         let vcpus = self.fork_vcpus()?;
         let posted = Posted::new(&config)?;
         sched::reserve(vcpus.len())?;
@@ -134,6 +142,9 @@ impl Vm {
             sched::release(vcpus.len());
             ForkError::Memory(error)
         })?;
+        if let (Some((_, copy)), Some(object)) = (shown, slot_of(&memory, slots::FLASH)) {
+            copy.take(object);
+        }
         if config.merge
             && let Err(error) = memory.enable_merging(cpu::index())
         {

@@ -115,6 +115,7 @@ pub fn firmware_shares_rom_and_keeps_its_flash(context: &Context) -> Result<()> 
     ensure!(command(&mut machine, "printenv settings")?.contains("settings=kept"), "the settings did not survive");
 
     let mut owner = Owner::of(&mut machine)?;
+    a_copy_has_its_own(&mut machine, &mut owner)?;
     let objects = |owner: &mut Owner, vm: &str, base: u64| -> Result<(u64, String)> {
         let slot = owner.slots(vm)?.into_iter().find(|slot| slot.base == base);
         let slot = slot.with_context(|| format!("{vm} has no slot at {base:#x}"))?;
@@ -137,9 +138,31 @@ pub fn firmware_shares_rom_and_keeps_its_flash(context: &Context) -> Result<()> 
     machine.expect("\"Synchronous Abort\" handler")?;
     prompt(&mut machine)?;
     machine.type_line("poweroff")?;
-    machine.send(b"\x1dn")?;
+    machine.send(b"\x1d1")?;
     machine.type_line("poweroff")?;
     machine.expect_power_off().map(drop)
+}
+
+/// A copy of the first guest, on the third console, has its settings, and keeps others over a reset from then on.
+fn a_copy_has_its_own(machine: &mut Machine, owner: &mut Owner) -> Result<()> {
+    owner.fork("first", "copy")?;
+    for (console, words) in [(&b"\x1d3"[..], "the-copy"), (b"\x1d1", "kept")] {
+        machine.send(console)?;
+        // What was said before is shown again.
+        machine.type_line(&format!("echo turned to {words}"))?;
+        machine.expect(&format!("\nturned to {words}"))?;
+        machine.expect("=> ")?;
+        if words != "kept" {
+            ensure!(command(machine, "printenv settings")?.contains("settings=kept"), "the copy lost its settings");
+            command(machine, &format!("setenv settings {words}"))?;
+            ensure!(command(machine, "saveenv")?.contains("OK"), "the copy's settings are not saved");
+        }
+        machine.type_line("reset")?;
+        prompt(machine)?;
+        let found = command(machine, "printenv settings")?;
+        ensure!(found.contains(&format!("settings={words}")), "{found:?}, not {words}");
+    }
+    owner.kill("copy")
 }
 
 /// U-Boot's prompt, from its start.

@@ -39,6 +39,10 @@ impl Owner {
     }
 
     /// Kills a VM; when this returns its memory is free.
+    pub fn fork(&mut self, vm: &str, name: &str) -> Result<()> {
+        self.done(Op::Fork { vm: vm.into(), name: name.into(), count: None })
+    }
+
     pub fn kill(&mut self, vm: &str) -> Result<()> {
         self.done(Op::Kill { vm: vm.into() })
     }

@@ -45,10 +45,27 @@ const KEEPERS: usize = 64;
 
 /// A reading, or frames, to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ticket {
-    place: usize,
-    number: u64,
+pub struct Ticket(u64);
+
+impl Ticket {
+    /// Bits for the place: a ticket is one register, because it lies in what every exit returns.
+    const PLACE: u32 = 7;
+
+    /// The reading of that number, in that place.
+    const fn new(place: usize, number: u64) -> Self {
+        Self(number << Self::PLACE | place as u64)
+    }
+
+    const fn place(self) -> usize {
+        (self.0 & ((1 << Self::PLACE) - 1)) as usize
+    }
+
+    const fn number(self) -> u64 {
+        self.0 >> Self::PLACE
+    }
 }
+
+const _: () = assert!(READINGS < 1 << Ticket::PLACE);
 
 /// What [`want`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,13 +157,13 @@ impl Table {
         let entry = self.entries[place].as_mut()?;
         entry.guests |= whose == Whose::Guests;
         entry.note(page);
-        Some(Ticket { place, number: entry.number })
+        Some(Ticket::new(place, entry.number))
     }
 
     /// A reading whose end is the end of a wait for room.
     fn any(&self) -> Option<Ticket> {
         let place = (self.count % READINGS as u64) as usize;
-        self.entries[place].as_ref().map(|entry| Ticket { place, number: entry.number })
+        self.entries[place].as_ref().map(|entry| Ticket::new(place, entry.number))
     }
 }
 
@@ -210,15 +227,15 @@ pub fn want_frame(object: ObjectHandle, frame: u64, slot: StoreSlot, whose: Whos
     table.entries[place] = Some(Entry { number, slot, fetch: Some(fetch), guests: whose == Whose::Guests, pages });
     drop(table);
     host_work::raise(work);
-    Wanted::Later(Ticket { place, number })
+    Wanted::Later(Ticket::new(place, number))
 }
 
 /// Whether the reading is still on its way. Asked under the scheduler's lock.
 pub fn is_pending(ticket: Ticket) -> bool {
-    if ticket.place == READINGS {
-        return MEMORY.lock().round == ticket.number;
+    if ticket.place() == READINGS {
+        return MEMORY.lock().round == ticket.number();
     }
-    TABLE.lock().entries[ticket.place].as_ref().is_some_and(|entry| entry.number == ticket.number)
+    TABLE.lock().entries[ticket.place()].as_ref().is_some_and(|entry| entry.number == ticket.number())
 }
 
 /// Frames are reclaimed by who does `work`, from now on.
@@ -234,7 +251,7 @@ pub fn memory() -> Option<Ticket> {
         return None;
     }
     memory.wanted = true;
-    let ticket = Ticket { place: READINGS, number: memory.round };
+    let ticket = Ticket::new(READINGS, memory.round);
     drop(memory);
     host_work::raise(work);
     Some(ticket)
@@ -257,7 +274,7 @@ pub fn memory_came(barren: bool) {
         return;
     }
     memory.barren = barren;
-    let ticket = Ticket { place: READINGS, number: memory.round };
+    let ticket = Ticket::new(READINGS, memory.round);
     memory.round += 1;
     drop(memory);
     sched::fetched(ticket);
@@ -323,7 +340,7 @@ pub fn next(store: StoreId) -> Option<Reading> {
     let place = oldest.min_by_key(|place| table.entries[*place].as_ref().map(|entry| entry.number))?;
     let entry = table.entries[place].as_mut()?;
     let fetch = entry.fetch.take()?;
-    Some(Reading { ticket: Ticket { place, number: entry.number }, fetch })
+    Some(Reading { ticket: Ticket::new(place, entry.number), fetch })
 }
 
 impl Reading {
@@ -340,7 +357,7 @@ impl Reading {
     /// The page that a guest waits for, as its object and the frame there.
     pub fn page(&self) -> Option<(ObjectHandle, u64)> {
         let table = TABLE.lock();
-        let entry = table.entries[self.ticket.place].as_ref().filter(|entry| entry.guests)?;
+        let entry = table.entries[self.ticket.place()].as_ref().filter(|entry| entry.guests)?;
         entry.pages[0].map(|page| (page.object, page.frame))
     }
 
@@ -348,7 +365,7 @@ impl Reading {
     pub fn also(&mut self, object: ObjectHandle) {
         let host = host::get();
         let mut table = TABLE.lock();
-        let Some(entry) = table.entries[self.ticket.place].as_mut() else { return };
+        let Some(entry) = table.entries[self.ticket.place()].as_mut() else { return };
         let Some(Page { frame, .. }) = entry.pages[0] else { return };
         let pin = host.epoch.pin(cpu::index());
         let stored = host.objects.get(&pin, object).and_then(|object| object.stored_at(&host.machine, frame));
@@ -365,7 +382,7 @@ impl Reading {
         if filled {
             fetch.filled(&supply);
         }
-        let noted = TABLE.lock().entries[ticket.place].as_ref().map(|entry| (entry.pages, entry.guests));
+        let noted = TABLE.lock().entries[ticket.place()].as_ref().map(|entry| (entry.pages, entry.guests));
         let (pages, guests) = noted.unwrap_or(([None; PAGES], false));
         for page in pages.into_iter().flatten() {
             if filled {
@@ -382,7 +399,7 @@ impl Reading {
             }
         }
         // Whoever was noted since looks again, and finds the page or begins anew.
-        TABLE.lock().entries[ticket.place] = None;
+        TABLE.lock().entries[ticket.place()] = None;
         fetch.give_back(&supply);
         sched::fetched(ticket);
         wake_others();

@@ -11,7 +11,7 @@ use entresol_metal_arm64::switch::{self, ExitKind};
 use entresol_metal_arm64::{cpu, exit as hardware, timer, traps};
 
 use crate::exit::{self, Next};
-use crate::sched::{self, Leave, VcpuRef};
+use crate::sched::{self, Deadline, Leave, VcpuRef};
 use crate::vcpu::State;
 use crate::vm::Pause;
 use crate::{host_work, irq, merge};
@@ -66,7 +66,10 @@ fn turn(cpu: usize, vcpu: VcpuRef) {
         }
         put(cpu, &vcpu, &mut state);
         match leave {
-            Leave::Wait(at_most) => Leave::Wait([at_most, deadline(&vcpu, &state)].into_iter().flatten().min()),
+            Leave::Wait(at_most) => {
+                let first = [at_most.count(), deadline(&vcpu, &state)].into_iter().flatten().min();
+                Leave::Wait(first.map_or(Deadline::NEVER, Deadline::at))
+            }
             other => other,
         }
     };
@@ -75,6 +78,7 @@ fn turn(cpu: usize, vcpu: VcpuRef) {
     sched::put(cpu, vcpu, leave, || vm.wakes(index));
 }
 
+#[inline(never)]
 fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave {
     if vcpu.vm.memory.enter(cpu, vcpu.index as u32).is_err() {
         vcpu.vm.pause(Pause::DirtyRingFull);
@@ -83,6 +87,7 @@ fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave
     let mut slice_end = timer::now() + slice();
     tick(vcpu);
     arm(cpu, Some(slice_end), state.physical_timer.deadline(timer::now()));
+    let sync = vcpu.vm.gic.sync_flag(vcpu.index);
     loop {
         if !vcpu.vm.may_run() {
             return Leave::Park;
@@ -90,34 +95,35 @@ fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave
         if vcpu.vm.has_device_work() {
             vcpu.vm.run_devices();
         }
-        if vcpu.vm.gic.needs_sync(vcpu.index) {
+        if sync.is_up() {
             exit::interrupts::flush(vcpu, state);
         }
         // SAFETY: `load` made the hardware hold this vCPU's state and its VM's tables; nothing else runs on this CPU.
         let kind = unsafe { switch::enter(&mut state.regs) };
         let next = match kind {
-            ExitKind::Synchronous => exit::synchronous(cpu, vcpu, state),
-            ExitKind::Interrupt => irq::take(cpu, Some((vcpu, state))),
-            ExitKind::SError => Next::Leave(exit::system_error(vcpu, hardware::esr())),
+            ExitKind::SYNCHRONOUS => exit::synchronous(cpu, vcpu, state),
+            ExitKind::INTERRUPT => irq::take(cpu, Some((vcpu, state))),
+            _ => Next::Leave(exit::system_error(vcpu, hardware::esr())),
         };
-        match next {
-            Next::Again => {}
-            Next::Leave(leave) => return leave,
-            Next::Look => {
-                let now = timer::now();
-                if now >= slice_end {
-                    tick(vcpu);
-                    if sched::contended() {
-                        return Leave::Ready;
-                    }
-                    slice_end = now + slice();
-                }
-                if host_work::pending(cpu) {
-                    return Leave::Ready;
-                }
-                arm(cpu, Some(slice_end), state.physical_timer.deadline(now));
-            }
+        // Nearly always, so it is asked first.
+        if next == Next::Again {
+            continue;
         }
+        if let Next::Leave(leave) = next {
+            return leave;
+        }
+        let now = timer::now();
+        if now >= slice_end {
+            tick(vcpu);
+            if sched::contended() {
+                return Leave::Ready;
+            }
+            slice_end = now + slice();
+        }
+        if host_work::pending(cpu) {
+            return Leave::Ready;
+        }
+        arm(cpu, Some(slice_end), state.physical_timer.deadline(now));
     }
 }
 

@@ -45,13 +45,32 @@ pub enum Run {
     Parked,
 }
 
+/// A count of the physical counter, or never. Each variant of [`Leave`] has one register or none, so that every exit returns two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadline(u64);
+
+impl Deadline {
+    /// Never.
+    pub const NEVER: Self = Self(u64::MAX);
+
+    /// At this count. The counter does not come to the last one: it has 56 bits (Arm DDI 0487, D12.1.2).
+    pub const fn at(count: u64) -> Self {
+        Self(count)
+    }
+
+    /// The count.
+    pub fn count(self) -> Option<u64> {
+        (self != Self::NEVER).then_some(self.0)
+    }
+}
+
 /// Why a vCPU leaves its CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leave {
     /// Its slice is over, or the hypervisor has work.
     Ready,
     /// It waits for an interrupt, at the latest until this count of the physical counter.
-    Wait(Option<u64>),
+    Wait(Deadline),
     /// It waits for a page that is being fetched.
     Fetch(Ticket),
     /// It powered itself off.
@@ -179,7 +198,7 @@ pub fn put(cpu: usize, vcpu: VcpuRef, leave: Leave, deliverable: impl FnOnce() -
         Leave::Wait(_) if !vcpu.vm.may_run() || deliverable() => queues.make_ready(vcpu),
         Leave::Wait(deadline) => {
             slot.set_run(Run::Waiting);
-            queues.waiting.push(Waiter { vcpu, deadline, page: None, cpu });
+            queues.waiting.push(Waiter { vcpu, deadline: deadline.count(), page: None, cpu });
         }
         Leave::Fetch(page) if !vcpu.vm.may_run() || !paging::is_pending(page) => queues.make_ready(vcpu),
         Leave::Fetch(page) => {

@@ -9,7 +9,7 @@
 //! guest ends in order of priority, so it ends those that have room first.
 
 use entresol_sync::MutexGuard;
-use entresol_sync::atomic::Ordering;
+use entresol_sync::atomic::{AtomicBool, Ordering};
 
 use super::bank::{Bank, Groups, bits};
 use super::frame::{BankRegister, Field};
@@ -41,6 +41,18 @@ struct Held<'a> {
     private: MutexGuard<'a, Bank>,
 }
 
+/// Whether one vCPU must be flushed before it enters its guest.
+#[derive(Clone, Copy)]
+pub struct SyncFlag<'g>(&'g AtomicBool);
+
+impl SyncFlag<'_> {
+    /// One atomic load, sequentially consistent.
+    #[inline]
+    pub fn is_up(self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
 impl Vgic {
     /// Whether the vCPU must be flushed before it enters its guest. One atomic load, sequentially consistent.
     ///
@@ -49,7 +61,12 @@ impl Vgic {
     /// If there is no such vCPU; so all calls here that name one.
     #[inline]
     pub fn needs_sync(&self, vcpu: usize) -> bool {
-        self.cpus[vcpu].needs_sync.load(Ordering::SeqCst)
+        self.sync_flag(vcpu).is_up()
+    }
+
+    /// The same question, to be asked often of one vCPU.
+    pub fn sync_flag(&self, vcpu: usize) -> SyncFlag<'_> {
+        SyncFlag(&self.cpus[vcpu].needs_sync)
     }
 
     /// Takes every interrupt back from the image, which is empty afterwards.

@@ -69,7 +69,7 @@ use bank::{Bank, Groups};
 use spis::Spis;
 
 pub use error::GicError;
-pub use inject::Flush;
+pub use inject::{Flush, SyncFlag};
 pub use kick::Kick;
 pub use lr::{Group, Hcr, ListRegister, ListRegisters, MAX_LIST_REGISTERS, State, Vmcr};
 pub use redistributor::REDISTRIBUTOR_SIZE;

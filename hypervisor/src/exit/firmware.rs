@@ -16,6 +16,7 @@ const POWER_DOWN: u32 = 1 << 16;
 
 /// An HVC or SMC whose registers are the vCPU's; the PC is past it.
 #[inline]
+#[inline(always)]
 pub fn call(vcpu: &VcpuRef, state: &mut State) -> Next {
     let x = &state.regs.x;
     let (answer, next) = match smccc::decode([x[0], x[1], x[2], x[3]]) {

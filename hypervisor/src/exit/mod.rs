@@ -40,6 +40,9 @@ pub enum Next {
     Leave(Leave),
 }
 
+// Two registers: every exit returns one.
+const _: () = assert!(size_of::<Next>() == 16);
+
 /// Handles a synchronous exit.
 #[inline]
 pub fn synchronous(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next {

@@ -4,7 +4,7 @@ use entresol_arch_arm64::syndrome::Wait;
 use entresol_metal_arm64::timer;
 
 use super::{Next, interrupts};
-use crate::sched::{self, Leave, VcpuRef};
+use crate::sched::{self, Deadline, Leave, VcpuRef};
 use crate::vcpu::State;
 
 /// A wait instruction; the PC is past it. `timeout` is the register with the deadline in the guest's virtual count.
@@ -16,7 +16,7 @@ pub fn wait(vcpu: &VcpuRef, state: &mut State, kind: Wait, timeout: Option<u8>) 
             match deadline {
                 Some(deadline) if deadline <= timer::now() => Next::Again,
                 _ if interrupts::deliverable(vcpu, state) => Next::Again,
-                deadline => Next::Leave(Leave::Wait(deadline)),
+                deadline => Next::Leave(Leave::Wait(deadline.map_or(Deadline::NEVER, Deadline::at))),
             }
         }
         // A guest that waits for an event spins on a lock; its owner may be waiting for this CPU.
@@ -35,6 +35,6 @@ pub fn until_interrupt(vcpu: &VcpuRef, state: &mut State) -> Next {
     if vcpu.vm.has_device_work() || interrupts::deliverable(vcpu, state) {
         Next::Look
     } else {
-        Next::Leave(Leave::Wait(None))
+        Next::Leave(Leave::Wait(Deadline::NEVER))
     }
 }

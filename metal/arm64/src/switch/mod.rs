@@ -44,15 +44,17 @@ impl Registers {
     pub const ZERO: Self = Self { x: [0; 31], pc: 0, pstate: 0 };
 }
 
-/// Why [`enter`] returned.
+/// Why [`enter`] returned: the number that the vector gives, so that nobody translates it on the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExitKind {
+pub struct ExitKind(u32);
+
+impl ExitKind {
     /// The guest trapped: `crate::exit` has the syndrome.
-    Synchronous,
+    pub const SYNCHRONOUS: Self = Self(EXIT_SYNCHRONOUS);
     /// A physical interrupt is pending.
-    Interrupt,
+    pub const INTERRUPT: Self = Self(EXIT_INTERRUPT);
     /// A physical SError was taken.
-    SError,
+    pub const SERROR: Self = Self(EXIT_SERROR);
 }
 
 pub(crate) const EXIT_SYNCHRONOUS: u32 = 0;
@@ -154,7 +156,9 @@ pub const USER32: u64 = 0b1_0000;
 /// Whether `pstate` names a state that a guest may be in: EL1 or EL0 in AArch64, or EL0 in AArch32.
 #[inline]
 pub const fn is_guest_state(pstate: u64) -> bool {
-    matches!(pstate & 0x1f, EL1H | EL1T | EL0T | USER32)
+    // One shift: it is asked before each entry.
+    const MODES: u32 = 1 << EL1H | 1 << EL1T | 1 << EL0T | 1 << USER32;
+    MODES >> (pstate & 0x1f) & 1 != 0
 }
 
 /// Runs the guest whose state is loaded until it comes back.
@@ -170,9 +174,5 @@ pub const fn is_guest_state(pstate: u64) -> bool {
 pub unsafe fn enter(registers: &mut Registers) -> ExitKind {
     assert!(is_guest_state(registers.pstate), "PSTATE {:#x} is no guest's", registers.pstate);
     // SAFETY: the assembly keeps the C calling convention, and writes `registers` only; the caller answers for the guest.
-    match unsafe { entresol_enter(registers) } {
-        EXIT_SYNCHRONOUS => ExitKind::Synchronous,
-        EXIT_INTERRUPT => ExitKind::Interrupt,
-        _ => ExitKind::SError,
-    }
+    ExitKind(unsafe { entresol_enter(registers) })
 }

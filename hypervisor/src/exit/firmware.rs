@@ -15,7 +15,6 @@ use crate::vm::Stop;
 const POWER_DOWN: u32 = 1 << 16;
 
 /// An HVC or SMC whose registers are the vCPU's; the PC is past it.
-#[inline]
 #[inline(always)]
 pub fn call(vcpu: &VcpuRef, state: &mut State) -> Next {
     let x = &state.regs.x;

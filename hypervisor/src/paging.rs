@@ -7,7 +7,7 @@
 //! Protocol: a keeper is host's work; it says which work of its own to raise ([`keep`]). There is one reading for a place,
 //! however many want it: their pages are noted with it, and get the same frame. A vCPU sleeps until its reading is over
 //! ([`crate::sched::Leave::Fetch`]); a device is remembered by its virtual machine, and goes on when any reading is over. Both look
-//! again then, as does a task of the store ([`until_over`]): a page may have come by another way, have gone, or have missed its place in the note.
+//! again then, as does a task of the store ([`bring`]): a page may have come by another way, have gone, or have missed its place in the note.
 //!
 //! Who needs a frame where there is none waits here too, if somebody reclaims ([`memory`]): until frames have been freed, or a round of reclaim has
 //! found nothing that may leave ([`memory_came`]). In the second case the first who finds none again is told so, and is paused by its
@@ -33,6 +33,7 @@ use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, Ordering};
 
 use crate::host_work::{self, Work};
+use crate::store::task;
 use crate::vm::{Pause, Vm};
 use crate::{host, registry, sched};
 
@@ -40,6 +41,8 @@ use crate::{host, registry, sched};
 const READINGS: usize = 64;
 /// Pages that get the frame of one reading; others that want it read again.
 const PAGES: usize = 8;
+/// Failures that a task takes for those of the page that it wants.
+const FAILURES: u32 = 3;
 /// Keepers at once.
 const KEEPERS: usize = 64;
 
@@ -85,7 +88,7 @@ pub enum Wanted {
 pub enum Whose {
     /// A guest, or a device of its: it stops if it cannot have it.
     Guests,
-    /// The hypervisor itself, which finds out how it went.
+    /// The hypervisor itself: if it does not come, nobody stops.
     Nobodys,
 }
 
@@ -111,6 +114,8 @@ struct Table {
     keepers: [Option<(StoreId, Work)>; KEEPERS],
     /// Readings that ever were.
     count: u64,
+    /// Those that failed.
+    failures: u64,
 }
 
 /// The wait for frames.
@@ -128,7 +133,7 @@ struct Memory {
 static MEMORY: Mutex<Memory> = Mutex::new(Memory { keeper: None, round: 0, barren: false, wanted: false });
 
 static TABLE: Mutex<Table> =
-    Mutex::new(Table { entries: [const { None }; READINGS], keepers: [None; KEEPERS], count: 0 });
+    Mutex::new(Table { entries: [const { None }; READINGS], keepers: [None; KEEPERS], count: 0, failures: 0 });
 
 /// Whether a device waits.
 static DEVICES: AtomicBool = AtomicBool::new(false);
@@ -300,8 +305,47 @@ pub fn device_waits_for(vm: &Vm, ticket: Ticket) {
     }
 }
 
-/// Waits, as a task of the store, until the reading is over.
-pub async fn until_over(ticket: Ticket) {
+/// Why a page did not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// No frame for it.
+    OutOfMemory,
+    /// It cannot be read, or nobody keeps its store.
+    Unreadable,
+}
+
+/// Fetches frame `frame` of `object`, for a task of the store: until `slot` is not what it names any more.
+///
+/// # Errors
+///
+/// [`Missing`].
+pub async fn bring(object: ObjectHandle, frame: u64, slot: StoreSlot) -> Result<(), Missing> {
+    let mut failures = 0;
+    while place_of(object, frame) == Some(slot) {
+        let before = TABLE.lock().failures;
+        match want_frame(object, frame, slot, Whose::Nobodys) {
+            Wanted::Later(reading) => until_over(reading).await,
+            Wanted::Now => task::pause().await,
+            Wanted::OutOfMemory => until_over(memory().ok_or(Missing::OutOfMemory)?).await,
+            Wanted::Lost => return Err(Missing::Unreadable),
+        }
+        // It may have been another's that failed, but not each time.
+        failures += u32::from(TABLE.lock().failures != before);
+        if failures == FAILURES {
+            return Err(Missing::Unreadable);
+        }
+    }
+    Ok(())
+}
+
+/// Where a store has frame `frame` of `object`.
+fn place_of(object: ObjectHandle, frame: u64) -> Option<StoreSlot> {
+    let host = host::get();
+    let pin = host.epoch.pin(cpu::index());
+    host.objects.get(&pin, object)?.stored_at(&host.machine, frame)
+}
+
+async fn until_over(ticket: Ticket) {
     poll_fn(|_| {
         TASKS.store(true, Ordering::SeqCst);
         // Noted before the question: a reading that is over after it raises the work.
@@ -363,13 +407,10 @@ impl Reading {
 
     /// The same frame of `object` is filled too, if it waits for the same place.
     pub fn also(&mut self, object: ObjectHandle) {
-        let host = host::get();
         let mut table = TABLE.lock();
         let Some(entry) = table.entries[self.ticket.place()].as_mut() else { return };
         let Some(Page { frame, .. }) = entry.pages[0] else { return };
-        let pin = host.epoch.pin(cpu::index());
-        let stored = host.objects.get(&pin, object).and_then(|object| object.stored_at(&host.machine, frame));
-        if stored == Some(entry.slot) {
+        if place_of(object, frame) == Some(entry.slot) {
             entry.note(Page { object, frame });
         }
     }
@@ -381,6 +422,8 @@ impl Reading {
         let supply = host.supply(cpu::index());
         if filled {
             fetch.filled(&supply);
+        } else {
+            TABLE.lock().failures += 1;
         }
         let noted = TABLE.lock().entries[ticket.place()].as_ref().map(|entry| (entry.pages, entry.guests));
         let (pages, guests) = noted.unwrap_or(([None; PAGES], false));

@@ -53,7 +53,7 @@ impl Deadline {
     /// Never.
     pub const NEVER: Self = Self(u64::MAX);
 
-    /// At this count. The counter does not come to the last one: it has 56 bits (Arm DDI 0487, D12.1.2).
+    /// At this count. No counter comes to the last one: the rollover time is 40 years at least (Arm DDI 0487, D12.1).
     pub const fn at(count: u64) -> Self {
         Self(count)
     }

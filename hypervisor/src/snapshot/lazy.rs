@@ -40,7 +40,7 @@ use entresol_wire::store::{Directory, File};
 use super::{Refused, kept};
 use crate::block::Buffer;
 use crate::host_work::{self, Work};
-use crate::paging::{self, Reading, Wanted, Whose};
+use crate::paging::{self, Missing, Reading};
 use crate::store::{Failure, io, task};
 use crate::{host, registry};
 
@@ -159,7 +159,9 @@ impl Source {
                     let milliseconds = (timer::now() - begun) * 1000 / timer::frequency();
                     log::info!("restore {name}: all of its memory is read after {milliseconds} ms");
                 }
-                Err(NotBrought) => log::warn!("restore {name}: the rest of its memory is read when it is touched"),
+                Err(missing) => {
+                    log::warn!("restore {name}: {missing:?}: the rest of its memory is read when it is touched");
+                }
             }
             self.close_when_empty().await;
         });
@@ -200,12 +202,12 @@ impl Source {
     }
 
     /// Brings what machines and images still have there.
-    async fn bring_all(&self) -> Result<(), NotBrought> {
+    async fn bring_all(&self) -> Result<(), Missing> {
         for object in memories() {
             let mut frame = 0;
             while let Some(found) = self.next_stored(object, &mut frame) {
                 if let Some(slot) = found {
-                    self.bring(object, frame, slot).await?;
+                    paging::bring(object, frame, slot).await?;
                 }
                 task::pause().await;
             }
@@ -229,18 +231,6 @@ impl Source {
             *frame += 1;
         }
         Some(None)
-    }
-
-    async fn bring(&self, object: ObjectHandle, frame: u64, slot: StoreSlot) -> Result<(), NotBrought> {
-        match paging::want_frame(object, frame, slot, Whose::Nobodys) {
-            Wanted::Later(ticket) => paging::until_over(ticket).await,
-            Wanted::Now => return Ok(()),
-            Wanted::OutOfMemory | Wanted::Lost => return Err(NotBrought),
-        }
-        let host = host::get();
-        let pin = host.epoch.pin(cpu::index());
-        let still = host.objects.get(&pin, object).and_then(|object| object.stored_at(&host.machine, frame));
-        if still == Some(slot) { Err(NotBrought) } else { Ok(()) }
     }
 
     /// No frame is known any more to hold what a page of the files does: they are not needed for that.
@@ -270,9 +260,6 @@ impl Source {
         host_work::raise(Work::Store);
     }
 }
-
-/// Something was not brought.
-struct NotBrought;
 
 /// The memory of every machine, and of the image that is kept of it.
 fn memories() -> impl Iterator<Item = ObjectHandle> {

@@ -7,11 +7,9 @@ use entresol_wire::store::File;
 
 use super::Refused;
 use crate::host;
-use crate::paging::{self, Wanted, Whose};
+use crate::paging::{self, Missing};
 use crate::store::{Failure, file};
 
-/// Readings that are waited for until a page counts as lost: others may want the place that it was given.
-const ATTEMPTS: usize = 8;
 /// Pages that are read at once.
 const AT_ONCE: u64 = 16;
 
@@ -21,19 +19,16 @@ const AT_ONCE: u64 = 16;
 ///
 /// [`Failure::OutOfMemory`], [`Failure::Absent`].
 pub async fn read(object: ObjectHandle, frame: u64, page: &mut [u8; PAGE_SIZE as usize]) -> Result<bool, Failure> {
-    for _ in 0..ATTEMPTS {
+    loop {
         match look(object, frame, page)? {
             Look::Here => return Ok(true),
             Look::Nowhere => return Ok(false),
-            Look::Stored(slot) => match paging::want_frame(object, frame, slot, Whose::Nobodys) {
-                Wanted::Later(ticket) => paging::until_over(ticket).await,
-                Wanted::Now => {}
-                Wanted::OutOfMemory => return Err(Failure::OutOfMemory),
-                Wanted::Lost => return Err(Failure::Absent { frame }),
-            },
+            Look::Stored(slot) => paging::bring(object, frame, slot).await.map_err(|missing| match missing {
+                Missing::OutOfMemory => Failure::OutOfMemory,
+                Missing::Unreadable => Failure::Absent { frame },
+            })?,
         }
     }
-    Err(Failure::Absent { frame })
 }
 
 /// Where a page is.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use entresol_wire::config::parse_size;
+use entresol_wire::config::{format_size, parse_size};
 use entresol_wire::control::{Alias, Answer, MergeStatus, Op, State};
 use serde::Serialize;
 
@@ -93,7 +93,7 @@ pub enum Command {
         #[arg(value_parser = number)]
         address: u64,
     },
-    /// Put so much of a virtual machine's memory, what it used least lately, on the swap device; how far that has come, `stats` shows
+    /// Put so much of a virtual machine's memory, what it used least lately, on the swap device; says how much left when no more does
     Reclaim {
         /// Its name
         vm: String,
@@ -280,7 +280,13 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
                 other => return Err(unexpected(&op, &other).into()),
             }
         }
-        Command::Reclaim { vm, size } => done(&mut client, Op::Reclaim { vm: vm.into(), size }, &out)?,
+        Command::Reclaim { vm, size } => {
+            let op = Op::Reclaim { vm: vm.into(), size };
+            match client.call(op.clone())? {
+                Answer::Count(left) => out.answer(&Answer::Count(left), || format!("{} left\n", format_size(left)))?,
+                other => return Err(unexpected(&op, &other).into()),
+            }
+        }
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
         Command::Kill { vm } => done(&mut client, Op::Kill { vm: vm.into() }, &out)?,

@@ -75,7 +75,8 @@ fn every_command_asks_what_it_should() {
     assert_eq!(ctl(&fake, &["set-slot", "web", "5", "--base", "0xg", "--size", "0"]).status.code(), Some(2));
     assert_eq!(ctl(&fake, &["balloon", "web", "64M"]).status.code(), Some(0));
     assert_eq!([fake.said(), fake.said()], ["hello", "balloon 67108864"]);
-    assert_eq!(ctl(&fake, &["reclaim", "web", "4K"]).status.code(), Some(0));
+    let reclaimed = ctl(&fake, &["reclaim", "web", "4K"]);
+    assert_eq!((reclaimed.status.code(), &*String::from_utf8_lossy(&reclaimed.stdout)), (Some(0), "4K left\n"));
     assert_eq!([fake.said(), fake.said()], ["hello", "reclaim 4096"]);
     for arguments in [&["fork", "web", "copy"][..], &["fork", "web", "copy", "--count", "3"]] {
         assert_eq!(ctl(&fake, arguments).status.code(), Some(0));

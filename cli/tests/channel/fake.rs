@@ -169,6 +169,7 @@ impl Guest {
                 self.respond(id, Err(Error::refused(Code::BadField, refusal)));
             }
             Op::Files => self.respond(id, Ok(Answer::Files(files()))),
+            Op::Reclaim { size, .. } => self.respond(id, Ok(Answer::Count(*size))),
             Op::Young { size, .. } => self.respond(id, Ok(Answer::Count(*size >> 12))),
             Op::Dirty { what: Dirty::Get(from), .. } => self.respond(id, Ok(Answer::Pages(dirty_pages(*from)))),
             Op::Dirty { what: Dirty::Clear { bits, .. }, .. } => {
@@ -185,7 +186,6 @@ impl Guest {
             | Op::Restore { .. }
             | Op::RemoveFile { .. }
             | Op::Balloon { .. }
-            | Op::Reclaim { .. }
             | Op::Fork { .. }
             | Op::Pause { .. }
             | Op::Resume { .. }

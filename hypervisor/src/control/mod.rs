@@ -47,6 +47,7 @@ use crate::vm::{Crash, OutOfHeap, Pause, Status, Stop, Vm};
 use channel::Channel;
 use session::{Session, Then};
 
+pub use later::Later;
 pub use ops::fork_refused;
 pub use stored::refused as store_refused;
 

@@ -68,7 +68,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Balloon { vm, size } => balloon(vm, *size)?.into(),
         Op::Audit => Answer::Audit(private::audit()).into(),
         Op::Probe { vm, address } => Answer::Probe(private::probe(&*alive(vm)?, *address)?).into(),
-        Op::Reclaim { vm, size } => reclaim(vm, *size)?.into(),
+        Op::Reclaim { vm, size } => Outcome::Later(reclaim(vm, *size)?),
         Op::Pause { vm } => pause(vm)?.into(),
         Op::Resume { vm } => resume(vm, attached)?.into(),
         Op::Kill { vm } => {
@@ -263,11 +263,11 @@ fn balloon(name: &str, size: u64) -> Result<Answer<'static>, Error> {
     set.map(|()| Answer::Done).map_err(|refusal| Error::refused(Code::BadField, refusal))
 }
 
-/// Answered when it has begun; how far it has come, the statistics say.
-fn reclaim(name: &str, size: u64) -> Result<Answer<'static>, Error> {
+/// Answered when no more leaves.
+fn reclaim(name: &str, size: u64) -> Result<Later, Error> {
     let vm = alive(name)?;
     let (number, _) = row(name)?;
-    swap::reclaim(number, &vm, size).map(|()| Answer::Done).map_err(|refusal| match refusal {
+    swap::reclaim(number, &vm, size).map_err(|refusal| match refusal {
         swap::Refusal::NoDisk => Error::new(Code::StoreFailed, "the machine has no disk entresol-swap"),
         swap::Refusal::Size => {
             let size = alloc::format!("{size}");

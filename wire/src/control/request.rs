@@ -80,7 +80,7 @@ pub enum Op<'a> {
         /// A guest physical address in the page.
         address: u64,
     },
-    /// So much of its memory shall leave for the swap device.
+    /// So much of its memory shall leave for the swap device. Answered with the bytes that left, when no more do.
     Reclaim {
         /// Whose.
         vm: Cow<'a, str>,

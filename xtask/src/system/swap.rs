@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail, ensure};
 use entresol_wire::config::WrittenVm;
-use entresol_wire::control::{Code, Op, State};
+use entresol_wire::control::{Answer, Code, Op, State};
 
 use super::Context;
 use super::control::Listener;
@@ -26,7 +26,7 @@ const MIB: u64 = 1 << 20;
 const FRAMES: u64 = MIB >> 12;
 /// Bytes of the disk.
 const DISK: u64 = 512 * MIB;
-/// Questions without any progress until it is none: each is some of the host's work.
+/// Questions until frames that were freed have come back: each is some of the host's work.
 const QUESTIONS: usize = 20_000;
 
 /// The first read after the first write fails, once. QEMU itself reads the disk's beginning when the machine starts.
@@ -51,9 +51,12 @@ pub fn swap_takes_and_brings_back(context: &Context) -> Result<()> {
         "dmesg -n 1; dd if=/dev/urandom of=/run/kept bs=1M count=48 2> /dev/null && md5sum < /run/kept > /run/kept.sum",
     )?;
     let before = told.stats(GUEST)?;
-    put_out(&mut told, GUEST, 100)?;
+    let left = put_out(&mut told, GUEST, 100)?;
     let after = told.stats(GUEST)?;
-    ensure!(after.resident_frames < before.resident_frames, "{before:?} became {after:?}");
+    ensure!(
+        left > 50 * FRAMES && after.resident_frames < before.resident_frames,
+        "{left} left, {before:?} became {after:?}"
+    );
     // The first read fails, whenever that is.
     if told.type_through("md5sum < /run/kept | cmp - /run/kept.sum && echo \"fi\"\"ne\"", Some("Storage"))? == 0 {
         told.state(State::Paused, Some("Storage"))?;
@@ -142,25 +145,20 @@ fn refusals(told: &mut Listener) -> Result<()> {
     told.refused(reclaim("nobody", 4096), Code::NoSuchVm)
 }
 
-/// Asks for `mib` of a virtual machine's memory, and waits until half of that is out: it uses the rest meanwhile.
-fn put_out(told: &mut Listener, vm: &'static str, mib: u64) -> Result<()> {
-    let wanted = told.stats(vm)?.stored_frames + mib / 2 * FRAMES;
-    told.done(Op::Reclaim { vm: vm.into(), size: mib * MIB })?;
-    let (mut stored, mut idle) = (0, 0);
-    while stored < wanted {
-        let now = told.stats(vm)?.stored_frames;
-        idle = if now == stored { idle + 1 } else { 0 };
-        stored = now;
-        if idle > QUESTIONS {
-            bail!("{vm}: {stored} frames are out, and no more come to the {wanted} that were wanted");
-        }
-    }
-    Ok(())
+/// Asks for `mib` of a virtual machine's memory, until no more leaves: it uses some meanwhile. Returns the frames that left.
+fn put_out(told: &mut Listener, vm: &'static str, mib: u64) -> Result<u64> {
+    let Answer::Count(bytes) = told.ask(Op::Reclaim { vm: vm.into(), size: mib * MIB })? else {
+        bail!("a reclaim has another answer");
+    };
+    ensure!(bytes <= mib * MIB, "{bytes} bytes left, where {mib} MiB were to");
+    Ok(bytes >> 12)
 }
 
 fn a_copy_shares_what_is_out(told: &mut Listener) -> Result<()> {
     told.done(Op::Fork { vm: GUEST.into(), name: COPY.into(), count: None })?;
-    put_out(told, GUEST, 80)?;
+    // Blocks that both share stay.
+    let left = put_out(told, GUEST, 80)?;
+    ensure!(left > 10 * FRAMES, "{left} frames of what a copy shares left");
     for (serial, vm) in [(10, COPY), (20, GUEST)] {
         told.turn_to(vm)?;
         told.shell(serial, "md5sum < /run/kept | cmp - /run/kept.sum")?;

@@ -1,0 +1,130 @@
+//! The way to the disk and back.
+//!
+//! A request has a buffer of its own, and its place in `pending` while the disk has it. Pages that vCPUs wait for ([`crate::paging`])
+//! have precedence over those that leave; what lies behind them is brought with them.
+//!
+//! Failures: a page that cannot be written stays, and the reclaim that wanted it out ends; one that cannot be read pauses whoever shows it. Neither
+//! loses anything.
+
+use arrayvec::ArrayVec;
+use entresol_addr::PAGE_SIZE;
+use entresol_backing::{ObjectHandle, Out};
+use entresol_machine::Machine;
+use entresol_metal_arm64::cpu;
+
+use super::pressure::ENOUGH;
+use super::{Page, RESERVED, SECTORS, Swap};
+use crate::block::{DEPTH, Operation, Request};
+use crate::host;
+use crate::paging::{self, Reading, Whose};
+
+/// Pages behind one that is waited for that are brought with it.
+const AHEAD: u64 = 8;
+
+/// A page on its way.
+pub(super) enum Pending {
+    In(Reading),
+    Out(Leaving),
+}
+
+/// A page that leaves.
+pub(super) struct Leaving {
+    pub out: Out,
+    pub page: Page,
+}
+
+impl Swap {
+    /// Takes what the disk has done.
+    pub(super) fn collect(&mut self) {
+        let mut written: ArrayVec<Page, { 2 * DEPTH }> = ArrayVec::new();
+        while let Some(done) = self.disk.take() {
+            let place = done.request.tag as usize;
+            let Some(pending) = self.pending.get_mut(place).and_then(Option::take) else { continue };
+            self.spare.extend(done.request.buffer);
+            if let Err(error) = done.result {
+                log::warn!("swap: {error}");
+            }
+            match pending {
+                Pending::In(reading) => {
+                    if let (Ok(()), Some(buffer)) = (done.result, self.spare.last()) {
+                        host::get().machine.write(reading.pfn().base(), buffer.bytes());
+                    }
+                    reading.finish(done.result.is_ok());
+                }
+                Pending::Out(Leaving { out, page }) => {
+                    out.finish(&host::get().supply(cpu::index()), done.result.is_ok());
+                    match done.result {
+                        Ok(()) if !written.is_full() => written.push(page),
+                        // It leaves when the hand comes again.
+                        Ok(()) => {}
+                        Err(_) => self.give_up(page.number),
+                    }
+                }
+            }
+        }
+        written.sort_unstable_by_key(|page| (page.number, page.frame));
+        let next_to = |one: &Page, other: &Page| one.number == other.number && one.frame + 1 == other.frame;
+        for run in written.chunk_by(next_to) {
+            self.let_go(run[0], run.len() as u64);
+        }
+    }
+
+    /// Asks the disk for pages that are waited for.
+    pub(super) fn read(&mut self) {
+        while !self.spare.is_empty()
+            && let Some(reading) = paging::next(self.store)
+        {
+            if let Some((object, frame)) = reading.page() {
+                self.read_ahead(object, frame);
+            }
+            self.submit(Pending::In(reading));
+        }
+    }
+
+    /// What lies behind a page that a guest waits for is brought with it, as far as there is room for both.
+    fn read_ahead(&self, object: ObjectHandle, frame: u64) {
+        let host = host::get();
+        for frame in frame + 1..=frame + AHEAD.min(self.spare.len().saturating_sub(RESERVED) as u64) {
+            let stored = {
+                let pin = host.epoch.pin(cpu::index());
+                host.objects.get(&pin, object).and_then(|object| object.stored_at(&host.machine, frame))
+            };
+            let Some(slot) = stored.filter(|slot| slot.store() == self.store) else { return };
+            if host.pool.free_frames() < ENOUGH {
+                return;
+            }
+            // If it does not come, who needs it asks again.
+            paging::want_frame(object, frame, slot, Whose::Nobodys);
+        }
+    }
+
+    /// Gives the disk a request; there is a spare buffer.
+    pub(super) fn submit(&mut self, pending: Pending) {
+        let free = self.pending.iter().position(Option::is_none);
+        let (Some(tag), Some(mut buffer)) = (free, self.spare.pop()) else {
+            unreachable!("a buffer for each request, and a place for each buffer");
+        };
+        let (operation, slot) = match &pending {
+            Pending::In(reading) => (Operation::Read, reading.slot()),
+            Pending::Out(leaving) => {
+                host::get().machine.read(leaving.out.pfn().base(), buffer.bytes_mut());
+                (Operation::Write, leaving.out.slot())
+            }
+        };
+        let (sector, len) = (slot.index() * SECTORS, PAGE_SIZE as usize);
+        let request = Request { operation, sector, len, buffer: Some(buffer), tag: tag as u64 };
+        if let Err(refused) = self.disk.submit(request) {
+            log::warn!("swap: {}", refused.error);
+            self.spare.extend(refused.request.buffer);
+            match pending {
+                Pending::In(reading) => reading.finish(false),
+                Pending::Out(leaving) => {
+                    leaving.out.finish(&host::get().supply(cpu::index()), false);
+                    self.give_up(leaving.page.number);
+                }
+            }
+            return;
+        }
+        self.pending[tag] = Some(pending);
+    }
+}

@@ -1,0 +1,234 @@
+//! Memory on a disk: the outer machine's device `entresol-swap`.
+//!
+//! Purpose: pages of guests that were not used lately make room for others. The core says which page may leave, and that it is the
+//! same when it is back ([`entresol_mmu::begin_out`]); here is who leaves, and when, and the way to the disk and back.
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | this one | the state, what the owner asks for, one turn of the work |
+//! | [`hand`] | which pages of a virtual machine leave |
+//! | [`pressure`] | when memory is reclaimed unasked, and whose |
+//! | [`device`] | requests to the disk, and what has become of them |
+//!
+//! Protocol, all of it host's work: the owner asks for so much of a virtual machine's memory ([`reclaim`]), and is told how much left when there is no
+//! more, or the disk has failed. The newest wish for a virtual machine counts; who wished before is told what has left until then.
+//!
+//! Invariants: INV-7: what is on its way is in `pending`, with its buffer inside the driver. Nothing here allocates after [`init`] but
+//! frames for nodes when a block is taken apart, and the families that the hand looks at. Lock order: the state here is first of all, and host's work alone takes it.
+//!
+//! Known hole: a place has no room for tags yet: a guest has none.
+
+mod device;
+mod hand;
+mod pressure;
+
+use arrayvec::ArrayVec;
+use entresol_addr::{PAGE_SHIFT, PAGE_SIZE, Pfn};
+use entresol_backing::{ObjectHandle, Order, StoreId};
+use entresol_sync::Mutex;
+use entresol_wire::config::MAX_VMS;
+use entresol_wire::control::{Answer, Code, Error};
+
+use self::device::{Leaving, Pending};
+use self::pressure::Round;
+use crate::block::{self, Buffer, DEPTH, Disk, SECTOR};
+use crate::control::Later;
+use crate::host_work::{self, Work};
+use crate::vm::Vm;
+use crate::{host, paging};
+
+pub use self::pressure::look_at_pressure;
+
+/// Frames that the hand looks at in one step.
+const WINDOW: u64 = 8;
+/// Steps between two looks at other work.
+const STEPS: usize = 16;
+/// Requests that pages on their way out leave to others.
+const RESERVED: usize = DEPTH / 4;
+/// Frames that are put by.
+const PUT_BY: usize = 32;
+/// Sectors of a place.
+const SECTORS: u64 = PAGE_SIZE / SECTOR;
+
+const _: () = assert!(WINDOW as usize <= DEPTH - RESERVED);
+
+/// A page of a virtual machine's memory.
+#[derive(Clone, Copy)]
+struct Page {
+    number: usize,
+    object: ObjectHandle,
+    frame: u64,
+}
+
+/// A wish for memory of one virtual machine.
+struct Job {
+    number: usize,
+    object: ObjectHandle,
+    /// Pages that are still to go, those on their way not counted.
+    left: u64,
+    /// Where the hand is.
+    hand: u64,
+    /// Frames that it passed since something left.
+    idle: u64,
+    /// Nobody asked for it: it is part of the round.
+    unasked: bool,
+}
+
+/// What the owner asked for.
+struct Wish {
+    number: usize,
+    /// Pages that left since.
+    gone: u64,
+    /// A page could not be written.
+    failed: bool,
+    answer: Later,
+}
+
+struct Swap {
+    disk: &'static Disk,
+    store: StoreId,
+    pending: [Option<Pending>; DEPTH],
+    spare: ArrayVec<Buffer, DEPTH>,
+    jobs: ArrayVec<Job, { MAX_VMS + 1 }>,
+    wishes: ArrayVec<Wish, MAX_VMS>,
+    /// Where the hand stopped in each virtual machine.
+    hands: [u64; MAX_VMS],
+    round: Option<Round>,
+    /// The last round found nothing, and there is no more free, nor anybody who waits, since.
+    hopeless: bool,
+    /// Where frames were last looked at whose places are to be freed.
+    looked_at: u64,
+    /// Frames for nodes.
+    put_by: ArrayVec<Pfn, PUT_BY>,
+}
+
+static SWAP: Mutex<Option<Swap>> = Mutex::new(None);
+
+/// Why no memory is reclaimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The machine has no disk for it.
+    NoDisk,
+    /// Less than a page, or no whole pages.
+    Size,
+}
+
+/// Begins to use the disk, if there is one.
+pub fn init() {
+    let Some(disk) = block::find(Work::Swap) else { return };
+    match start(disk) {
+        Ok(slots) => log::info!("swap: {} MiB", slots >> 8),
+        Err(what) => log::error!("swap: not used: {what}"),
+    }
+}
+
+fn start(disk: &'static Disk) -> Result<u64, &'static str> {
+    let mut spare = ArrayVec::new();
+    for _ in 0..DEPTH {
+        spare.push(Buffer::take(Order::PAGE).map_err(|_| "no frames for its buffers")?);
+    }
+    let slots = disk.sectors() / SECTORS;
+    let stores = host::get().pool.stores();
+    let store =
+        stores.open_counted(slots).map_err(|_| "it has no place for a page, or the heap none for its records")?;
+    paging::keep(store, Work::Swap).map_err(|_| "there are too many stores")?;
+    let pending = [const { None }; DEPTH];
+    let mut swap = Swap {
+        disk,
+        store,
+        pending,
+        spare,
+        jobs: ArrayVec::new(),
+        wishes: ArrayVec::new(),
+        hands: [0; MAX_VMS],
+        round: None,
+        hopeless: false,
+        looked_at: 0,
+        put_by: ArrayVec::new(),
+    };
+    swap.put_frames_by();
+    *SWAP.lock() = Some(swap);
+    paging::reclaim_by(Work::Swap);
+    Ok(slots)
+}
+
+/// So many bytes of the virtual machine's memory are to leave, as far as they can. Answered with the bytes that left. Host's work.
+///
+/// # Errors
+///
+/// [`Refusal`]; nothing changed.
+pub fn reclaim(number: usize, vm: &Vm, bytes: u64) -> Result<Later, Refusal> {
+    let mut swap = SWAP.lock();
+    let swap = swap.as_mut().ok_or(Refusal::NoDisk)?;
+    if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) {
+        return Err(Refusal::Size);
+    }
+    let (object, left) = (vm.ram(), bytes >> PAGE_SHIFT);
+    swap.jobs.retain(|job| job.number != number);
+    swap.answer(|wish| wish.number == number);
+    let answer = Later::default();
+    swap.wishes.push(Wish { number, gone: 0, failed: false, answer: answer.clone() });
+    swap.jobs.push(Job { number, object, left, hand: swap.hands[number], idle: 0, unasked: false });
+    host_work::raise(Work::Swap);
+    Ok(answer)
+}
+
+/// Takes what the disk has done, and gives it what is to do.
+pub fn serve() {
+    let mut swap = SWAP.lock();
+    let Some(swap) = swap.as_mut() else { return };
+    swap.collect();
+    swap.read();
+    swap.relieve();
+    swap.work();
+    swap.answer_fulfilled();
+}
+
+impl Swap {
+    /// Some steps of the jobs, in turn.
+    fn work(&mut self) {
+        for _ in 0..STEPS {
+            let Some(job) = self.jobs.pop() else { return };
+            if self.spare.len() < RESERVED + WINDOW as usize {
+                // Completions go on with it.
+                self.jobs.push(job);
+                return;
+            }
+            if let Some(job) = self.step(job) {
+                // The others have their turn.
+                self.jobs.insert(0, job);
+            } else if self.round.is_some() {
+                host_work::raise(Work::Swap);
+            }
+        }
+        host_work::raise(Work::Swap);
+    }
+
+    /// Pages of virtual machine `number` have left.
+    fn have_left(&mut self, number: usize, pages: u64) {
+        self.wishes.iter_mut().filter(|wish| wish.number == number).for_each(|wish| wish.gone += pages);
+    }
+
+    /// Answers the wishes of which no more leaves.
+    fn answer_fulfilled(&mut self) {
+        let mut busy = [false; MAX_VMS];
+        self.jobs.iter().for_each(|job| busy[job.number] = true);
+        for pending in self.pending.iter().flatten() {
+            if let Pending::Out(Leaving { page, .. }) = pending {
+                busy[page.number] = true;
+            }
+        }
+        self.answer(|wish| !busy[wish.number]);
+    }
+
+    fn answer(&mut self, over: impl Fn(&Wish) -> bool) {
+        self.wishes.retain(|wish| {
+            let over = over(wish);
+            if over {
+                let failed = || Error::new(Code::StoreFailed, "the disk entresol-swap did not write a page");
+                wish.answer.say(if wish.failed { Err(failed()) } else { Ok(Answer::Count(wish.gone << PAGE_SHIFT)) });
+            }
+            !over
+        });
+    }
+}

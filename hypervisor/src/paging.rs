@@ -9,7 +9,7 @@
 //! ([`crate::sched::Leave::Fetch`]); a device is remembered by its virtual machine, and goes on when any reading is over. Both look
 //! again then, as does a task of the store ([`bring`]): a page may have come by another way, have gone, or have missed its place in the note.
 //!
-//! Who needs a frame where there is none waits here too, if somebody reclaims ([`memory`]): until frames have been freed, or a round of reclaim has
+//! Who needs a frame where there is none waits here too, if somebody reclaims ([`frames_for`]): until frames have been freed, or a round of reclaim has
 //! found nothing that may leave ([`memory_came`]). In the second case the first who finds none again is told so, and is paused by its
 //! caller; that is one guest less that wants some.
 //!
@@ -68,7 +68,11 @@ impl Ticket {
     }
 }
 
-const _: () = assert!(READINGS < 1 << Ticket::PLACE);
+/// Where, after the readings, the waits for frames and for room are.
+const FRAMES: usize = READINGS;
+const ROOM: usize = READINGS + 1;
+
+const _: () = assert!(ROOM < 1 << Ticket::PLACE);
 
 /// What [`want`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,9 +132,19 @@ struct Memory {
     barren: bool,
     /// Somebody waits.
     wanted: bool,
+    /// Counts the ends of waits for room below a limit.
+    rooms: u64,
 }
 
-static MEMORY: Mutex<Memory> = Mutex::new(Memory { keeper: None, round: 0, barren: false, wanted: false });
+/// A virtual machine's wait for room below its limit.
+#[derive(Debug, Default)]
+pub struct Short {
+    wanted: AtomicBool,
+    /// None could be made.
+    barren: AtomicBool,
+}
+
+static MEMORY: Mutex<Memory> = Mutex::new(Memory { keeper: None, round: 0, barren: false, wanted: false, rooms: 0 });
 
 static TABLE: Mutex<Table> =
     Mutex::new(Table { entries: [const { None }; READINGS], keepers: [None; KEEPERS], count: 0, failures: 0 });
@@ -198,6 +212,9 @@ pub struct TooMany;
 
 /// The page that is absent is to be fetched; `vm` shows it.
 pub fn want(vm: &Vm, gpa: Gpa) -> Wanted {
+    if vm.room() == Some(0) {
+        return Wanted::OutOfMemory;
+    }
     let absent = {
         let pin = host::get().epoch.pin(cpu::index());
         vm.memory.absent(&pin, gpa)
@@ -237,8 +254,10 @@ pub fn want_frame(object: ObjectHandle, frame: u64, slot: StoreSlot, whose: Whos
 
 /// Whether the reading is still on its way. Asked under the scheduler's lock.
 pub fn is_pending(ticket: Ticket) -> bool {
-    if ticket.place() == READINGS {
-        return MEMORY.lock().round == ticket.number();
+    match ticket.place() {
+        FRAMES => return MEMORY.lock().round == ticket.number(),
+        ROOM => return MEMORY.lock().rooms == ticket.number(),
+        _ => {}
     }
     TABLE.lock().entries[ticket.place()].as_ref().is_some_and(|entry| entry.number == ticket.number())
 }
@@ -248,15 +267,51 @@ pub fn reclaim_by(work: Work) {
     MEMORY.lock().keeper = Some(work);
 }
 
-/// There is no frame for a guest: the end of the wait for one. `None`: nobody can reclaim any.
-pub fn memory() -> Option<Ticket> {
+/// There is no frame for `vm`, or it may have no more: the end of the wait for one. `None`: nobody can reclaim any.
+pub fn frames_for(vm: &Vm) -> Option<Ticket> {
+    if vm.room() != Some(0) {
+        return frames();
+    }
+    let memory = MEMORY.lock();
+    let work = memory.keeper?;
+    if vm.short.barren.swap(false, Ordering::Relaxed) {
+        return None;
+    }
+    vm.short.wanted.store(true, Ordering::Relaxed);
+    let ticket = Ticket::new(ROOM, memory.rooms);
+    drop(memory);
+    host_work::raise(work);
+    Some(ticket)
+}
+
+/// Whether somebody waits for room below the limit of `vm`.
+pub fn is_room_wanted(vm: &Vm) -> bool {
+    vm.short.wanted.load(Ordering::Relaxed)
+}
+
+/// `vm` has room, or, if `barren`, gets none. Host's work.
+pub fn room_came(vm: &Vm, barren: bool) {
+    let mut memory = MEMORY.lock();
+    if !vm.short.wanted.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    vm.short.barren.store(barren, Ordering::Relaxed);
+    let ticket = Ticket::new(ROOM, memory.rooms);
+    memory.rooms += 1;
+    drop(memory);
+    sched::fetched(ticket);
+    wake_others();
+}
+
+/// There is no frame: the end of the wait for one. `None`: nobody can reclaim any.
+fn frames() -> Option<Ticket> {
     let mut memory = MEMORY.lock();
     let work = memory.keeper?;
     if core::mem::take(&mut memory.barren) {
         return None;
     }
     memory.wanted = true;
-    let ticket = Ticket::new(READINGS, memory.round);
+    let ticket = Ticket::new(FRAMES, memory.round);
     drop(memory);
     host_work::raise(work);
     Some(ticket)
@@ -279,7 +334,7 @@ pub fn memory_came(barren: bool) {
         return;
     }
     memory.barren = barren;
-    let ticket = Ticket::new(READINGS, memory.round);
+    let ticket = Ticket::new(FRAMES, memory.round);
     memory.round += 1;
     drop(memory);
     sched::fetched(ticket);
@@ -326,7 +381,7 @@ pub async fn bring(object: ObjectHandle, frame: u64, slot: StoreSlot) -> Result<
         match want_frame(object, frame, slot, Whose::Nobodys) {
             Wanted::Later(reading) => until_over(reading).await,
             Wanted::Now => task::pause().await,
-            Wanted::OutOfMemory => until_over(memory().ok_or(Missing::OutOfMemory)?).await,
+            Wanted::OutOfMemory => until_over(frames().ok_or(Missing::OutOfMemory)?).await,
             Wanted::Lost => return Err(Missing::Unreadable),
         }
         // It may have been another's that failed, but not each time.

@@ -113,8 +113,13 @@ pub const TESTS: &[SystemTest] = &[
         run: mte::tagged_heap_finds_what_was_freed,
     },
     SystemTest {
+        name: "limits_say_whose_memory_leaves",
+        about: "a guest of 96 MiB has 32 MiB in memory and finishes; memory.low and a higher priority are spared",
+        run: swap::limits_say_whose_memory_leaves,
+    },
+    SystemTest {
         name: "guests_share_less_than_they_use",
-        about: "three guests of 512 MiB work on 380 MiB each with 800 MiB for all: memory is reclaimed unasked, nothing is lost",
+        about: "three guests of 512 MiB work on 400 MiB each with 800 MiB for all: memory is reclaimed unasked, nothing is lost",
         run: swap::guests_share_less_than_they_use,
     },
     SystemTest {

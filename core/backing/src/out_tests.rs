@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::vec;
 use std::vec::Vec;
 
-use entresol_addr::{PAGE_SIZE, Pfn};
+use entresol_addr::{PAGE_SIZE, PageSize, Pfn};
 use entresol_machine::Machine;
 use proptest::prelude::*;
 
@@ -14,6 +14,36 @@ use crate::*;
 const FRAMES: u64 = 2 * 512 + 20;
 /// The byte of a page where `fork_tests` writes.
 const AT: u64 = 5;
+
+/// A limited object fills pages until it is full, where a block would be too much too; what leaves makes room, and so does a hole; a fork is
+/// limited as its parent was.
+#[test]
+fn a_limit_is_kept() {
+    let host = Host::new(4 * 512);
+    let mut device = Device::new(&host, 16);
+    let handle = host.anonymous(FRAMES, Policy::Blocks);
+    let grant =
+        |handle, frame| host.on(handle, |object, supply| object.grant(supply, frame, true).map(|grant| grant.size));
+    let room = |handle| host.on(handle, |object, _| object.room());
+    assert_eq!(room(handle), None);
+    host.on(handle, |object, _| object.set_limit(514));
+    assert_eq!(grant(handle, 0), Ok(PageSize::Size2M));
+    assert_eq!((grant(handle, 512), grant(handle, 600)), (Ok(PageSize::Size4K), Ok(PageSize::Size4K)));
+    assert_eq!((grant(handle, 700), room(handle)), (Err(GrantError::OutOfMemory), Some(0)));
+    // What is there is granted all the same.
+    assert_eq!((grant(handle, 3), grant(handle, 600)), (Ok(PageSize::Size2M), Ok(PageSize::Size4K)));
+    assert!(device.begin(&host, handle, 600).unwrap());
+    device.finish(&host, 0, true);
+    assert!(discard(&host, handle, 600));
+    assert_eq!((grant(handle, 700), grant(handle, 701)), (Ok(PageSize::Size4K), Err(GrantError::OutOfMemory)));
+    // A page that comes back is not asked, and is one too many then.
+    device.bring(&host, handle, 600);
+    assert_eq!((room(handle), grant(handle, 701)), (Some(0), Err(GrantError::OutOfMemory)));
+    host.on(handle, |object, supply| object.punch(supply, 0, 512)).unwrap();
+    assert_eq!((room(handle), grant(handle, 0)), (Some(511), Ok(PageSize::Size4K)));
+    let child = host.fork(handle);
+    assert_eq!(room(child), Some(510));
+}
 
 /// A swap device: what each of its places holds at [`AT`].
 struct Device {

@@ -93,7 +93,7 @@ pub fn absent(vcpu: &VcpuRef, gpa: Gpa) -> Next {
 /// There is no frame: the vCPU sleeps until some have been reclaimed, and makes its access again; or its virtual machine is paused.
 #[cold]
 pub fn starve(vcpu: &VcpuRef) -> Next {
-    match paging::memory() {
+    match paging::frames_for(&vcpu.vm) {
         Some(frames) => Next::Leave(Leave::Fetch(frames)),
         None => {
             vcpu.vm.pause(Pause::OutOfMemory);

@@ -70,8 +70,18 @@ struct Job {
     hand: u64,
     /// Frames that it passed since something left.
     idle: u64,
-    /// Nobody asked for it: it is part of the round.
-    unasked: bool,
+    why: Why,
+}
+
+/// Why memory leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    /// The owner asked for it.
+    Asked,
+    /// It is part of the round.
+    Short,
+    /// The virtual machine has all that it may have.
+    Limit,
 }
 
 /// What the owner asked for.
@@ -89,13 +99,15 @@ struct Swap {
     store: StoreId,
     pending: [Option<Pending>; DEPTH],
     spare: ArrayVec<Buffer, DEPTH>,
-    jobs: ArrayVec<Job, { MAX_VMS + 1 }>,
+    jobs: ArrayVec<Job, { 2 * MAX_VMS + 1 }>,
     wishes: ArrayVec<Wish, MAX_VMS>,
     /// Where the hand stopped in each virtual machine.
     hands: [u64; MAX_VMS],
     round: Option<Round>,
     /// The last round found nothing, and there is no more free, nor anybody who waits, since.
     hopeless: bool,
+    /// Whose last job for room found too little, by number.
+    spent: [bool; MAX_VMS],
     /// Where frames were last looked at whose places are to be freed.
     looked_at: u64,
     /// Frames for nodes.
@@ -143,6 +155,7 @@ fn start(disk: &'static Disk) -> Result<u64, &'static str> {
         hands: [0; MAX_VMS],
         round: None,
         hopeless: false,
+        spent: [false; MAX_VMS],
         looked_at: 0,
         put_by: ArrayVec::new(),
     };
@@ -168,7 +181,7 @@ pub fn reclaim(number: usize, vm: &Vm, bytes: u64) -> Result<Later, Refusal> {
     swap.answer(|wish| wish.number == number);
     let answer = Later::default();
     swap.wishes.push(Wish { number, gone: 0, failed: false, answer: answer.clone() });
-    swap.jobs.push(Job { number, object, left, hand: swap.hands[number], idle: 0, unasked: false });
+    swap.jobs.push(Job { number, object, left, hand: swap.hands[number], idle: 0, why: Why::Asked });
     host_work::raise(Work::Swap);
     Ok(answer)
 }
@@ -179,6 +192,7 @@ pub fn serve() {
     let Some(swap) = swap.as_mut() else { return };
     swap.collect();
     swap.read();
+    swap.make_room();
     swap.relieve();
     swap.work();
     swap.answer_fulfilled();
@@ -197,7 +211,7 @@ impl Swap {
             if let Some(job) = self.step(job) {
                 // The others have their turn.
                 self.jobs.insert(0, job);
-            } else if self.round.is_some() {
+            } else {
                 host_work::raise(Work::Swap);
             }
         }
@@ -211,14 +225,16 @@ impl Swap {
 
     /// Answers the wishes of which no more leaves.
     fn answer_fulfilled(&mut self) {
-        let mut busy = [false; MAX_VMS];
-        self.jobs.iter().for_each(|job| busy[job.number] = true);
-        for pending in self.pending.iter().flatten() {
-            if let Pending::Out(Leaving { page, .. }) = pending {
-                busy[page.number] = true;
-            }
-        }
-        self.answer(|wish| !busy[wish.number]);
+        let over = |number| !self.jobs.iter().any(|job| job.number == number) && !self.is_leaving(number);
+        let mut all = [false; MAX_VMS];
+        self.wishes.iter().for_each(|wish| all[wish.number] = over(wish.number));
+        self.answer(|wish| all[wish.number]);
+    }
+
+    /// Whether a page of virtual machine `number` is on its way out.
+    fn is_leaving(&self, number: usize) -> bool {
+        let out = |pending: &Pending| matches!(pending, Pending::Out(Leaving { page, .. }) if page.number == number);
+        self.pending.iter().flatten().any(out)
     }
 
     fn answer(&mut self, over: impl Fn(&Wish) -> bool) {

@@ -1,16 +1,22 @@
 //! When memory is short: whose is reclaimed unasked, until when, and what is put by so that it can be.
 //!
-//! Fewer than [`LOW`] frames are free, or somebody waits for one: a round begins. Memory is taken from who has most, [`BATCH`] pages at a time, until
-//! [`HIGH`] frames are free. A round that finds nothing more to take ends, and who still has no frame is paused.
+//! Fewer than [`LOW`] frames are free, or somebody waits for one: a round begins. Memory is taken from who yields first ([`Limits::yields`]), [`BATCH`]
+//! pages at a time, until [`HIGH`] frames are free. A round that finds nothing more to take ends, and who still has no frame is paused.
+//!
+//! A virtual machine that has all it may have (`memory.max`) gives up pages of its own when it wants another: that is a job beside the round, and whoever waits for
+//! it goes on when there is some room, or is paused when there can be none.
 //!
 //! Some frames are put by for the nodes of blocks that are taken apart while there is no other.
 
+use entresol_addr::PAGE_SIZE;
 use entresol_backing::{ObjectHandle, Order};
 use entresol_metal_arm64::cpu;
+#[cfg(doc)]
+use entresol_wire::config::Limits;
 use entresol_wire::config::MAX_VMS;
 
 use super::device::Pending;
-use super::{Job, Swap};
+use super::{Job, Swap, Why};
 use crate::host_work::Work;
 use crate::{host, host_work, paging, registry};
 
@@ -21,6 +27,8 @@ const HIGH: u64 = 2 * LOW;
 pub(super) const ENOUGH: u64 = 256;
 /// Pages that are taken from one virtual machine before another is looked for.
 const BATCH: u64 = 2048;
+/// Frames of room below its limit with which who waits for one goes on.
+const ROOM: u64 = 64;
 /// Frames that are looked at together for places to free.
 const LOOKS: u64 = 1024;
 
@@ -37,12 +45,15 @@ pub(super) struct Round {
     tried: [bool; MAX_VMS],
 }
 
-/// Who has most in memory that may leave, of those that were not tried.
-fn largest(tried: &[bool; MAX_VMS]) -> Option<(usize, ObjectHandle)> {
+/// Whose memory is taken next, of those that were not tried, and how many pages of it.
+fn next(tried: &[bool; MAX_VMS]) -> Option<(usize, ObjectHandle, u64)> {
     let all = (0..MAX_VMS).filter(|number| !tried[*number]);
     let all = all.filter_map(|number| registry::find(number).map(|vm| (number, vm)));
-    let (number, vm) = all.filter(|(_, vm)| !vm.config.private).max_by_key(|(_, vm)| vm.resident_frames())?;
-    Some((number, vm.ram()))
+    let all = all.filter(|(_, vm)| !vm.config.private);
+    let all =
+        all.filter_map(|(number, vm)| Some((vm.config.limits.yields(vm.resident_frames() * PAGE_SIZE)?, number, vm)));
+    let (yields, number, vm) = all.max_by_key(|(yields, ..)| *yields)?;
+    Some((number, vm.ram(), yields.bytes / PAGE_SIZE))
 }
 
 impl Swap {
@@ -65,15 +76,12 @@ impl Swap {
         }
         let Some(round) = &self.round else { return };
         // What is on its way out may be enough.
-        let leaving = self.pending.iter().flatten().any(|pending| matches!(pending, Pending::Out(_)));
-        if leaving || self.jobs.iter().any(|job| job.unasked) {
+        let leaving = (0..MAX_VMS).any(|number| self.is_leaving(number));
+        if leaving || self.jobs.iter().any(|job| job.why == Why::Short) {
             return;
         }
-        match largest(&round.tried) {
-            Some((number, object)) => {
-                let hand = self.hands[number];
-                self.jobs.push(Job { number, object, left: BATCH, hand, idle: 0, unasked: true });
-            }
+        match next(&round.tried) {
+            Some((number, object, pages)) => self.begin(number, object, pages.min(BATCH), Why::Short),
             None => {
                 (self.round, self.hopeless) = (None, true);
                 paging::memory_came(true);
@@ -81,10 +89,40 @@ impl Swap {
         }
     }
 
+    /// Whoever may have no more frames, and wants one, gives others up.
+    pub(super) fn make_room(&mut self) {
+        for number in 0..MAX_VMS {
+            let Some(vm) = registry::find(number).filter(|vm| paging::is_room_wanted(vm)) else { continue };
+            let room = vm.room().unwrap_or(u64::MAX);
+            let busy = self.is_leaving(number) || self.jobs.iter().any(|job| job.number == number);
+            if room >= ROOM || room > 0 && !busy {
+                self.spent[number] = false;
+                paging::room_came(&vm, false);
+            } else if !busy {
+                if core::mem::take(&mut self.spent[number]) {
+                    paging::room_came(&vm, true);
+                } else {
+                    let most = vm.config.limits.max.unwrap_or(u64::MAX) / PAGE_SIZE;
+                    let above = vm.resident_frames().saturating_sub(most);
+                    self.begin(number, vm.ram(), above + 4 * ROOM, Why::Limit);
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, number: usize, object: ObjectHandle, left: u64, why: Why) {
+        self.jobs.push(Job { number, object, left, hand: self.hands[number], idle: 0, why });
+    }
+
     /// A job is over: if it has not found what it was to, there is no more where it looked.
     pub(super) fn has_given(&mut self, job: &Job) {
-        if let Some(round) = self.round.as_mut().filter(|_| job.unasked && job.left != 0) {
-            round.tried[job.number] = true;
+        if job.left == 0 {
+            return;
+        }
+        match (job.why, &mut self.round) {
+            (Why::Short, Some(round)) => round.tried[job.number] = true,
+            (Why::Limit, _) => self.spent[job.number] = true,
+            (Why::Short | Why::Asked, _) => {}
         }
     }
 
@@ -92,6 +130,7 @@ impl Swap {
     pub(super) fn give_up(&mut self, number: usize) {
         self.jobs.retain(|job| job.number != number);
         self.wishes.iter_mut().filter(|wish| wish.number == number).for_each(|wish| wish.failed = true);
+        self.spent[number] = true;
         if let Some(round) = &mut self.round {
             round.tried[number] = true;
         }

@@ -106,6 +106,7 @@ pub fn build(
     if config.merge {
         vm.memory.enable_merging(cpu::index()).map_err(|error| because("merge")(&error))?;
     }
+    vm.limit_memory();
     Ok(Built { vm, boot })
 }
 
@@ -179,6 +180,7 @@ fn put_together(
         devices,
         passed,
         ram,
+        short: Default::default(),
         _records: records,
         vcpus: all.into_boxed_slice(),
         status: Mutex::new(Status::Paused(Pause::NotStarted)),

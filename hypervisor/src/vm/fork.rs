@@ -167,6 +167,7 @@ impl Vm {
             devices,
             passed: Passed::none(),
             ram,
+            short: Default::default(),
             _records: records,
             vcpus,
             status: Mutex::new(Status::Paused(Pause::NotStarted)),

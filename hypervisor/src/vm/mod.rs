@@ -51,6 +51,7 @@ use entresol_wire::config;
 use crate::counters::Counters;
 use crate::host;
 use crate::host_work::{self, Work};
+use crate::paging::Short;
 use crate::sched::{self, VcpuRef};
 use crate::vcpu::{Boot, Vcpu};
 use devices::Devices;
@@ -181,6 +182,8 @@ pub struct Vm {
     /// Devices of the machine that are its own.
     passed: Passed,
     ram: ObjectHandle,
+    /// Who waits because it has all that it may have.
+    pub short: Short,
     /// Dropped after the memory that shows them.
     _records: Records,
     vcpus: Box<[Vcpu]>,
@@ -256,6 +259,18 @@ impl Vm {
     /// Pages of its memory that are in a store.
     pub fn stored_frames(&self) -> u64 {
         self.with_ram(Object::stored_frames).unwrap_or(0)
+    }
+
+    /// Frames that it may have more. `None`: as many as there are.
+    pub fn room(&self) -> Option<u64> {
+        self.with_ram(Object::room).flatten()
+    }
+
+    /// Has no more than it may from now on: what its start needed is there.
+    pub fn limit_memory(&self) {
+        if let Some(max) = self.config.limits.max {
+            self.with_ram(|object| object.set_limit(max / PAGE_SIZE));
+        }
     }
 
     fn with_ram<T>(&self, look: impl FnOnce(&Object) -> T) -> Option<T> {

@@ -116,6 +116,7 @@ impl Saved {
         let vm = build::assemble(config, bundle, terminal, media, inside).map_err(|error| error.to_string())?;
         vm.devices.load(self.devices).map_err(|error| bad(&error))?;
         vm.devices.renew_generation();
+        vm.limit_memory();
         Ok((vm, if self.running { Status::Running } else { Status::Paused(Pause::Owner) }))
     }
 }

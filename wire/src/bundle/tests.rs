@@ -8,13 +8,14 @@ use proptest::prelude::*;
 
 use super::layout::{Entry, Header};
 use super::*;
-use crate::config::{Disk, Outer, Vm};
+use crate::config::{Disk, Limits, Outer, Vm};
 
 fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileIndex> {
     Vm {
         name: name.into(),
         memory: 64 << 20,
         private: false,
+        limits: Limits::default(),
         vcpus: 2,
         kernel,
         kernel_format: Default::default(),

@@ -7,7 +7,7 @@ use core::fmt;
 use arrayvec::ArrayVec;
 
 use super::{
-    CoalescedZone, Config, Console, DEVICE_PAGE, Disk, FIRMWARE_BASE, FLASH_BASE, KernelFormat, MAX_CMDLINE,
+    CoalescedZone, Config, Console, DEVICE_PAGE, Disk, FIRMWARE_BASE, FLASH_BASE, KernelFormat, Limits, MAX_CMDLINE,
     MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_FLASH, MAX_MERGE_PAGES_PER_SECOND, MAX_NAME, MAX_OUTER_CPUS,
     MAX_OUTER_MEMORY, MAX_PASS_THROUGH, MAX_ROMS, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_FLASH, MIN_OUTER_MEMORY,
     OWNERS_WINDOW, Outer, ROM_ALIGN, ROM_END, SECTOR, Vm, format_size,
@@ -37,6 +37,7 @@ impl<F: fmt::Display> Config<F> {
             unlike_earlier(self, index, &at)?;
             memory(&at, vm.memory, self.outer.memory)?;
             private(&at, vm)?;
+            limits(&at, vm)?;
             vcpus(&at, i64::from(vm.vcpus))?;
             cmdline(&at, &vm.cmdline)?;
             owners_window(&at, vm)?;
@@ -139,6 +140,42 @@ fn private<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
         }
         None => Ok(()),
     }
+}
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// What it may have is no more than it has, and no less than what it is to keep.
+fn limits<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
+    let Limits { max, low, .. } = vm.limits;
+    let refused =
+        |field: &str, size, rule: String| Err(Refusal::new(format!("{at}.memory.{field}"), format_size(size), rule));
+    let not_pages = |size: u64| !size.is_multiple_of(PAGE);
+    let of_pages = || format!("must be a multiple of {}", format_size(PAGE));
+    if let Some(max) = max {
+        if vm.private {
+            return refused(
+                "max",
+                max,
+                format!("must be absent where {at}.memory.private = true: private memory stays"),
+            );
+        }
+        if not_pages(max) {
+            return refused("max", max, of_pages());
+        }
+        if max < MEMORY_GRANULE || max > vm.memory {
+            let (least, size) = (format_size(MEMORY_GRANULE), format_size(vm.memory));
+            return refused("max", max, format!("must be between {least} and the VM's size, {size}"));
+        }
+    }
+    if not_pages(low) {
+        return refused("low", low, of_pages());
+    }
+    let most = max.unwrap_or(vm.memory);
+    if low > most {
+        return refused("low", low, format!("must be at most what the VM may have, {}", format_size(most)));
+    }
+    Ok(())
 }
 
 fn cmdline(at: &str, cmdline: &str) -> Result<(), Refusal> {

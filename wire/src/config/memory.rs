@@ -1,11 +1,52 @@
 //! A virtual machine's memory as an owner writes it: a size, or a table that says more.
 
 use alloc::string::String;
+use core::cmp::Reverse;
 use core::fmt;
 
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// Whose memory leaves, and how much of it, when there is a disk for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes that it has in memory at most: what is more leaves.
+    pub max: Option<u64>,
+    /// Bytes that it keeps as long as others have more than theirs.
+    pub low: u64,
+    /// Memory is taken from virtual machines of a lower priority first.
+    pub priority: u8,
+}
+
+/// How soon memory is taken from a virtual machine: from the greatest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Yields {
+    /// It has more than it is to keep.
+    above_low: bool,
+    priority: Reverse<u8>,
+    /// Bytes that it has, but for those it is to keep while it has more.
+    pub bytes: u64,
+}
+
+impl Limits {
+    /// How soon memory is taken from who has `resident` bytes. `None`: it has nothing.
+    pub fn yields(&self, resident: u64) -> Option<Yields> {
+        let above_low = resident > self.low;
+        let bytes = if above_low { resident - self.low } else { resident };
+        (bytes > 0).then_some(Yields { above_low, priority: Reverse(self.priority), bytes })
+    }
+}
+
+/// See [`Limits::priority`].
+pub const PRIORITY: u8 = 100;
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max: None, low: 0, priority: PRIORITY }
+    }
+}
 
 /// `memory = "512M"`, or `memory = { size = "512M", private = true }`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,11 +55,17 @@ pub struct WrittenMemory {
     pub size: String,
     /// Whether the hypervisor keeps it out of its own mapping; no if absent.
     pub private: bool,
+    /// A size; no limit if absent. See [`Limits::max`].
+    pub max: Option<String>,
+    /// A size; nothing if absent. See [`Limits::low`].
+    pub low: Option<String>,
+    /// [`PRIORITY`] if absent. See [`Limits::priority`].
+    pub priority: Option<i64>,
 }
 
 impl From<String> for WrittenMemory {
     fn from(size: String) -> Self {
-        Self { size, private: false }
+        Self { size, ..Self::default() }
     }
 }
 
@@ -34,6 +81,9 @@ struct Table {
     size: String,
     #[serde(default)]
     private: bool,
+    max: Option<String>,
+    low: Option<String>,
+    priority: Option<i64>,
 }
 
 /// Either shape; an error speaks of the one that was meant.
@@ -43,7 +93,7 @@ impl<'de> Visitor<'de> for Shape {
     type Value = WrittenMemory;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a size like \"512M\", or a table with `size` and `private`")
+        f.write_str("a size like \"512M\", or a table with `size`, and `private`, `max`, `low`, `priority`")
     }
 
     fn visit_str<E: de::Error>(self, size: &str) -> Result<WrittenMemory, E> {
@@ -51,8 +101,8 @@ impl<'de> Visitor<'de> for Shape {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<WrittenMemory, A::Error> {
-        let Table { size, private } = Table::deserialize(MapAccessDeserializer::new(map))?;
-        Ok(WrittenMemory { size, private })
+        let Table { size, private, max, low, priority } = Table::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(WrittenMemory { size, private, max, low, priority })
     }
 }
 

@@ -34,7 +34,7 @@ use core::{fmt, iter};
 use serde::{Deserialize, Serialize};
 
 pub use check::{FileLength, check_name};
-pub use memory::WrittenMemory;
+pub use memory::{Limits, PRIORITY, WrittenMemory, Yields};
 pub use size::{format_size, parse_size};
 pub use written::{Written, WrittenDisk, WrittenOuter, WrittenPolicies, WrittenRom, WrittenVm};
 
@@ -132,6 +132,9 @@ pub struct Vm<F> {
     /// Whether its memory is private: absent from the hypervisor's own mapping.
     #[serde(default)]
     pub private: bool,
+    /// How much of it is in memory.
+    #[serde(default)]
+    pub limits: Limits,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// The file its first vCPU starts with.
@@ -481,6 +484,7 @@ impl<F> Vm<F> {
             name: self.name,
             memory: self.memory,
             private: self.private,
+            limits: self.limits,
             vcpus: self.vcpus,
             kernel,
             kernel_format: self.kernel_format,

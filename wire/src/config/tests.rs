@@ -44,6 +44,17 @@ fn one(change: Value) -> Value {
     json!({ "vms": [vm(change)] })
 }
 
+/// Who is above what it is to keep gives first, among those who has the lowest priority, among those who has most.
+#[test]
+fn memory_is_taken_by_rank() {
+    let yields = |low, priority, resident| Limits { max: None, low, priority }.yields(resident);
+    let (plain, large, kept, low, first) =
+        (yields(0, 100, 50), yields(0, 100, 60), yields(80, 100, 80), yields(30, 100, 85), yields(0, 99, 1));
+    assert!(first > large && large > low && low > plain && plain > kept);
+    assert_eq!([large, low, kept].map(|yields| yields.expect("it has some").bytes), [60, 55, 80]);
+    assert_eq!(yields(10, 0, 0), None);
+}
+
 #[test]
 fn defaults_are_as_documented() {
     let config = check(json!({ "vms": [{ "name": "a", "memory": "512M", "kernel": "Image" }] })).expect("right");
@@ -51,6 +62,7 @@ fn defaults_are_as_documented() {
         name: "a".to_string(),
         memory: 512 << 20,
         private: false,
+        limits: Limits { max: None, low: 0, priority: 100 },
         vcpus: 1,
         kernel: "Image".to_string(),
         kernel_format: KernelFormat::Auto,
@@ -125,6 +137,16 @@ fn each_broken_rule_names_field_value_and_rule() {
         (one(json!({ "memory": "1K" })), "vms[0].memory = 1K: must be a multiple of 2M"),
         (one(json!({ "memory": { "size": "64M", "private": true }, "mte": true })), "vms[0].memory.private = true: must be false where vms[0].mte = true"),
         (one(json!({ "memory": { "size": "64M", "private": true }, "merge": true })), "vms[0].memory.private = true: must be false where vms[0].merge = true"),
+        (one(json!({ "memory": { "size": "64M", "private": true, "max": "32M" } })), "vms[0].memory.max = 32M: must be absent where vms[0].memory.private = true: private memory stays"),
+        (one(json!({ "memory": { "size": "64M", "max": "65M" } })), "vms[0].memory.max = 65M: must be between 2M and the VM's size, 64M"),
+        (one(json!({ "memory": { "size": "64M", "max": "1M" } })), "vms[0].memory.max = 1M: must be between 2M and the VM's size, 64M"),
+        (one(json!({ "memory": { "size": "64M", "max": "2049K" } })), "vms[0].memory.max = 2049K: must be a multiple of 4K"),
+        (one(json!({ "memory": { "size": "64M", "max": "lots" } })), "vms[0].memory.max = \"lots\": must be a whole number followed by K, M, G or T (powers of 1024), like \"512M\""),
+        (one(json!({ "memory": { "size": "64M", "low": "1K" } })), "vms[0].memory.low = 1K: must be a multiple of 4K"),
+        (one(json!({ "memory": { "size": "64M", "low": "66M" } })), "vms[0].memory.low = 66M: must be at most what the VM may have, 64M"),
+        (one(json!({ "memory": { "size": "64M", "max": "32M", "low": "33M" } })), "vms[0].memory.low = 33M: must be at most what the VM may have, 32M"),
+        (one(json!({ "memory": { "size": "64M", "priority": 256 } })), "vms[0].memory.priority = 256: must be between 0 and 255"),
+        (one(json!({ "memory": { "size": "64M", "priority": -1 } })), "vms[0].memory.priority = -1: must be between 0 and 255"),
         (one(json!({ "memory": "0M" })), "vms[0].memory = 0 bytes: must be above zero"),
         (json!({ "outer": { "merge_pages_per_second": -1 }, "vms": [vm(json!({}))] }), "outer.merge_pages_per_second = -1: must be from 0 to 1048576"),
         (json!({ "outer": { "merge_pages_per_second": 1048577 }, "vms": [vm(json!({}))] }), "outer.merge_pages_per_second = 1048577: must be from 0 to 1048576"),

@@ -9,8 +9,9 @@ use serde::Deserialize;
 use super::check::{self, FileLength};
 use super::memory::WrittenMemory;
 use super::{
-    CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, NoSyndrome, OnReset,
-    Outer, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock, UnclaimedMmio, Vm, size,
+    CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, Limits, NoSyndrome,
+    OnReset, Outer, PRIORITY, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock, UnclaimedMmio, Vm,
+    size,
 };
 use crate::Refusal;
 
@@ -44,7 +45,7 @@ pub struct WrittenOuter {
 pub struct WrittenVm {
     /// Name.
     pub name: String,
-    /// A size, or a table of a size and whether the memory is private.
+    /// A size, or a table of a size and more.
     pub memory: WrittenMemory,
     /// Virtual CPUs; 1 if absent.
     pub vcpus: Option<i64>,
@@ -187,6 +188,7 @@ impl WrittenVm {
         Ok(Vm {
             memory: memory(&format!("{at}.memory"), &self.memory.size)?,
             private: self.memory.private,
+            limits: limits(&format!("{at}.memory"), &self.memory)?,
             vcpus: check::vcpus(&at, self.vcpus.unwrap_or(1))?,
             kernel_format: self.kernel_format.unwrap_or(by_name),
             policies: Policies {
@@ -217,6 +219,16 @@ impl WrittenVm {
             merge: self.merge,
         })
     }
+}
+
+fn limits(at: &str, written: &WrittenMemory) -> Result<Limits, Refusal> {
+    let size =
+        |name, text: &Option<String>| text.as_deref().map(|text| memory(&format!("{at}.{name}"), text)).transpose();
+    let priority = written.priority.map_or(Ok(PRIORITY), |priority| {
+        let rule = "must be between 0 and 255";
+        priority.try_into().map_err(|_| Refusal::new(format!("{at}.priority"), priority, rule))
+    });
+    Ok(Limits { max: size("max", &written.max)?, low: size("low", &written.low)?.unwrap_or(0), priority: priority? })
 }
 
 /// Bytes that `text` at `field` says.

@@ -56,7 +56,7 @@ fn run(bench: &Bench, private: bool) -> Result<Times> {
     let disk = machine::file(bench, &format!("{name}.img"));
     image::write_new(&disk, &vec![0xd5; DISK])?;
     let vm = WrittenVm {
-        memory: WrittenMemory { size: GUEST.1.to_owned(), private },
+        memory: WrittenMemory { size: GUEST.1.to_owned(), private, ..Default::default() },
         disks: vec![bundle::disk(&disk)],
         ..bundle::linux("disk", &bench.guest.kernel()?, &initrd)
     };

@@ -81,7 +81,7 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
     let page_size = if blocks { LargestEntry::Block2M } else { LargestEntry::Page4K };
     let vm = WrittenVm {
         name: "bench".to_owned(),
-        memory: WrittenMemory { size: memory(part).1.to_owned(), private: part == Part::Private },
+        memory: WrittenMemory { size: memory(part).1.to_owned(), private: part == Part::Private, ..Default::default() },
         kernel: guests::flat("bench")?.to_string_lossy().into_owned(),
         cmdline: format!("{} {ALL}", arguments(part)),
         policies: WrittenPolicies {

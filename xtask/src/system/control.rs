@@ -126,13 +126,15 @@ impl Listener {
         }
     }
 
+    /// Whether `text` was in the output so far; forgets everything up to its end then.
+    pub(super) fn has_heard(&mut self, text: &str) -> bool {
+        let end = self.output.find(text).map(|start| start + text.len());
+        end.inspect(|end| drop(self.output.drain(..*end))).is_some()
+    }
+
     /// Waits for `text` in the output, and forgets everything up to its end.
     pub(super) fn hear(&mut self, text: &str) -> Result<()> {
-        self.until(text, |told| {
-            let end = told.output.find(text)? + text.len();
-            told.output.drain(..end);
-            Some(())
-        })
+        self.until(text, |told| told.has_heard(text).then_some(()))
     }
 
     /// Waits for the end of a line, and forgets it; returns what stood before.

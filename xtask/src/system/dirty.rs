@@ -144,7 +144,7 @@ pub fn private_writes_are_named_too(context: &Context) -> Result<()> {
 
 fn written_is_named(context: &Context, name: &str, private: bool) -> Result<()> {
     let mut vm: WrittenVm = program(VM, &guests::flat("dirty")?, &format!("rounds=3 seed=7 go={GO:#x}"));
-    vm.memory = WrittenMemory { size: "64M".to_owned(), private };
+    vm.memory = WrittenMemory { size: "64M".to_owned(), private, ..Default::default() };
     vm.vcpus = Some(2);
     vm.policies.services = true;
     vm.policies.read_only_store = ReadOnlyStore::Abort;

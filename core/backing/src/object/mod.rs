@@ -226,6 +226,17 @@ impl Object {
         self.tree.resident()
     }
 
+    /// Frames of content that it may have in memory: nothing vacant is filled past it ([`GrantError::OutOfMemory`]). What is fetched
+    /// from a store is not asked, nor are nodes; CPUs that fill at the same moment may go past it by a page each. A fork gets it too.
+    pub fn set_limit(&self, frames: u64) {
+        self.tree.set_limit(frames);
+    }
+
+    /// Frames until that limit. `None`: there is none.
+    pub fn room(&self) -> Option<u64> {
+        self.tree.room()
+    }
+
     /// Pages of content that it has in stores, with the same reservation.
     pub fn stored_frames(&self) -> u64 {
         self.tree.content() - self.tree.resident()

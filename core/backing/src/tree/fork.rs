@@ -9,7 +9,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 
 use super::entry::{self, COPYING, FROZEN, SHARED};
-use super::{BLOCK_FRAMES, Entry, FORKED, TAGGED, Tree};
+use super::{BLOCK_FRAMES, Entry, FORKED, LIMITED, TAGGED, Tree};
 use crate::{Order, Supply};
 
 /// The tree is frozen already.
@@ -63,7 +63,8 @@ impl Tree {
     pub(crate) fn adopt<M: Machine>(&self, supply: &Supply<'_, M>, other: &Self) {
         let root = entry::frame(other.root.load(Ordering::Acquire));
         supply.pool.share(root);
-        self.traits.fetch_or(FORKED | other.traits.load(Ordering::Relaxed) & TAGGED, Ordering::Relaxed);
+        self.traits.fetch_or(FORKED | other.traits.load(Ordering::Relaxed) & (TAGGED | LIMITED), Ordering::Relaxed);
+        self.limit.store(other.limit.load(Ordering::Relaxed), Ordering::Relaxed);
         self.resident.store(other.resident.load(Ordering::Relaxed), Ordering::Relaxed);
         self.stored.store(other.stored.load(Ordering::Relaxed), Ordering::Relaxed);
         self.nodes.store(other.nodes.load(Ordering::Relaxed), Ordering::Relaxed);

@@ -98,6 +98,8 @@ const FORKED: u32 = 1 << 0;
 pub(crate) const PRIVATE: u32 = 1 << 1;
 /// Its frames have valid allocation tags.
 pub(crate) const TAGGED: u32 = 1 << 2;
+/// It has a limit.
+const LIMITED: u32 = 1 << 3;
 
 /// The tree of one object. Its shape changes only while nobody can reach the object.
 #[derive(Debug)]
@@ -109,7 +111,7 @@ pub(crate) struct Tree {
     blocks_below: AtomicU64,
     /// Whether a shared block is copied whole.
     copies_blocks: AtomicBool,
-    /// [`FORKED`], [`PRIVATE`], [`TAGGED`]; without the first two it is the common case.
+    /// [`FORKED`], [`PRIVATE`], [`TAGGED`], [`LIMITED`]; without the first two it is the common case.
     traits: AtomicU32,
     /// Whether some page is clean, or ever was.
     cleaned: AtomicBool,
@@ -120,6 +122,8 @@ pub(crate) struct Tree {
     /// How many of `resident` no frame has, as far as this tree's own doing goes: a relative may have fetched or stored what
     /// both share. Two's complement.
     stored: tally::AtomicU64,
+    /// Frames of content from which on it gets no more, if it is limited.
+    limit: AtomicU64,
 }
 
 /// What a tree has for a frame.
@@ -196,6 +200,7 @@ impl Tree {
             resident: tally::AtomicU64::new(0),
             nodes: tally::AtomicU64::new(0),
             stored: tally::AtomicU64::new(0),
+            limit: AtomicU64::new(u64::MAX),
         }
     }
 
@@ -237,6 +242,24 @@ impl Tree {
     pub(crate) fn resident(&self) -> u64 {
         let stored = self.stored.load(Ordering::Relaxed) as i64;
         self.content().saturating_sub(stored.max(0) as u64)
+    }
+
+    /// Frames of content from which on nothing vacant is filled; nodes do not count, nor does what is fetched. CPUs that fill at the
+    /// same moment may go past it by a page each.
+    pub(crate) fn set_limit(&self, frames: u64) {
+        self.limit.store(frames, Ordering::Relaxed);
+        self.traits.fetch_or(LIMITED, Ordering::Relaxed);
+    }
+
+    /// Frames of content up to its limit. `None`: it has none.
+    pub(crate) fn room(&self) -> Option<u64> {
+        let limited = self.traits.load(Ordering::Relaxed) & LIMITED != 0;
+        limited.then(|| self.limit.load(Ordering::Relaxed).saturating_sub(self.resident()))
+    }
+
+    #[inline]
+    fn has_room(&self, frames: u64) -> bool {
+        self.room().is_none_or(|room| room >= frames)
     }
 
     /// Frames of nodes.
@@ -428,6 +451,9 @@ impl Tree {
         word: Word,
         frame: u64,
     ) -> Result<Grant, GrantError> {
+        if !self.has_room(1) {
+            return Err(GrantError::OutOfMemory);
+        }
         self.claim(supply, word)?;
         let taken = if HIDDEN {
             supply.pool.take_private(supply.machine, supply.cpu)
@@ -454,7 +480,9 @@ impl Tree {
         frame: u64,
     ) -> Result<Filled, GrantError> {
         self.claim(supply, word)?;
-        let taken = if HIDDEN {
+        let taken = if !self.has_room(BLOCK_FRAMES) {
+            None
+        } else if HIDDEN {
             supply.pool.take_private_block(supply.machine, supply.cpu)
         } else {
             supply.pool.take_at_hand(Order::BLOCK)

@@ -96,6 +96,11 @@ impl Machine {
         RAM + self.memory
     }
 
+    /// All memory behind the image, from the next 2 MiB on; the device tree is in it, and was read.
+    pub fn behind_image(&self) -> core::ops::Range<u64> {
+        memory::image().end.next_multiple_of(2 << 20)..self.end()
+    }
+
     /// Memory that neither the image nor the device tree is in, from the first 2 MiB behind the image; it ends at the
     /// device tree if that follows, else where memory does.
     pub fn free(&self) -> core::ops::Range<u64> {

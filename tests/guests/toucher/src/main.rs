@@ -2,7 +2,7 @@
 //!
 //! Command line: `mib=N` touches N MiB (all free memory if absent); `seed=N` changes the pattern; `hold` keeps what was
 //! touched and verifies it again and again until the guest is killed; `zero` looks at every word of it first, which must
-//! be zero: `CLEAN n MiB`, else `FAILED`. Prints `TOUCHED n MiB` for every 4 MiB, then
+//! be zero: `CLEAN n MiB`, else `FAILED`; `whole` takes the device tree's place too. Prints `TOUCHED n MiB` for every 4 MiB, then
 //! `VERIFIED n MiB`; a word that is not what was written is `LOST`.
 
 #![no_std]
@@ -21,7 +21,7 @@ const MIB: u64 = 1 << 20;
 const STEP: u64 = 4 * MIB;
 
 fn main(machine: &Machine) {
-    let free = machine.free();
+    let free = if machine.argument("whole").is_some() { machine.behind_image() } else { machine.free() };
     let wanted = machine.number("mib").map_or(u64::MAX, |mib| mib.saturating_mul(MIB));
     let size = wanted.min(free.end - free.start) & !(MIB - 1);
     let seed = machine.number("seed").unwrap_or(1);

@@ -128,8 +128,8 @@ struct Memory {
     keeper: Option<Work>,
     /// Ends of the wait so far.
     round: u64,
-    /// The last end was one without frames, and nobody has been told.
-    barren: bool,
+    /// Why the last end was one without frames, until somebody has been told.
+    lack: Option<Pause>,
     /// Somebody waits.
     wanted: bool,
     /// Counts the ends of waits for room below a limit.
@@ -138,13 +138,16 @@ struct Memory {
 
 /// A virtual machine's wait for room below its limit.
 #[derive(Debug, Default)]
-pub struct Short {
-    wanted: AtomicBool,
-    /// None could be made.
-    barren: AtomicBool,
+pub struct Short(Mutex<Shortage>);
+
+#[derive(Debug, Default)]
+struct Shortage {
+    wanted: bool,
+    /// Why none could be made, until somebody has been told.
+    lack: Option<Pause>,
 }
 
-static MEMORY: Mutex<Memory> = Mutex::new(Memory { keeper: None, round: 0, barren: false, wanted: false, rooms: 0 });
+static MEMORY: Mutex<Memory> = Mutex::new(Memory { keeper: None, round: 0, lack: None, wanted: false, rooms: 0 });
 
 static TABLE: Mutex<Table> =
     Mutex::new(Table { entries: [const { None }; READINGS], keepers: [None; KEEPERS], count: 0, failures: 0 });
@@ -267,35 +270,43 @@ pub fn reclaim_by(work: Work) {
     MEMORY.lock().keeper = Some(work);
 }
 
-/// There is no frame for `vm`, or it may have no more: the end of the wait for one. `None`: nobody can reclaim any.
-pub fn frames_for(vm: &Vm) -> Option<Ticket> {
+/// There is no frame for `vm`, or it may have no more: the end of the wait for one.
+///
+/// # Errors
+///
+/// Nobody can reclaim any: why it is to be paused.
+pub fn frames_for(vm: &Vm) -> Result<Ticket, Pause> {
     if vm.room() != Some(0) {
         return frames();
     }
     let memory = MEMORY.lock();
-    let work = memory.keeper?;
-    if vm.short.barren.swap(false, Ordering::Relaxed) {
-        return None;
+    let work = memory.keeper.ok_or(Pause::OutOfMemory)?;
+    let mut short = vm.short.0.lock();
+    if let Some(lack) = short.lack.take() {
+        return Err(lack);
     }
-    vm.short.wanted.store(true, Ordering::Relaxed);
+    short.wanted = true;
     let ticket = Ticket::new(ROOM, memory.rooms);
-    drop(memory);
+    drop((short, memory));
     host_work::raise(work);
-    Some(ticket)
+    Ok(ticket)
 }
 
 /// Whether somebody waits for room below the limit of `vm`.
 pub fn is_room_wanted(vm: &Vm) -> bool {
-    vm.short.wanted.load(Ordering::Relaxed)
+    vm.short.0.lock().wanted
 }
 
-/// `vm` has room, or, if `barren`, gets none. Host's work.
-pub fn room_came(vm: &Vm, barren: bool) {
+/// `vm` has room, or gets none for the reason `lack`. Host's work.
+pub fn room_came(vm: &Vm, lack: Option<Pause>) {
     let mut memory = MEMORY.lock();
-    if !vm.short.wanted.swap(false, Ordering::Relaxed) {
-        return;
+    {
+        let mut short = vm.short.0.lock();
+        if !core::mem::take(&mut short.wanted) {
+            return;
+        }
+        short.lack = lack;
     }
-    vm.short.barren.store(barren, Ordering::Relaxed);
     let ticket = Ticket::new(ROOM, memory.rooms);
     memory.rooms += 1;
     drop(memory);
@@ -303,18 +314,18 @@ pub fn room_came(vm: &Vm, barren: bool) {
     wake_others();
 }
 
-/// There is no frame: the end of the wait for one. `None`: nobody can reclaim any.
-fn frames() -> Option<Ticket> {
+/// There is no frame: the end of the wait for one.
+fn frames() -> Result<Ticket, Pause> {
     let mut memory = MEMORY.lock();
-    let work = memory.keeper?;
-    if core::mem::take(&mut memory.barren) {
-        return None;
+    let work = memory.keeper.ok_or(Pause::OutOfMemory)?;
+    if let Some(lack) = memory.lack.take() {
+        return Err(lack);
     }
     memory.wanted = true;
     let ticket = Ticket::new(FRAMES, memory.round);
     drop(memory);
     host_work::raise(work);
-    Some(ticket)
+    Ok(ticket)
 }
 
 /// Whether somebody reclaims.
@@ -327,13 +338,13 @@ pub fn is_memory_wanted() -> bool {
     MEMORY.lock().wanted
 }
 
-/// Frames were freed, or, if `barren`, none can be. Host's work.
-pub fn memory_came(barren: bool) {
+/// Frames were freed, or none can be for the reason `lack`. Host's work.
+pub fn memory_came(lack: Option<Pause>) {
     let mut memory = MEMORY.lock();
     if !core::mem::take(&mut memory.wanted) {
         return;
     }
-    memory.barren = barren;
+    memory.lack = lack;
     let ticket = Ticket::new(FRAMES, memory.round);
     memory.round += 1;
     drop(memory);
@@ -381,7 +392,7 @@ pub async fn bring(object: ObjectHandle, frame: u64, slot: StoreSlot) -> Result<
         match want_frame(object, frame, slot, Whose::Nobodys) {
             Wanted::Later(reading) => until_over(reading).await,
             Wanted::Now => task::pause().await,
-            Wanted::OutOfMemory => until_over(frames().ok_or(Missing::OutOfMemory)?).await,
+            Wanted::OutOfMemory => until_over(frames().map_err(|_| Missing::OutOfMemory)?).await,
             Wanted::Lost => return Err(Missing::Unreadable),
         }
         // It may have been another's that failed, but not each time.

@@ -20,6 +20,7 @@ pub mod machine;
 mod merge;
 mod mmio;
 mod mte;
+mod nbd;
 pub mod owner;
 mod page;
 mod posted;
@@ -31,6 +32,7 @@ mod stale;
 mod stolen;
 mod store;
 mod swap;
+mod swap_device;
 pub mod transcript;
 
 use std::collections::VecDeque;
@@ -111,6 +113,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "tagged_heap_finds_what_was_freed",
         about: "Linux with mte = true: /proc/cpuinfo says so, a use after free ends by a tag fault; without it neither",
         run: mte::tagged_heap_finds_what_was_freed,
+    },
+    SystemTest {
+        name: "swap_device_fails_and_comes_back",
+        about: "reads fail, writes fail or are cut off, the disk is silent or gone: nothing is lost, others run, who needs it goes on after",
+        run: swap_device::swap_device_fails_and_comes_back,
     },
     SystemTest {
         name: "limits_say_whose_memory_leaves",

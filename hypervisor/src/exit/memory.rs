@@ -94,9 +94,9 @@ pub fn absent(vcpu: &VcpuRef, gpa: Gpa) -> Next {
 #[cold]
 pub fn starve(vcpu: &VcpuRef) -> Next {
     match paging::frames_for(&vcpu.vm) {
-        Some(frames) => Next::Leave(Leave::Fetch(frames)),
-        None => {
-            vcpu.vm.pause(Pause::OutOfMemory);
+        Ok(frames) => Next::Leave(Leave::Fetch(frames)),
+        Err(lack) => {
+            vcpu.vm.pause(lack);
             Next::Leave(Leave::Park)
         }
     }

@@ -34,7 +34,7 @@ use self::pressure::Round;
 use crate::block::{self, Buffer, DEPTH, Disk, SECTOR};
 use crate::control::Later;
 use crate::host_work::{self, Work};
-use crate::vm::Vm;
+use crate::vm::{Pause, Vm};
 use crate::{host, paging};
 
 pub use self::pressure::look_at_pressure;
@@ -106,8 +106,8 @@ struct Swap {
     round: Option<Round>,
     /// The last round found nothing, and there is no more free, nor anybody who waits, since.
     hopeless: bool,
-    /// Whose last job for room found too little, by number.
-    spent: [bool; MAX_VMS],
+    /// Why somebody's last job for room found too little, by number.
+    spent: [Option<Pause>; MAX_VMS],
     /// Where frames were last looked at whose places are to be freed.
     looked_at: u64,
     /// Frames for nodes.
@@ -155,7 +155,7 @@ fn start(disk: &'static Disk) -> Result<u64, &'static str> {
         hands: [0; MAX_VMS],
         round: None,
         hopeless: false,
-        spent: [false; MAX_VMS],
+        spent: [None; MAX_VMS],
         looked_at: 0,
         put_by: ArrayVec::new(),
     };

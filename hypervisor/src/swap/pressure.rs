@@ -18,6 +18,7 @@ use entresol_wire::config::MAX_VMS;
 use super::device::Pending;
 use super::{Job, Swap, Why};
 use crate::host_work::Work;
+use crate::vm::Pause;
 use crate::{host, host_work, paging, registry};
 
 /// Free frames below which memory is reclaimed unasked, and from which on it is enough.
@@ -43,6 +44,8 @@ pub fn look_at_pressure() {
 pub(super) struct Round {
     /// Who has nothing more to give, by number.
     tried: [bool; MAX_VMS],
+    /// A page could not be written.
+    failed: bool,
 }
 
 /// Whose memory is taken next, of those that were not tried, and how many pages of it.
@@ -63,7 +66,7 @@ impl Swap {
         let free = pool.free_frames();
         if free >= ENOUGH {
             self.put_frames_by();
-            paging::memory_came(false);
+            paging::memory_came(None);
         }
         if free >= HIGH {
             self.round = None;
@@ -72,7 +75,7 @@ impl Swap {
         let wanted = paging::is_memory_wanted();
         self.hopeless &= free < LOW && !wanted;
         if self.round.is_none() && (free < LOW || wanted) && !self.hopeless {
-            self.round = Some(Round { tried: [false; MAX_VMS] });
+            self.round = Some(Round { tried: [false; MAX_VMS], failed: false });
         }
         let Some(round) = &self.round else { return };
         // What is on its way out may be enough.
@@ -83,8 +86,9 @@ impl Swap {
         match next(&round.tried) {
             Some((number, object, pages)) => self.begin(number, object, pages.min(BATCH), Why::Short),
             None => {
+                let lack = if round.failed { Pause::Storage } else { Pause::OutOfMemory };
                 (self.round, self.hopeless) = (None, true);
-                paging::memory_came(true);
+                paging::memory_came(Some(lack));
             }
         }
     }
@@ -96,11 +100,11 @@ impl Swap {
             let room = vm.room().unwrap_or(u64::MAX);
             let busy = self.is_leaving(number) || self.jobs.iter().any(|job| job.number == number);
             if room >= ROOM || room > 0 && !busy {
-                self.spent[number] = false;
-                paging::room_came(&vm, false);
+                self.spent[number] = None;
+                paging::room_came(&vm, None);
             } else if !busy {
-                if core::mem::take(&mut self.spent[number]) {
-                    paging::room_came(&vm, true);
+                if let Some(lack) = self.spent[number].take() {
+                    paging::room_came(&vm, Some(lack));
                 } else {
                     let most = vm.config.limits.max.unwrap_or(u64::MAX) / PAGE_SIZE;
                     let above = vm.resident_frames().saturating_sub(most);
@@ -121,7 +125,7 @@ impl Swap {
         }
         match (job.why, &mut self.round) {
             (Why::Short, Some(round)) => round.tried[job.number] = true,
-            (Why::Limit, _) => self.spent[job.number] = true,
+            (Why::Limit, _) => self.spent[job.number] = Some(Pause::OutOfMemory),
             (Why::Short | Why::Asked, _) => {}
         }
     }
@@ -130,9 +134,9 @@ impl Swap {
     pub(super) fn give_up(&mut self, number: usize) {
         self.jobs.retain(|job| job.number != number);
         self.wishes.iter_mut().filter(|wish| wish.number == number).for_each(|wish| wish.failed = true);
-        self.spent[number] = true;
+        self.spent[number] = Some(Pause::Storage);
         if let Some(round) = &mut self.round {
-            round.tried[number] = true;
+            (round.tried[number], round.failed) = (true, true);
         }
     }
 

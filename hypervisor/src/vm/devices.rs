@@ -484,7 +484,10 @@ impl Vm {
                 true
             }
             (Work::Stalled, Some(slot)) => {
-                let Some(frames) = paging::frames_for(self) else { return self.pause(Pause::OutOfMemory) };
+                let frames = match paging::frames_for(self) {
+                    Ok(frames) => frames,
+                    Err(lack) => return self.pause(lack),
+                };
                 self.devices.absent.fetch_or(1 << slot, Ordering::SeqCst);
                 paging::device_waits_for(self, frames);
                 self.has_device_work()

@@ -101,7 +101,7 @@ pub enum Pause {
     OutOfMemory,
     /// Its coalesced writes have filled their ring.
     CoalescedFull,
-    /// A page is in a store that cannot be read now.
+    /// A page is in a store that cannot be read now, or one that is needed cannot be made room for, because others cannot be written.
     Storage,
     /// A vCPU's dirty ring is full.
     DirtyRingFull,

@@ -142,16 +142,28 @@ impl Listener {
         self.until("line", Self::take_line)
     }
 
-    /// The same, or `None` if this state is told first for this reason.
+    /// Waits for `text`, as [`Self::hear`] does; false if this state is told first for this reason.
+    pub(super) fn text_or_state(&mut self, text: &str, state: State, reason: &str) -> Result<bool> {
+        self.until("text or state", |told| {
+            let heard = told.has_heard(text);
+            (heard || told.was_told(state, reason)).then_some(heard)
+        })
+    }
+
+    /// The same of a line, or `None` if this state is told first for this reason.
     pub(super) fn line_or_state(&mut self, state: State, reason: &str) -> Result<Option<String>> {
         self.until("line or state", |told| {
             if let Some(line) = told.take_line() {
                 return Some(Some(line));
             }
-            let place = told.states.iter().position(|(at, why)| (*at, why.as_deref()) == (state, Some(reason)))?;
-            told.states.drain(..=place);
-            Some(None)
+            told.was_told(state, reason).then_some(None)
         })
+    }
+
+    /// Whether this state was told for this reason; forgets everything up to that then.
+    fn was_told(&mut self, state: State, reason: &str) -> bool {
+        let place = self.states.iter().position(|(at, why)| (*at, why.as_deref()) == (state, Some(reason)));
+        place.inspect(|place| drop(self.states.drain(..=*place))).is_some()
     }
 
     fn take_line(&mut self) -> Option<String> {
@@ -186,7 +198,7 @@ impl Listener {
             rest = rest.get(taken as usize..).context("more was taken than given")?;
             if !rest.is_empty() {
                 let stopped = self.until("room for input", |told| match reason {
-                    Some(reason) if told.was_paused(reason) => Some(true),
+                    Some(reason) if told.was_told(State::Paused, reason) => Some(true),
                     _ => told.input_ready.then_some(false),
                 })?;
                 if stopped {
@@ -196,13 +208,6 @@ impl Listener {
             }
         }
         Ok(paused)
-    }
-
-    /// Whether it was told of a pause for this reason, which is forgotten.
-    fn was_paused(&mut self, reason: &str) -> bool {
-        let paused = |(state, why): &(State, Option<String>)| (*state, why.as_deref()) == (State::Paused, Some(reason));
-        let place = self.states.iter().position(paused);
-        place.inspect(|place| drop(self.states.drain(..=*place))).is_some()
     }
 
     /// It must be running.

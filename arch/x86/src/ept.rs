@@ -15,7 +15,8 @@
 //! | 53:52 | ignored by the processor | ours: W and X of such a leaf |
 //!
 //! Write or execute without read is a misconfiguration (SDM 29.3.3.1), not a permission: a leaf that may not be read is
-//! therefore written as one that is not present, and remembers in ignored bits what else it says.
+//! therefore written as one that is not present, and remembers in ignored bits what else it says. Write and execute without
+//! read is an MMIO entry ([`mmio`](crate::mmio)).
 //!
 //! A word with bits 2:0 clear is not present and the processor ignores all its other bits: that is where the markers of
 //! `entresol_table` live.
@@ -24,7 +25,9 @@
 //! processor (IA32_VMX_EPT_VPID_CAP bit 21) every leaf stays as young as it was made.
 
 use entresol_addr::{PageSize, Pfn};
-use entresol_table::{Entry, Format, Geometry, LEAF_LEVEL, Leaf, Memory, Permissions, VACANT, size_at};
+use entresol_table::{Entry, Format, Geometry, LEAF_LEVEL, Leaf, Memory, MmioEntry, Permissions, VACANT, size_at};
+
+use crate::mmio::{self, Kind};
 
 pub(crate) const READ: u64 = 1 << 0;
 pub(crate) const WRITE: u64 = 1 << 1;
@@ -43,9 +46,25 @@ const CLOSED_WRITE: u64 = 1 << 52;
 const CLOSED_EXECUTE: u64 = 1 << 53;
 const ADDRESS: u64 = (1 << 52) - (1 << 12);
 
+/// Bits 7:3 of an entry that points to a table, all reserved (SDM 29.3.2; of a PML4 entry bit 7 too).
+const TABLE_RESERVED: u64 = 0b1111 << 3;
+
 /// The entry format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extended;
+pub struct Extended {
+    /// Address bits that the processor has not.
+    absent: u64,
+    mmio: Option<mmio::Format>,
+}
+
+impl Extended {
+    /// The format for a processor of `physical_bits` address bits (CPUID 8000_0008 EAX 7:0); `leaking_bits` as in
+    /// [`mmio::Format::new`].
+    pub const fn new(physical_bits: u8, leaking_bits: Option<u8>) -> Self {
+        let mmio = mmio::Format::new(Kind::Misconfiguration, physical_bits, leaking_bits);
+        Self { absent: mmio::absent_bits(physical_bits), mmio }
+    }
+}
 
 impl Format for Extended {
     /// Bits 2:0 and [`CLOSED`] clear.
@@ -64,9 +83,10 @@ impl Format for Extended {
             return Entry::Vacant;
         }
         let closed = raw & (PRESENT | CLOSED) == CLOSED;
-        // Neither present nor ours, or a misconfiguration (an MMIO entry is one).
+        // Neither present nor ours, or a misconfiguration.
         if raw & READ == 0 && !closed {
-            return Entry::Broken;
+            let mmio = level == LEAF_LEVEL && raw & PRESENT != 0 && self.mmio_entry(raw).is_some();
+            return if mmio { Entry::Vacant } else { Entry::Broken };
         }
         let pfn = Pfn::new((raw & ADDRESS) >> 12);
         if level < LEAF_LEVEL && raw & LARGE == 0 {
@@ -109,6 +129,36 @@ impl Format for Extended {
     fn young(&self, raw: u64) -> u64 {
         raw | ACCESSED
     }
+
+    #[inline]
+    fn generation_bits(&self) -> u32 {
+        if self.mmio.is_some() { mmio::GENERATION_BITS } else { 0 }
+    }
+
+    fn mmio(&self, entry: &MmioEntry) -> Option<u64> {
+        self.mmio?.encode(&mmio::Entry::direct(entry))
+    }
+
+    #[inline]
+    fn mmio_entry(&self, raw: u64) -> Option<MmioEntry> {
+        self.mmio?.decode(raw)?.for_all()
+    }
+
+    /// SDM 29.3.3.1, EPT misconfigurations.
+    fn is_malformed(&self, raw: u64, level: u8) -> bool {
+        if raw & PRESENT == 0 {
+            return false;
+        }
+        let leaf = level == LEAF_LEVEL || raw & LARGE != 0;
+        let wrong = match size_at(level).filter(|_| leaf) {
+            Some(size) => {
+                let within = ((size.frames() << 12) - 1) & ADDRESS;
+                raw & within != 0 || matches!((raw & MEMORY_TYPE) >> 3, 2 | 3 | 7)
+            }
+            None => leaf || raw & TABLE_RESERVED != 0,
+        };
+        wrong || raw & READ == 0 || raw & self.absent != 0
+    }
 }
 
 /// EPTP: four levels, tables write-back, accessed and dirty flags on if `accessed_dirty` (SDM 25.6.11). `root` is the PML4's
@@ -136,7 +186,7 @@ mod tests {
             let permissions = Permissions { read: bits & 1 != 0, write: bits & 2 != 0, execute: bits & 4 != 0 };
             for memory in [Memory::Normal, Memory::Device] {
                 let leaf = Leaf { pfn: Pfn::new(7), size: PageSize::Size4K, permissions, memory, young: true };
-                let raw = Extended.leaf(&leaf);
+                let raw = Extended::new(46, None).leaf(&leaf);
                 assert!(raw & READ != 0 || raw & PRESENT == 0, "SDM 29.3.3.1: write or execute needs read");
                 assert!([0, 1, 4, 5, 6].contains(&(raw >> 3 & 7)), "SDM 29.3.3.1: 2, 3 and 7 are reserved types");
             }

@@ -6,6 +6,10 @@ use entresol_table::{Entry, Format, LEAF_LEVEL, Leaf, Memory, Permissions, VACAN
 use crate::ept::Extended;
 use crate::npt::Nested;
 
+/// For processors that have every address bit.
+const NESTED: Nested = Nested::new(52, None);
+const EXTENDED: Extended = Extended::new(52, None);
+
 fn leaves() -> impl Iterator<Item = Leaf> {
     let frames = [0, 1, 0x8_0000, 0x123_4567, 0x55_5555_5555, 0xaa_aaaa_aaaa, (1 << 40) - 1];
     (0..1u32 << 5).flat_map(move |bits| {
@@ -30,6 +34,7 @@ fn decoding_undoes_encoding<F: Format>(format: F) {
         assert_eq!(format.decode(raw, level), Entry::Leaf(leaf), "{raw:#x}");
         assert_eq!(format.decode(format.young(raw), level), Entry::Leaf(Leaf { young: true, ..leaf }));
         assert_ne!(raw & ((1 << F::MARKER_BITS) - 1), F::BROKEN);
+        assert!(!format.is_malformed(raw, level), "{raw:#x}");
         seen += 1;
     }
     assert_eq!(seen, 32 * 7 * 3);
@@ -38,6 +43,7 @@ fn decoding_undoes_encoding<F: Format>(format: F) {
         for level in 0..LEAF_LEVEL {
             assert_eq!(format.decode(format.table(frame), level), Entry::Table(frame));
             assert_ne!(format.table(frame) & ((1 << F::MARKER_BITS) - 1), F::BROKEN);
+            assert!(!format.is_malformed(format.table(frame), level));
         }
     }
 }
@@ -57,25 +63,60 @@ fn markers_are_invalid<F: Format>(format: F, present: u64) {
 
 #[test]
 fn nested_tables_keep_their_promises() {
-    decoding_undoes_encoding(Nested);
-    markers_are_invalid(Nested, 1);
-    assert_eq!(Nested.decode(0x1000 | 0x81, 0), Entry::Broken, "a leaf of 512 GiB");
+    decoding_undoes_encoding(NESTED);
+    markers_are_invalid(NESTED, 1);
+    assert_eq!(NESTED.decode(0x1000 | 0x81, 0), Entry::Broken, "a leaf of 512 GiB");
 }
 
 #[test]
 fn extended_tables_keep_their_promises() {
-    decoding_undoes_encoding(Extended);
-    markers_are_invalid(Extended, 0b111);
+    decoding_undoes_encoding(EXTENDED);
+    markers_are_invalid(EXTENDED, 0b111);
     for misconfigured in [0b010, 0b100, 0b110] {
-        assert_eq!(Extended.decode(0x1000 | misconfigured, LEAF_LEVEL), Entry::Broken);
+        assert_eq!(EXTENDED.decode(0x1000 | misconfigured, LEAF_LEVEL - 1), Entry::Broken);
     }
-    assert_eq!(Extended.decode(0x1000 | 0x87, 0), Entry::Broken, "a leaf of 512 GiB");
+    assert_eq!(EXTENDED.decode(0x1000 | 0b010, LEAF_LEVEL), Entry::Broken);
+    assert_eq!(EXTENDED.decode(0x1000 | 0b110, LEAF_LEVEL), Entry::Vacant, "an MMIO entry");
+    assert_eq!(EXTENDED.decode(0x1000 | 0x87, 0), Entry::Broken, "a leaf of 512 GiB");
+}
+
+#[test]
+fn what_the_processor_refuses_is_malformed() {
+    let (nested, extended) = (Nested::new(40, None), Extended::new(40, None));
+    for (raw, level, wrong) in [
+        (0x1000 | 0x67, 3, false),
+        (1 << 40 | 0x67, 3, true),
+        (1 << 40 | 0x27, 1, true),
+        (1 << 40 | 0x66, 3, false),
+        (0x20_0000 | 0xe7, 2, false),
+        (0x20_1000 | 0xe7, 2, false),
+        (0x20_2000 | 0xe7, 2, true),
+        (0x4020_0000 | 0xe7, 1, true),
+        (0x1000 | 0xa7, 0, true),
+    ] {
+        assert_eq!(nested.is_malformed(raw, level), wrong, "{raw:#x} at level {level}");
+    }
+    for (raw, level, wrong) in [
+        (0x1000 | 0x377, 3, false),
+        (1 << 40 | 0x377, 3, true),
+        (0x1000 | 0x376, 3, true),
+        (0x1000 | 0x372, 3, true),
+        (0x1000 | 0x370, 3, false),
+        (0x1000 | 0x357, 3, true),
+        (0x1000 | 0x107, 1, false),
+        (0x1000 | 0x10f, 1, true),
+        (0x20_0000 | 0x3f7, 2, false),
+        (0x20_1000 | 0x3f7, 2, true),
+        (0x1000 | 0x187, 0, true),
+    ] {
+        assert_eq!(extended.is_malformed(raw, level), wrong, "{raw:#x} at level {level}");
+    }
 }
 
 #[test]
 fn the_root_is_always_a_pml4() {
     for bits in 0..=64 {
-        let shapes = [Nested.geometry(bits), Extended.geometry(bits)];
+        let shapes = [NESTED.geometry(bits), EXTENDED.geometry(bits)];
         for shape in shapes {
             assert_eq!(shape.map(|g| (g.root_level(), g.root_frames())), (32..=48).contains(&bits).then_some((0, 1)));
         }
@@ -92,12 +133,12 @@ fn words_are_the_manuals() {
         young: true,
     };
     // APM 5.4.1: D, A, U/S, R/W, P.
-    assert_eq!(Nested.leaf(&page), 0x4000_0000 | 0x67);
+    assert_eq!(NESTED.leaf(&page), 0x4000_0000 | 0x67);
     // SDM 29.3.2: D, A, ignore PAT, type 6, X, W, R.
-    assert_eq!(Extended.leaf(&page), 0x4000_0000 | 0x377);
+    assert_eq!(EXTENDED.leaf(&page), 0x4000_0000 | 0x377);
     let device = Leaf { permissions: Permissions::READ_WRITE, memory: Memory::Device, size: PageSize::Size2M, ..page };
-    assert_eq!(Nested.leaf(&device), 1 << 63 | 0x4000_0000 | 0xff);
-    assert_eq!(Extended.leaf(&device), 0x4000_0000 | 0x383);
-    assert_eq!(Nested.table(Pfn::new(0x8_1234)), 0x8123_4027);
-    assert_eq!(Extended.table(Pfn::new(0x8_1234)), 0x8123_4107);
+    assert_eq!(NESTED.leaf(&device), 1 << 63 | 0x4000_0000 | 0xff);
+    assert_eq!(EXTENDED.leaf(&device), 0x4000_0000 | 0x383);
+    assert_eq!(NESTED.table(Pfn::new(0x8_1234)), 0x8123_4027);
+    assert_eq!(EXTENDED.table(Pfn::new(0x8_1234)), 0x8123_4107);
 }

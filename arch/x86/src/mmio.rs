@@ -24,6 +24,7 @@
 //! Sources: APM 15.25.6 and 5.6.5 (reserved bits), SDM 29.3.3.1 (misconfigurations).
 
 use entresol_addr::Gfn;
+use entresol_table::MmioEntry;
 
 /// Bits of a generation that an entry stores.
 pub const GENERATION_BITS: u32 = 19;
@@ -33,7 +34,7 @@ const GENERATION_HIGH_SHIFT: u32 = 52;
 /// Address bits of an entry: 51:12.
 const ADDRESS: u64 = (1 << 52) - (1 << 12);
 /// The reserved bit.
-const RESERVED: u64 = 1 << 51;
+pub(crate) const RESERVED: u64 = 1 << 51;
 /// Address bits that are forced to ones.
 const FORCED_BITS: u32 = 5;
 
@@ -46,6 +47,11 @@ const MISCONFIGURED: u64 = 0b110;
 const LOW: u64 = 0b111;
 /// Clear in every MMIO entry; set in what is a leaf to us and not to the processor.
 const NOT_MMIO: u64 = 1 << 11;
+
+/// Address bits of an entry that a processor of `physical_bits` address bits has not.
+pub(crate) const fn absent_bits(physical_bits: u8) -> u64 {
+    if physical_bits >= 52 { 0 } else { ADDRESS & (u64::MAX << physical_bits) }
+}
 
 /// The part of a slot generation that entries store. When it comes back to 0, every entry of the round before must be gone.
 #[inline]
@@ -87,6 +93,18 @@ pub struct Entry {
     pub access: Access,
     /// The slots' generation when that was found out, as [`stored`].
     pub generation: u64,
+}
+
+impl Entry {
+    /// An entry of tables that know nothing of what the guest's own allow.
+    pub(crate) const fn direct(entry: &MmioEntry) -> Self {
+        Self { gfn: entry.gfn, access: Access::ALL, generation: entry.generation }
+    }
+
+    /// What it says if it is one.
+    pub(crate) fn for_all(self) -> Option<MmioEntry> {
+        (self.access == Access::ALL).then_some(MmioEntry { gfn: self.gfn, generation: self.generation })
+    }
 }
 
 /// How entries are written on a machine.
@@ -185,8 +203,13 @@ const fn generation(raw: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ept::Extended;
+    use crate::npt::Nested;
     use entresol_table::{Entry as TableEntry, Format as _, LEAF_LEVEL, Leaf, Memory, Permissions};
     use proptest::prelude::*;
+
+    const NESTED: Nested = Nested::new(46, None);
+    const EXTENDED: Extended = Extended::new(46, None);
 
     fn formats() -> impl Iterator<Item = Format> {
         [Kind::Reserved, Kind::Misconfiguration].into_iter().flat_map(|kind| {
@@ -279,26 +302,34 @@ mod tests {
         for format in formats() {
             for bits in 0..32 {
                 let words = match format.kind {
-                    Kind::Reserved => [crate::npt::Nested.leaf(&leaf(bits)), crate::npt::Nested.table(leaf(bits).pfn)],
-                    Kind::Misconfiguration => {
-                        [crate::ept::Extended.leaf(&leaf(bits)), crate::ept::Extended.table(leaf(bits).pfn)]
-                    }
+                    Kind::Reserved => [NESTED.leaf(&leaf(bits)), NESTED.table(leaf(bits).pfn)],
+                    Kind::Misconfiguration => [EXTENDED.leaf(&leaf(bits)), EXTENDED.table(leaf(bits).pfn)],
                 };
                 for raw in words {
                     assert_eq!(format.decode(raw), None, "{format:?} {raw:#x}");
                 }
             }
-            for raw in [0, crate::npt::Nested::BROKEN, crate::ept::Extended::BROKEN, u64::MAX << 12] {
+            for raw in [0, Nested::BROKEN, Extended::BROKEN, u64::MAX << 12] {
                 assert_eq!(format.decode(raw), None);
             }
         }
     }
 
+    /// The tables' own reading: vacant in the last level, and nothing that leads anywhere above it.
+    fn tables_see_nothing<F: entresol_table::Format>(format: F) {
+        for entry in [MmioEntry { gfn: Gfn::new(7), generation: 9 }, MmioEntry { gfn: Gfn::new(0), generation: 0 }] {
+            let raw = format.mmio(&entry).unwrap();
+            assert_eq!(format.mmio_entry(raw), Some(entry));
+            assert_eq!(format.decode(raw, LEAF_LEVEL), TableEntry::Vacant);
+            assert!(format.is_malformed(raw, LEAF_LEVEL), "or the processor would use it");
+        }
+    }
+
     #[test]
-    fn to_extended_tables_an_mmio_entry_is_no_leaf() {
-        let format = Format::new(Kind::Misconfiguration, 46, None).unwrap();
-        let raw = format.encode(&Entry { gfn: Gfn::new(7), access: Access::ALL, generation: 9 }).unwrap();
-        assert_eq!(crate::ept::Extended.decode(raw, LEAF_LEVEL), TableEntry::Broken);
+    fn to_tables_an_mmio_entry_is_vacant() {
+        tables_see_nothing(NESTED);
+        tables_see_nothing(EXTENDED);
+        assert_eq!(Nested::new(52, None).mmio(&MmioEntry { gfn: Gfn::new(7), generation: 9 }), None);
     }
 
     proptest! {

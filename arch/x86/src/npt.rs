@@ -19,12 +19,17 @@
 //! Levels are the crate `table`'s: 0 is the PML4, 3 the page table. An entry with P clear is not present and the processor
 //! ignores all its other bits (APM 5.3.2): that is where the markers of `entresol_table` live.
 //!
+//! A present entry with bit 51 set, which no processor of fewer than 52 address bits accepts, is an MMIO entry
+//! ([`mmio`](crate::mmio)).
+//!
 //! The processor sets A by itself, and never clears it (APM 5.4.2): a leaf that is not young does not fault, unlike arm64's.
 //!
 //! Known holes: no five-level tables; no memory encryption bit.
 
 use entresol_addr::{PageSize, Pfn};
-use entresol_table::{Entry, Format, Geometry, LEAF_LEVEL, Leaf, Memory, Permissions, VACANT, size_at};
+use entresol_table::{Entry, Format, Geometry, LEAF_LEVEL, Leaf, Memory, MmioEntry, Permissions, VACANT, size_at};
+
+use crate::mmio::{self, Kind};
 
 pub(crate) const PRESENT: u64 = 1 << 0;
 pub(crate) const WRITABLE: u64 = 1 << 1;
@@ -39,9 +44,25 @@ const LARGE: u64 = 1 << 7;
 pub(crate) const ADDRESS: u64 = (1 << 52) - (1 << 12);
 pub(crate) const NO_EXECUTE: u64 = 1 << 63;
 
+/// Bit 12 of a large page is its PAT bit (APM 5.4.1).
+const LARGE_PAT: u64 = 1 << 12;
+
 /// The entry format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Nested;
+pub struct Nested {
+    /// Address bits that the processor has not.
+    absent: u64,
+    mmio: Option<mmio::Format>,
+}
+
+impl Nested {
+    /// The format for a processor of `physical_bits` address bits (CPUID 8000_0008 EAX 7:0); `leaking_bits` as in
+    /// [`mmio::Format::new`]. Without a bit to reserve it has no MMIO entries.
+    pub const fn new(physical_bits: u8, leaking_bits: Option<u8>) -> Self {
+        let mmio = mmio::Format::new(Kind::Reserved, physical_bits, leaking_bits);
+        Self { absent: mmio::absent_bits(physical_bits), mmio }
+    }
+}
 
 impl Format for Nested {
     /// P clear; bit 1 tells it from a vacant word in a dump.
@@ -61,6 +82,9 @@ impl Format for Nested {
         }
         if raw & PRESENT == 0 {
             return Entry::Broken;
+        }
+        if raw & mmio::RESERVED != 0 && level == LEAF_LEVEL && self.mmio_entry(raw).is_some() {
+            return Entry::Vacant;
         }
         let pfn = Pfn::new((raw & ADDRESS) >> 12);
         if level < LEAF_LEVEL && raw & LARGE == 0 {
@@ -105,5 +129,29 @@ impl Format for Nested {
     #[inline]
     fn young(&self, raw: u64) -> u64 {
         raw | ACCESSED
+    }
+
+    #[inline]
+    fn generation_bits(&self) -> u32 {
+        if self.mmio.is_some() { mmio::GENERATION_BITS } else { 0 }
+    }
+
+    fn mmio(&self, entry: &MmioEntry) -> Option<u64> {
+        self.mmio?.encode(&mmio::Entry::direct(entry))
+    }
+
+    #[inline]
+    fn mmio_entry(&self, raw: u64) -> Option<MmioEntry> {
+        self.mmio?.decode(raw)?.for_all()
+    }
+
+    /// APM 5.3 and 5.4.1: address bits beyond the processor's, PS in a PML4 entry, address bits within a large page.
+    fn is_malformed(&self, raw: u64, level: u8) -> bool {
+        let large = level < LEAF_LEVEL && raw & LARGE != 0;
+        let within = match size_at(level).filter(|_| large) {
+            Some(size) => ((size.frames() << 12) - 1) & ADDRESS & !LARGE_PAT,
+            None => 0,
+        };
+        raw & PRESENT != 0 && (raw & (self.absent | within) != 0 || level == 0 && large)
     }
 }

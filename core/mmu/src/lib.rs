@@ -15,13 +15,12 @@
 //! Memory that relatives share has its own chapter, `share`; the fork of a machine is in `fork`; equal pages of strangers
 //! become one in `merge`; what a guest gives back is `discard`'s.
 //!
-//! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-14. Nothing here allocates after creation but frames.
+//! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-8, INV-14. Nothing here allocates after creation but frames.
 //! Lock order: merging → fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
 //!
 //! An access that lies outside every slot leaves the pin with that answer: whoever emulates it looks again in the pin in which it
-//! answers, and has the guest try again if a slot is there by then (INV-9).
-//!
-//! Known holes: the MMIO cache is not here yet.
+//! answers, and has the guest try again if a slot is there by then (INV-9). Formats with MMIO entries have a shorter way to that
+//! answer: `mmio`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -46,6 +45,7 @@ mod maintain;
 mod mapping;
 mod mark;
 mod merge;
+mod mmio;
 mod notifier;
 mod out;
 mod outcome;
@@ -61,6 +61,8 @@ mod young;
 mod discard_tests;
 #[cfg(test)]
 mod fork_tests;
+#[cfg(test)]
+mod mmio_tests;
 #[cfg(test)]
 mod pfncache_tests;
 #[cfg(test)]
@@ -81,6 +83,7 @@ pub use invalidate::InvalidateError;
 pub use maintain::{Maintenance, ReadOnlyIvac};
 pub use mark::Mark;
 pub use merge::{MergeError, MergeRefusal, Merging, Scan};
+pub use mmio::{MmioCache, MmioCounts};
 pub use notifier::{Invalidation, Notifier, Sample, TooMany};
 pub use out::{Frames, LeaveError, Shown, begin_out, discard};
 pub use outcome::{Abort, Outcome, Reason};

@@ -53,6 +53,9 @@ pub enum Reason {
     },
     /// A slot names an object that does not exist or ends before the slot does: the owner's mistake.
     BadObject,
+    /// The tables hold a word that the hardware refuses and that nobody here wrote: something is broken. [`crate::Vm::way`] has
+    /// the words.
+    Malformed,
     /// The fault was handled; the vCPU's dirty ring is at its soft limit, and it is not to run before a reset.
     DirtyRingFull,
 }

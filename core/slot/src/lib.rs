@@ -47,5 +47,5 @@ pub use decide::{Change, ObjectShape, SlotRequest, decide};
 pub use error::{ErrorKind, SlotError};
 pub use set::{Mappings, Set};
 pub use slot::{Generation, ObjectId, Slot, SlotFlags, SlotRef};
-pub use slots::{CreateError, Hint, MAX_SLOTS, Slots};
-pub use update::{Ready, Update, Withdraw};
+pub use slots::{CreateError, Hint, MAX_SLOTS, Place, Slots};
+pub use update::{MOST_PUBLICATIONS, Ready, Update, Withdraw};

@@ -135,6 +135,13 @@ impl Set {
         self.find_hinted(gfn, id)
     }
 
+    /// The slot that `gfn` lies in, valid or not.
+    pub(crate) fn holder(&self, gfn: Gfn) -> Option<(Slot, Validity)> {
+        let after = self.partition(|slot| self.cell(slot).base() <= gfn, |place| self.number(place));
+        let found = self.load(self.number(after.checked_sub(1)?));
+        found.0.contains(gfn).then_some(found)
+    }
+
     /// Slot number `id` becomes `to`.
     pub(crate) fn replace(&self, id: u16, to: Option<(Slot, Validity)>) {
         let place = |slot: Slot| (slot.base, slot.count, slot.object, slot.offset);

@@ -49,6 +49,12 @@ impl Generation {
         self.0
     }
 
+    /// Publications so far, without the mark.
+    #[inline]
+    pub const fn count(self) -> u64 {
+        self.0 >> 1
+    }
+
     /// Whether an update was in progress, so that nothing may be kept on the strength of this answer.
     #[inline]
     pub const fn in_progress(self) -> bool {

@@ -33,6 +33,17 @@ impl Hint {
     }
 }
 
+/// What lies at a guest frame, for whoever wants to remember that nothing does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A slot.
+    Slot(SlotRef),
+    /// A slot that is being withdrawn: what becomes of the frame is not decided yet.
+    Leaving,
+    /// No slot, in this state of the slots.
+    Nothing(Generation),
+}
+
 /// Why no slots could be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CreateError {
@@ -87,6 +98,16 @@ impl Slots {
             None => find_again(set, gfn, hint)?,
         };
         Some(SlotRef { slot, generation })
+    }
+
+    /// What lies at `gfn`.
+    pub fn place(&self, _pin: &Pin<'_>, gfn: Gfn) -> Place {
+        let (set, generation) = self.active();
+        match set.holder(gfn) {
+            Some((slot, Validity::Valid)) => Place::Slot(SlotRef { slot, generation }),
+            Some((_, Validity::Invalid)) => Place::Leaving,
+            None => Place::Nothing(generation),
+        }
     }
 
     /// The valid slot numbered `id`.
@@ -146,6 +167,23 @@ impl Slots {
         object: Option<ObjectShape>,
     ) -> Result<Update<'s>, SlotError> {
         Update::begin(self, epoch, request, object)
+    }
+
+    /// Moves the generation to `count`, as if so many publications had been made, unless it is there or beyond already.
+    /// `meanwhile` runs while an update counts as in progress, and nobody is left who read the slots before it did.
+    ///
+    /// For whoever keeps only a part of a generation: when that part would repeat, `meanwhile` forgets what was kept. The
+    /// caller's own CPU is not pinned.
+    pub fn renumber(&self, epoch: &Epoch, count: u64, meanwhile: impl FnOnce()) {
+        let _updating = self.updating.lock();
+        let state = self.state.load(Ordering::Relaxed);
+        if state / STEP >= count {
+            return;
+        }
+        self.state.store(state | IN_PROGRESS, Ordering::Release);
+        epoch.synchronize();
+        meanwhile();
+        self.state.store(state & ACTIVE | (count * STEP), Ordering::Release);
     }
 
     #[inline]

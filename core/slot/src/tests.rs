@@ -392,3 +392,35 @@ fn readers_never_see_a_torn_or_an_overlapping_slot() {
         done.store(true, std::sync::atomic::Ordering::Release);
     });
 }
+
+#[test]
+fn a_frame_is_a_slots_or_leaving_or_nobodys() {
+    let (slots, epoch) = (slots(), Epoch::new());
+    apply(&slots, &epoch, &request(0, 50, 4, 20, NONE), SHAPE).unwrap();
+    let place = |gfn| slots.place(&epoch.pin(0), Gfn::new(gfn));
+    assert!(matches!(place(53), Place::Slot(found) if found.id == 0));
+    assert_eq!((place(49), place(54)), (Place::Nothing(slots.generation()), Place::Nothing(slots.generation())));
+    let Update::Withdraw(withdraw) = slots.update(&epoch, &request(0, 50, 0, 0, NONE), None).unwrap() else {
+        panic!("a deletion withdraws");
+    };
+    let ready = withdraw.invalidate();
+    assert_eq!((place(53), place(54)), (Place::Leaving, Place::Nothing(slots.generation())));
+    ready.commit();
+    assert_eq!(place(53), Place::Nothing(slots.generation()));
+}
+
+#[test]
+fn a_generation_moves_ahead_only() {
+    let (slots, epoch) = (slots(), Epoch::new());
+    apply(&slots, &epoch, &request(0, 50, 4, 20, NONE), SHAPE).unwrap();
+    let before = slots.generation();
+    slots.renumber(&epoch, before.count(), || panic!("it is there already"));
+    assert_eq!(slots.generation(), before);
+    slots.renumber(&epoch, 1 << 19, || {
+        assert!(slots.generation().in_progress() && slots.generation().count() == before.count());
+    });
+    assert_eq!((slots.generation().count(), slots.generation().in_progress()), (1 << 19, false));
+    assert_eq!(find(&slots, &epoch, 50).unwrap().id, 0, "the slots are as they were");
+    apply(&slots, &epoch, &request(1, 60, 4, 20, NONE), SHAPE).unwrap();
+    assert_eq!((slots.generation().count(), all(&slots, &epoch).len()), ((1 << 19) + 1, 2));
+}

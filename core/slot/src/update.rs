@@ -14,6 +14,9 @@ use entresol_sync::{Epoch, MutexGuard, planted};
 use crate::set::Validity;
 use crate::{Change, ObjectShape, Slot, SlotError, SlotRequest, Slots, decide};
 
+/// The most publications that one update makes: a slot is withdrawn, and then moved, deleted or put back.
+pub const MOST_PUBLICATIONS: u64 = 2;
+
 /// An accepted request, by what it needs next.
 #[must_use = "an update that is dropped changes nothing"]
 pub enum Update<'s> {

@@ -44,6 +44,20 @@ pub enum Bug {
     ZB5,
     /// Z-B6: the ring of coalesced writes computes its distances modulo 2^32.
     ZB6,
+    /// Z-C1: an MMIO entry counts although slots were made since.
+    ZC1,
+    /// Z-C2: generations begin anew, and MMIO entries of the round before stay.
+    ZC2,
+    /// Z-C3: an MMIO entry takes the place of a leaf, and the leaf's translation stays.
+    ZC3,
+    /// Z-C4: an entry that was taken away between the fault and the walk counts as a malformed one.
+    ZC4,
+    /// Z-C6: table pages are freed while somebody may be walking through them.
+    ZC6,
+    /// Z-C7: the short way of a write fault makes writable what its object shares.
+    ZC7,
+    /// Z-C8: an MMIO entry counts although an update of the slots is in progress.
+    ZC8,
     /// Z-D1: a release removes the frame, though another lease of it lives.
     ZD1,
     /// Z-D3: a late release takes a lease of the frame's next owner.

@@ -8,9 +8,10 @@ use core::marker::PhantomData;
 
 use entresol_machine::{Machine, TlbOp, Vmid, Word};
 
+use crate::entry::vacant;
 use crate::marker::Marker;
 use crate::vmid::flush;
-use crate::{Format, VACANT, VmidSource};
+use crate::{Format, VmidSource};
 
 /// A claimed word whose old translation TLBs may still hold.
 #[must_use = "a claim that is dropped leaves its entry claimed for ever"]
@@ -48,9 +49,9 @@ impl<'m, M: Machine, F: Format> Broken<'m, M, F> {
 }
 
 impl<'m, M: Machine, F: Format> Blank<'m, M, F> {
-    /// Claims a vacant word.
-    pub(crate) fn take(machine: &'m M, word: Word) -> Option<Self> {
-        machine.compare_exchange(word, VACANT, Marker::Claimed.encode::<F>()).ok()?;
+    /// Claims a word that was seen to be vacant, and held `raw`.
+    pub(crate) fn take(machine: &'m M, format: F, word: Word, raw: u64) -> Option<Self> {
+        machine.compare_exchange(word, vacant(format, raw), Marker::Claimed.encode::<F>()).ok()?;
         Some(Self { machine, word, format: PhantomData })
     }
 

@@ -95,10 +95,19 @@ impl Leaf {
     }
 }
 
+/// What an entry that maps nothing remembers: no slot holds this frame, or did so at that generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MmioEntry {
+    /// The guest frame that has no memory.
+    pub gfn: Gfn,
+    /// The low [`Format::generation_bits`] bits of the slots' generation when that was found out.
+    pub generation: u64,
+}
+
 /// A decoded word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Entry {
-    /// Nothing is mapped, and no translation of it is left anywhere.
+    /// Nothing is mapped, and no translation of it is left anywhere. The word is [`VACANT`] or an MMIO entry.
     Vacant,
     /// Invalid for the hardware, and somebody's: the crate documentation says whose.
     Broken,
@@ -113,10 +122,12 @@ pub enum Entry {
 /// An implementor promises, and its tests show:
 /// 1. `decode(leaf(&l), level_of(l.size)) == Entry::Leaf(l)`, and `decode(table(p), level) == Entry::Table(p)` for levels
 ///    0–2, for every frame below `1 << FRAME_BITS`.
-/// 2. `decode` is total, gives `Vacant` for [`VACANT`] only, and never a table at level 3.
+/// 2. `decode` is total, gives `Vacant` for [`VACANT`] and, at level 3, for MMIO entries, and never a table at level 3.
 /// 3. `writable` and `protected` are what they say in terms of `decode` and `leaf`.
 /// 4. A word whose low [`Self::MARKER_BITS`] bits equal `BROKEN` is invalid for the hardware whatever its other bits,
 ///    decodes as `Broken`, and is no leaf's, no table's and not vacant.
+/// 5. `mmio_entry(mmio(&e)) == Some(e)` for all that `mmio` takes. The hardware faults at such a word in a way that it reports
+///    apart from all others, and caches nothing of it: it may be replaced without an invalidation.
 pub trait Format: Copy + Sync {
     /// Low bits of a word that `BROKEN` occupies; the bits above carry this crate's own data.
     const MARKER_BITS: u32 = 12;
@@ -163,6 +174,40 @@ pub trait Format: Copy + Sync {
             Entry::Vacant | Entry::Broken | Entry::Table(_) => raw,
         }
     }
+
+    /// Bits of a generation that an MMIO entry holds; 0 if the format has no such entries, which then cost nothing.
+    #[inline]
+    fn generation_bits(&self) -> u32 {
+        0
+    }
+
+    /// The word at level 3 that holds `entry`, or `None` if no word can: such an access is looked up each time.
+    #[inline]
+    fn mmio(&self, entry: &MmioEntry) -> Option<u64> {
+        let _ = entry;
+        None
+    }
+
+    /// What a word at level 3 remembers, if it is an MMIO entry.
+    #[inline]
+    fn mmio_entry(&self, raw: u64) -> Option<MmioEntry> {
+        let _ = raw;
+        None
+    }
+
+    /// Whether the hardware refuses a word of a table at `level` that should lead on: nobody here writes such a word, so
+    /// something is broken. MMIO entries are not meant, and need not be told apart.
+    #[inline]
+    fn is_malformed(&self, raw: u64, level: u8) -> bool {
+        let _ = (raw, level);
+        false
+    }
+}
+
+/// What an installer expects in a word that it saw as [`Entry::Vacant`] when it held `raw`.
+#[inline]
+pub(crate) fn vacant<F: Format>(format: F, raw: u64) -> u64 {
+    if format.generation_bits() == 0 { VACANT } else { raw }
 }
 
 #[cfg(test)]

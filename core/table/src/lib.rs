@@ -11,7 +11,7 @@
 //!
 //! | word | meaning | who may change it | what others do |
 //! |---|---|---|---|
-//! | vacant (0) | nothing is here, and no TLB holds anything for here | anyone, by compare-and-swap | install |
+//! | vacant (0, or an MMIO entry) | nothing is here, and no TLB holds anything for here | anyone, by compare-and-swap | install |
 //! | claimed | one call will put something valid here | its claimant | a fault gets `Busy`; a range operation waits |
 //! | removed(t) | gone, but TLBs may hold it | the [`FlushDebt`] with ticket `t` | `Busy`; range operations pass |
 //! | frozen | the table page itself is unlinked | nobody, until the frame is reused | `Busy`; start again at the root |
@@ -29,6 +29,8 @@
 //!   freezer found that entry and took care of it, or finds it frozen and starts again: no translation is installed in
 //!   a page that nobody can find. The page goes into a [`Retired`] chain, linked through its own frozen words, and may
 //!   be reused when the TLB invalidation has completed *and* every CPU that was walking has left (grace period).
+//! * A format may have MMIO entries: words of the last level that map nothing and remember why (`mmio`). To everything here
+//!   but their own operations they are vacant, and whoever installs swaps against the very word that it saw.
 //! * What can fail comes first: table pages are in a [`Reserve`] before anything changes, and stay there on every
 //!   error.
 //! * The VMID is read after the word has changed, behind a full barrier, through [`VmidSource`]: a VM that gets a new
@@ -68,6 +70,7 @@ mod freeze;
 mod geometry;
 mod map;
 mod marker;
+mod mmio;
 mod relax;
 mod reserve;
 mod resize;
@@ -82,9 +85,10 @@ pub use counters::Census;
 pub use debt::{FlushDebt, Retired, Settled};
 pub use detach::Detached;
 pub use entresol_machine::Vmid;
-pub use entry::{Entry, Format, Leaf, Memory, Permissions, VACANT};
+pub use entry::{Entry, Format, Leaf, Memory, MmioEntry, Permissions, VACANT};
 pub use geometry::{Geometry, LEAF_LEVEL, index, level_of, shift, size_at};
 pub use map::{MapError, Mapped};
+pub use mmio::{End, Way};
 pub use relax::RelaxError;
 pub use reserve::Reserve;
 pub use resize::{MergeError, SplitError};

@@ -5,6 +5,7 @@ use entresol_machine::{Machine, TlbOp, Word};
 use entresol_sync::planted;
 
 use crate::claim::{Blank, Broken};
+use crate::entry::vacant;
 use crate::freeze::Remover;
 use crate::{
     Entry, Format, Leaf, PageWork, Reserve, Retired, SplitError, Table, VACANT, VmidSource, Walk, index, level_of,
@@ -94,7 +95,7 @@ impl<F: Format> Table<F> {
         let target = level_of(leaf.size);
         let at = self.descend(machine, gfn, target);
         if at.level == target && at.entry == Entry::Vacant {
-            return self.fill(machine, at.word, leaf, work);
+            return self.fill(machine, at.word, at.raw, leaf, work);
         }
         self.map_over(machine, &vmid, gfn, leaf, reserve, work)
     }
@@ -112,7 +113,7 @@ impl<F: Format> Table<F> {
     ) -> Result<Mapped, MapError> {
         let at = self.grow(machine, vmid, gfn, leaf, reserve)?;
         match at.entry {
-            Entry::Vacant => self.fill(machine, at.word, leaf, work),
+            Entry::Vacant => self.fill(machine, at.word, at.raw, leaf, work),
             Entry::Leaf(old) if old.same_output(leaf) => Err(MapError::Present(old)),
             Entry::Leaf(_) | Entry::Table(_) if !work.may_replace() => Err(MapError::Occupied),
             Entry::Leaf(old) => self.replace(machine, vmid, gfn, leaf, &at, old, work),
@@ -150,25 +151,26 @@ impl<F: Format> Table<F> {
         Ok(())
     }
 
-    /// Installs where nothing is.
+    /// Installs where nothing is, in a word that held `old`.
     #[inline]
     fn fill<M: Machine, W: PageWork>(
         &self,
         machine: &M,
         word: Word,
+        old: u64,
         leaf: &Leaf,
         work: &mut W,
     ) -> Result<Mapped, MapError> {
         let raw = self.format().leaf(leaf);
         if planted!(ZA2) {
-            machine.compare_exchange(word, VACANT, raw).map_err(|_| MapError::Busy)?;
+            machine.compare_exchange(word, vacant(self.format(), old), raw).map_err(|_| MapError::Busy)?;
             work.prepare();
         } else if work.must_prepare() {
-            let blank = Blank::<M, F>::take(machine, word).ok_or(MapError::Busy)?;
+            let blank = Blank::<M, F>::take(machine, self.format(), word, old).ok_or(MapError::Busy)?;
             work.prepare();
             blank.publish(raw);
         } else {
-            machine.compare_exchange(word, VACANT, raw).map_err(|_| MapError::Busy)?;
+            machine.compare_exchange(word, vacant(self.format(), old), raw).map_err(|_| MapError::Busy)?;
         }
         machine.published();
         self.counters.add_leaves(leaf.size, 1);
@@ -216,7 +218,7 @@ impl<F: Format> Table<F> {
     }
 
     /// Links an empty table into a vacant word.
-    fn link<M: Machine>(&self, machine: &M, word: Word, reserve: &mut Reserve) -> Result<Pfn, MapError> {
+    pub(crate) fn link<M: Machine>(&self, machine: &M, word: Word, reserve: &mut Reserve) -> Result<Pfn, MapError> {
         let frame = reserve.pop().ok_or(MapError::NoTable { needed: 1 })?;
         if machine.compare_exchange(word, VACANT, self.format().table(frame)).is_err() {
             reserve.put_back(frame);

@@ -197,6 +197,7 @@ fn number(outcome: Outcome) -> u32 {
         Outcome::Exit(Reason::OutOfMemory) => 7,
         Outcome::Exit(Reason::Unsupported { .. }) => 8,
         Outcome::Exit(Reason::BadObject) => 9,
+        Outcome::Exit(Reason::Malformed) => 13,
         Outcome::Unshare => 10,
         Outcome::Exit(Reason::Stored { .. }) => 11,
         Outcome::Exit(Reason::DirtyRingFull) => 12,

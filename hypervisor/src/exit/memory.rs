@@ -73,6 +73,8 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
             Next::Leave(Leave::Park)
         }
         Outcome::Exit(Reason::Unsupported { syndrome }) => crash(vcpu, Crash::Unsupported { syndrome }),
+        // These tables' format has no word that the hardware refuses.
+        Outcome::Exit(Reason::Malformed) => crash(vcpu, Crash::Unsupported { syndrome: esr }),
         Outcome::Exit(Reason::BadObject) => crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() }),
     }
 }

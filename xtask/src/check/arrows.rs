@@ -27,14 +27,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("mmu", &["addr", "sync", "fault", "slot", "backing", "table", "machine"]),
     ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64"]),
     ("hypervisor", &HYPERVISOR),
-    ("model", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64"]),
+    ("model", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64", "arch-x86"]),
     ("fuzz", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64"]),
     ("cli", &["wire", "addr", "mmu", "loader", "model"]),
     ("xtask", &["wire", "cli"]),
 ];
 
-/// What only tests may import besides: a real format for the pipeline's. No arrow leads back, so there is no circle.
-const TEST_ARROWS: &[(&str, &[&str])] = &[("mmu", &["arch-arm64"])];
+/// What only tests may import besides: real formats for the pipeline's. No arrow leads back, so there is no circle.
+const TEST_ARROWS: &[(&str, &[&str])] = &[("mmu", &["arch-arm64", "arch-x86"])];
 
 /// Features that exist for the lab, and may be switched on by nothing else but tests and the fuzz target, whose canary is a
 /// planted bug: the hypervisor has no planted bugs, and no

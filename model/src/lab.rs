@@ -21,7 +21,7 @@ use corosensei::Yielder;
 use entresol_addr::{GfnRange, Pfn, PfnRange};
 use entresol_machine::Word;
 use entresol_sync::lab::{Access, Scheduler, Site};
-pub use hardware::Hardware;
+pub use hardware::{Hardware, set_by_hardware};
 use scoped_tls::scoped_thread_local;
 
 use crate::check::coalesced::Posted;

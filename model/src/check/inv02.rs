@@ -12,7 +12,7 @@ use crate::machine::{EntryWrite, World};
 
 /// Checks a store to a table.
 pub fn entry(world: &World, write: &EntryWrite) -> Option<String> {
-    if write.new == Descriptor::Invalid {
+    if write.new.is_invalid() {
         return None;
     }
     if let Some(old) = changed_in_place(write) {
@@ -44,7 +44,7 @@ fn place(write: &EntryWrite) -> String {
 
 fn changed_in_place(write: &EntryWrite) -> Option<Descriptor> {
     let same = match (write.old, write.new) {
-        (Descriptor::Invalid, _) => true,
+        (Descriptor::Invalid | Descriptor::Refused, _) => true,
         (Descriptor::Leaf(old), Descriptor::Leaf(new)) => old.same_output(&new),
         (old, new) => old == new,
     };
@@ -69,6 +69,6 @@ fn agrees(write: &EntryWrite, seen: &Seen) -> bool {
         Descriptor::Leaf(new) => same(new),
         // What stands below was stored, and watched, when it became reachable.
         Descriptor::Table(_) => !(seen.table == write.table && seen.index == write.index),
-        Descriptor::Invalid => true,
+        Descriptor::Invalid | Descriptor::Refused => true,
     }
 }

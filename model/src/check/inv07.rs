@@ -32,7 +32,7 @@ pub fn freed(world: &World, frames: PfnRange) -> Option<String> {
 /// Checks a store to a table.
 pub fn entry(world: &World, write: &EntryWrite) -> Option<String> {
     let frames = match write.new {
-        Descriptor::Invalid => return None,
+        Descriptor::Invalid | Descriptor::Refused => return None,
         Descriptor::Table(frame) => PfnRange::single(frame),
         Descriptor::Leaf(leaf) if !leaf.normal => return None,
         Descriptor::Leaf(leaf) => PfnRange::block(leaf.pfn, leaf.size),

@@ -3,7 +3,7 @@
 //! A checker is a pure function of the model's state and of what just happened; the lab calls it at the moment its
 //! module says. Any of them can be switched off, so that a test can show that a bug is found *by it*.
 //!
-//! INV-8 speaks of the MMIO cache, which the core does not have yet; its checker comes with it. INV-12 is judged by the oracle
+//! INV-12 is judged by the oracle
 //! of INV-11.
 
 pub mod coalesced;
@@ -15,6 +15,7 @@ pub mod inv04;
 pub mod inv05;
 pub mod inv06;
 pub mod inv07;
+pub mod inv08;
 pub mod inv09;
 pub mod inv10;
 pub mod inv11;
@@ -47,6 +48,8 @@ pub enum Check {
     Inv6,
     /// Frames are released once, and nobody reaches a free one.
     Inv7,
+    /// MMIO entries are believed while they are true.
+    Inv8,
     /// Memory is not emulated.
     Inv9,
     /// The hypervisor's own mapping.
@@ -79,7 +82,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -87,6 +90,7 @@ impl Check {
         Self::Inv5,
         Self::Inv6,
         Self::Inv7,
+        Self::Inv8,
         Self::Inv9,
         Self::Inv10,
         Self::Inv11,
@@ -118,6 +122,7 @@ impl Check {
             Self::Inv5 => "INV-5",
             Self::Inv6 => "INV-6",
             Self::Inv7 => "INV-7",
+            Self::Inv8 => "INV-8",
             Self::Inv9 => "INV-9",
             Self::Inv10 => "INV-10",
             Self::Inv11 => "INV-11",

@@ -14,7 +14,7 @@ use crate::machine::{EntryWrite, World};
 pub fn entry(world: &World, range: GfnRange, write: &EntryWrite) -> Option<String> {
     // Below a word that is invalid already nothing is unmapped.
     let (_, level) = world.tables.current(write.vm, write.span.start());
-    let unmapped = matches!(write.old, Descriptor::Leaf(_)) && write.new == Descriptor::Invalid && level >= write.level;
+    let unmapped = matches!(write.old, Descriptor::Leaf(_)) && write.new.is_invalid() && level >= write.level;
     (unmapped && range.overlaps(write.span))
         .then(|| format!("gfn {:#x} of VM {} was unmapped by an update of flags alone", write.span.start(), write.vm))
 }

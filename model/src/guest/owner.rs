@@ -61,6 +61,7 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
                 stage.host.supply(cpu).scrub(usize::MAX);
             }
         }
+        Step::Generation { vm, count } => stage.vm(*vm).slots().renumber(&stage.host.epoch, *count, || {}),
         Step::Vmids { count } => {
             let worn: Vec<VmVmid> = (0..*count).map(|_| VmVmid::new()).collect();
             for vm in &worn {

@@ -4,15 +4,15 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use entresol_addr::{PageSize, Pfn, PfnRange};
-use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::{FrameMeta, FramePool, Lease, ObjectHandle, Objects, Policy, Spec};
 use entresol_machine::Vmid;
 use entresol_machine::model::Modelled;
-use entresol_mmu::{CoalescedRing, Host, Invalidation, Options, Vm};
+use entresol_mmu::{CoalescedRing, Host, Invalidation, MmioCache, Options, Vm};
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
 
 use super::context::Context;
+use super::format::LabFormat;
 use super::vcpu::{self, Attempt};
 use super::{dirty, owner, posted, private, relatives};
 use crate::check::inv07::{self, Account};
@@ -33,7 +33,7 @@ const DEVICE: u64 = 0x8_0000;
 /// The machine that the core runs on.
 pub type LabHost = Host<Modelled<Hardware>>;
 /// A virtual machine on it.
-pub type LabVm<'h> = Vm<'h, Modelled<Hardware>, Stage2>;
+pub type LabVm<'h> = Vm<'h, Modelled<Hardware>, LabFormat>;
 
 /// Everything that the CPUs of a scenario share.
 pub struct Stage<'h> {
@@ -74,6 +74,8 @@ pub struct Actor {
     pub cpu: usize,
     /// Its vCPU's.
     pub hint: Hint,
+    /// Its vCPU's, of the virtual machine that it runs.
+    pub cache: MmioCache,
     /// Its vCPU's registers.
     pub context: Context,
     /// Its vCPU's own translation is off.
@@ -92,6 +94,7 @@ impl Actor {
         Self {
             cpu,
             hint: Hint::new(),
+            cache: MmioCache::new(),
             context: Context::default(),
             mmu_off: false,
             runs: None,
@@ -251,6 +254,7 @@ impl<'h> Stage<'h> {
             return vmid;
         }
         self.leave(actor);
+        actor.cache.forget();
         let memory = self.vm(vm);
         memory.enter(actor.cpu, actor.cpu as u32).expect("scripts are too short to fill a ring");
         let vmid = memory.load(actor.cpu);
@@ -352,7 +356,7 @@ fn switch_on<'h>(host: &'h LabHost, scenario: &Scenario, number: usize) -> LabVm
         read_only_ivac: scenario.policy.read_only_ivac.into(),
         tags: machine.tags,
     };
-    let vm = Vm::new(host, 0, Stage2 { fwb: machine.fwb }, options).expect("frames for the scenario's tables");
+    let vm = Vm::new(host, 0, LabFormat::of(&machine), options).expect("frames for the scenario's tables");
     let (level, root) = (vm.table().geometry().root_level(), vm.table().root());
     lab::with(|lab| lab.world.add_root(number, level, root));
     vm

@@ -5,19 +5,21 @@
 //! that traps goes to the core's other door and is done or not when that returns. What the owner emulates is answered here in its
 //! stead, and ends as the core's [`Completion`] has it.
 
-use entresol_addr::{Gpa, PAGE_SHIFT};
-use entresol_arch_arm64::abort;
+use entresol_addr::Gpa;
+use entresol_arch_x86::fault::SecondStage;
 use entresol_fault::Access;
 use entresol_mmu::{Completion, Instruction, Outcome};
 
 use super::memory;
 use super::operation::Operation;
 use super::stage::{Actor, Stage};
-use crate::check::{Check, completion, inv09, inv15, maintenance};
+use super::trap::{Cause, Trap};
+use crate::check::{Check, completion, inv08, inv09, inv15, maintenance};
 use crate::lab::{self, Lab};
 use crate::litmus::Emulated;
 use crate::litmus::outcome::Value;
-use crate::machine::walk::{Translated, Walker};
+use crate::machine::walk::{Missing, Translated, Walker};
+use crate::machine::x86;
 
 /// A vCPU's access.
 #[derive(Clone, Copy, Debug)]
@@ -35,14 +37,9 @@ pub struct Attempt {
 /// How the hardware answered.
 enum Answer {
     Done(Value),
-    /// A second-stage fault with this syndrome.
-    Fault(u64),
+    /// A second-stage fault.
+    Fault(Trap),
 }
-
-/// Fault status codes, without the level (Arm DDI 0487 D24.2, ISS.DFSC).
-const TRANSLATION: u64 = 0b0001;
-const ACCESS_FLAG: u64 = 0b0010;
-const PERMISSION: u64 = 0b0011;
 
 /// Makes the access, and looks at what the vCPU has of it.
 pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) -> Value {
@@ -80,9 +77,9 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
         lab::before_guest();
         let (answer, since) = lab::with(|lab| (hardware(lab, &attempt), lab.world.now()));
         lab::settle();
-        let esr = match answer {
+        let trap = match answer {
             Answer::Done(value) => return retire(actor, &attempt, value),
-            Answer::Fault(esr) => esr,
+            Answer::Fault(trap) => trap,
         };
         traps += 1;
         lab::with(|lab| {
@@ -92,14 +89,12 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
             lab.found(Check::Inv15, inv15::trapped(traps, alone, attempt.gpa.get()));
         });
         lab::settle();
-        let fault = abort::fault(esr, attempt.gpa.get(), attempt.gpa.get() >> PAGE_SHIFT << 4);
-        let outcome = stage.vm(vm).handle(&stage.host.epoch.pin(actor.cpu), &actor.hint, &fault);
-        let needs_write = fault.is_write();
+        let (outcome, needs_write) = ask(stage, actor, vm, &attempt, trap);
         lab::with(|lab| judge(lab, stage, &attempt, since, Door::Abort { needs_write }, outcome));
         lab::settle();
         match outcome {
             // The same fault twice: a TLB still holds what another CPU has not finished changing.
-            Outcome::Resume if last == Some(esr) => entresol_sync::hint::spin_loop(),
+            Outcome::Resume if last == Some(trap) => entresol_sync::hint::spin_loop(),
             Outcome::Resume => {}
             Outcome::Retry => entresol_sync::hint::spin_loop(),
             Outcome::Unshare => {
@@ -112,7 +107,34 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
             Outcome::Inject(_) => return conclude(stage, actor, &attempt, Value::Abort),
             Outcome::Exit(_) => return conclude(stage, actor, &attempt, Value::Exit),
         }
-        last = Some(esr);
+        last = Some(trap);
+    }
+}
+
+/// Asks the core, by the door that the exit belongs to. Its answer, and whether the access needs to write.
+fn ask(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, trap: Trap) -> (Outcome, bool) {
+    let memory = stage.vm(vm);
+    let paging = lab::with(|lab| lab.world.config.format);
+    let (hint, cache) = (&actor.hint, &mut actor.cache);
+    let pin = || stage.host.epoch.pin(actor.cpu);
+    match trap.decode(paging, attempt.gpa) {
+        SecondStage::Fault(fault) if !paging.is_x86() => (memory.handle(&pin(), hint, &fault), fault.is_write()),
+        SecondStage::Fault(fault) => (memory.handle_noting(&pin(), hint, cache, &fault), fault.is_write()),
+        SecondStage::Refused(fault) => {
+            // The slots are asked in the pin: an update that is not seen here waits for its end.
+            let pin = pin();
+            let (known, before) = (cache.counts(), memory.slots().generation());
+            let outcome = memory.handle_refused(&pin, hint, cache, &fault);
+            let hit = outcome == Outcome::Mmio && cache.counts().refreshed == known.refreshed;
+            if hit {
+                let wrong = inv08::hit(before, memory.slots().generation(), attempt.gpa.get());
+                lab::with(|lab| {
+                    lab.mark("mmio entry");
+                    lab.found(Check::Inv8, wrong);
+                });
+            }
+            (outcome, fault.is_write())
+        }
     }
 }
 
@@ -235,14 +257,20 @@ fn judge(lab: &mut Lab, stage: &Stage<'_>, attempt: &Attempt, since: u64, door: 
 /// The access as the hardware makes it, whole.
 fn hardware(lab: &mut Lab, attempt: &Attempt) -> Answer {
     let Attempt { walker, gpa, what, .. } = *attempt;
-    let picks = lab.schedule.picks();
+    let (picks, paging) = (lab.schedule.picks(), lab.world.config.format);
     let mut path = arrayvec::ArrayVec::new();
     let walked = lab.machine(|world, pick| world.walk(walker, gpa.frame(), &mut path, pick));
+    let refused = |cause, level| Answer::Fault(Trap { what, cause, level });
     let answer = match walked {
-        Err(level) => Answer::Fault(what.syndrome(TRANSLATION, level)),
-        Ok(found) if !found.leaf.accessed => Answer::Fault(what.syndrome(ACCESS_FLAG, found.level)),
-        Ok(found) if !permits(&found, what.needs()) => Answer::Fault(what.syndrome(PERMISSION, found.level)),
-        Ok(found) => Answer::Done(memory::reach(lab, attempt, &found)),
+        Err(missing) => refused(if missing.refused { Cause::Refused } else { Cause::Translation }, missing.level),
+        Ok(found) if !found.leaf.accessed && !paging.is_x86() => refused(Cause::AccessFlag, found.level),
+        Ok(found) if !permits(&found, what.needs()) => refused(Cause::Permission, found.level),
+        Ok(found) => {
+            if let Some(word) = path.last().filter(|_| !found.leaf.accessed) {
+                lab::set_by_hardware(lab, *word, x86::accessed(paging));
+            }
+            Answer::Done(memory::reach(lab, attempt, &found))
+        }
     };
     let page = walked.ok().map(|found| (found.pfn, what.stores() || what.line().is_some()));
     lab::touched(lab, &path, page.filter(|_| matches!(answer, Answer::Done(_))));
@@ -261,7 +289,8 @@ fn hardware(lab: &mut Lab, attempt: &Attempt) -> Answer {
                 format!("{head}: {value} at frame {:#x}{stale}", found.pfn)
             }
             (_, Ok(found)) => format!("{head}: fault at level {}, the entry is there", found.level),
-            (_, Err(level)) => format!("{head}: translation fault at level {level}"),
+            (_, Err(Missing { level, refused: true })) => format!("{head}: an entry at level {level} is refused"),
+            (_, Err(Missing { level, .. })) => format!("{head}: translation fault at level {level}"),
         }
     });
     answer

@@ -277,6 +277,15 @@ fn write_bytes(lab: &mut Lab, to: Hpa, from: &[u8], site: Site) {
     }
 }
 
+/// The hardware sets bits of an entry that a walk of a guest's access has just read.
+#[track_caller]
+pub fn set_by_hardware(lab: &mut Lab, word: Word, bits: u64) {
+    let site = Location::caller();
+    lab.schedule.access_now(word_key(word), true, site);
+    let raw = lab.machine(|world, pick| world.load(word, pick));
+    change(lab, word, raw | bits, site);
+}
+
 /// A word becomes `value`.
 fn change(lab: &mut Lab, word: Word, value: u64, site: Site) {
     if lab.checks.has(Check::Inv4) {

@@ -12,6 +12,7 @@ use entresol_addr::{Gfn, GfnRange, PAGE_SHIFT};
 use entresol_mmu::ReadOnlyIvac;
 use serde::Deserialize;
 
+use crate::guest::operation::Operation;
 use crate::machine::config::{Config, MAX_CPUS};
 use outcome::{Condition, ConditionError};
 use step::{Names, SlotVerb, Step, StepError};
@@ -248,10 +249,15 @@ impl Scenario {
             Bound::Named(name) if name == "none" => None,
             Bound::Named(name) => return Err(field("bound", name, "must be a number of preemptions or \"none\"")),
         };
+        let mut machine = written.machine;
+        if machine.format.is_x86() {
+            // Its caches are coherent with everything.
+            (machine.fwb, machine.dic) = (true, true);
+        }
         let scenario = Self {
             name: written.name,
             about: written.about,
-            machine: written.machine,
+            machine,
             policy: written.policy,
             vms: written.vms,
             objects: written.object,
@@ -265,6 +271,7 @@ impl Scenario {
         };
         scenario.check_registers()?;
         scenario.check_forks()?;
+        scenario.check_accesses()?;
         Ok(scenario)
     }
 
@@ -289,6 +296,20 @@ impl Scenario {
             }
         }
         Ok(())
+    }
+
+    /// On an x86 a vCPU loads, stores and fetches; the rest is arm64's.
+    fn check_accesses(&self) -> Result<(), LitmusError> {
+        let foreign = self.steps().find_map(|step| match step {
+            Step::Guest { what: Operation::Load | Operation::Store(_) | Operation::Fetch, .. } => None,
+            Step::Guest { what, .. } => Some(what.name()),
+            Step::Mmu { .. } => Some("mmu"),
+            _ => None,
+        });
+        match foreign.filter(|_| self.machine.format.is_x86()) {
+            Some(name) => Err(field("step", name, "must be load, store or fetch on a machine with npt or ept")),
+            None => Ok(()),
+        }
     }
 
     /// A condition on a register that nothing sets would never hold.
@@ -320,6 +341,9 @@ fn check(written: &Written) -> Result<(), LitmusError> {
     let cpus = written.cpu.len();
     if cpus == 0 || cpus > MAX_CPUS {
         return Err(field("cpu", cpus, format!("there must be 1 to {MAX_CPUS}")));
+    }
+    if written.machine.format.is_x86() && written.machine.tags {
+        return Err(field("machine.tags", true, "must not stand beside npt or ept"));
     }
     let Config { vmid_bits, physical_bits, ipa_bits, frames, .. } = written.machine;
     // The allocator's bitmap is made of 64-bit words.

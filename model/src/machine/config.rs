@@ -6,10 +6,32 @@ use serde::Deserialize;
 /// CPUs that a model can have.
 pub const MAX_CPUS: usize = 4;
 
+/// Which processor's second-stage tables a machine has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Paging {
+    /// arm64's.
+    #[default]
+    Stage2,
+    /// AMD's nested tables.
+    Npt,
+    /// Intel's extended tables.
+    Ept,
+}
+
+impl Paging {
+    /// Whether the processor is an x86: caches are coherent, and there is no maintenance of them to trap.
+    pub const fn is_x86(self) -> bool {
+        !matches!(self, Self::Stage2)
+    }
+}
+
 /// A machine to explore. Constant for one run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Its second-stage tables.
+    pub format: Paging,
     /// FEAT_S2FWB.
     pub fwb: bool,
     /// CTR_EL0.DIC.
@@ -31,6 +53,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            format: Paging::Stage2,
             fwb: false,
             dic: true,
             tags: false,

@@ -1,13 +1,18 @@
-//! A stage-2 descriptor as the hardware reads it: written from the manual a second time, so that a wrong bit in
+//! A descriptor as the hardware reads it; of arm64 here, of x86 in [`x86`](super::x86): written from the manual a second time, so that a wrong bit in
 //! `arch/arm64` is not wrong here too (Arm DDI 0487 D8.3, 4 KiB granule).
 
 use entresol_addr::{PageSize, Pfn};
+
+use super::config::{Config, Paging};
+use super::x86;
 
 /// What a word of a table means to the hardware.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Descriptor {
     /// A walk ends here with a translation fault.
     Invalid,
+    /// A walk ends here with a fault that says so: present, and not as the architecture allows. Cached nowhere.
+    Refused,
     /// The table of the next level.
     Table(Pfn),
     /// A block or page.
@@ -41,8 +46,22 @@ impl Leaf {
 }
 
 impl Descriptor {
-    /// Reads `raw` in a table at `level`, on a machine with or without forced write-back.
-    pub fn read(raw: u64, level: u8, fwb: bool) -> Self {
+    /// Reads `raw` in a table at `level`.
+    pub fn read(raw: u64, level: u8, config: &Config) -> Self {
+        match config.format {
+            Paging::Stage2 => Self::stage2(raw, level, config.fwb),
+            Paging::Npt => x86::nested(raw, level, config.physical_bits),
+            Paging::Ept => x86::extended(raw, level, config.physical_bits),
+        }
+    }
+
+    /// Whether a walk ends here, whatever it says.
+    pub fn is_invalid(&self) -> bool {
+        matches!(self, Self::Invalid | Self::Refused)
+    }
+
+    /// The same on arm64, with or without forced write-back.
+    fn stage2(raw: u64, level: u8, fwb: bool) -> Self {
         let pfn = Pfn::new(raw >> 12 & 0xf_ffff_ffff);
         let size = match (level, raw & 0b11) {
             (0..=2, 0b11) => return Self::Table(pfn),
@@ -68,7 +87,7 @@ impl Descriptor {
     /// Whether a TLB may cache it: valid, and for a leaf with its access flag set (D8.5).
     pub fn is_cacheable(&self) -> bool {
         match self {
-            Self::Invalid => false,
+            Self::Invalid | Self::Refused => false,
             Self::Table(_) => true,
             Self::Leaf(leaf) => leaf.accessed,
         }
@@ -104,11 +123,11 @@ mod tests {
                     accessed: bit(4),
                     normal: !bit(3),
                 };
-                assert_eq!(Descriptor::read(raw, level, fwb), Descriptor::Leaf(expected));
+                assert_eq!(Descriptor::stage2(raw, level, fwb), Descriptor::Leaf(expected));
             }
         }
         for raw in [0, 0b10, 0x1002, 0x4000_07fd] {
-            assert_eq!(Descriptor::read(raw, 3, true), Descriptor::Invalid);
+            assert_eq!(Descriptor::stage2(raw, 3, true), Descriptor::Invalid);
             assert!(matches!(Stage2 { fwb: true }.decode(raw, 3), Entry::Vacant | Entry::Broken));
         }
     }

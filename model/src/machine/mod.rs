@@ -1,14 +1,13 @@
 //! The model of a machine: memory, caches, translation caches, and the frames' owners.
 //!
-//! Purpose: everything that the core can do to an arm64 machine through [`entresol_machine::Machine`], and everything
+//! Purpose: everything that the core can do to a machine through [`entresol_machine::Machine`], and everything
 //! that a guest's hardware may then observe. Rules and the manual's sections stand with each part: [`frame`] for
-//! caches, [`tlb`] for translation caches, [`tables`] and [`walk`] for table walks, [`descriptor`] for entries.
+//! caches, [`tlb`] for translation caches, [`tables`] and [`walk`] for table walks, [`descriptor`] for entries of arm64, [`x86`] for those of x86.
 //!
 //! Protocol: each operation happens whole, in the order in which the explorer lets CPUs go. Where the hardware is free
 //! to do one thing or another, a [`frame::Pick`] decides, when an access comes that can tell the difference.
 //!
-//! Known holes: memory orderings weaker than sequential consistency; set/way maintenance; tags; stage-1 tables. x86 comes with
-//! its port.
+//! Known holes: memory orderings weaker than sequential consistency; set/way maintenance; tags; stage-1 tables.
 
 pub mod config;
 pub mod content;
@@ -18,6 +17,7 @@ pub mod own;
 pub mod tables;
 pub mod tlb;
 pub mod walk;
+pub mod x86;
 
 use entresol_addr::{Gfn, GfnRange, Pfn, PfnRange};
 use entresol_machine::{TlbOp, Vmid, Word};
@@ -138,7 +138,7 @@ impl World {
             let table = self.tables.get(table);
             (table.vm, table.level, table.span(index))
         };
-        let new = Descriptor::read(raw, level, self.config.fwb);
+        let new = Descriptor::read(raw, level, &self.config);
         let mut writes = Vec::new();
         let child = match new {
             Descriptor::Table(frame) => self.link(vm, level + 1, span.start(), frame, &mut writes),

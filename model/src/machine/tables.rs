@@ -136,7 +136,7 @@ impl Tables {
         let table = &mut self.tables[table];
         table.gone = true;
         for (_, history) in &mut table.words {
-            if history.last().is_some_and(|last| last.descriptor != Descriptor::Invalid) {
+            if history.last().is_some_and(|last| !last.descriptor.is_invalid()) {
                 history.push(Past { at: now, descriptor: Descriptor::Invalid, child: None });
             }
         }

@@ -27,6 +27,15 @@ pub struct Walker {
     pub vmid: Vmid,
 }
 
+/// The entry that a walk ended at without an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// Its level.
+    pub level: u8,
+    /// It is one that the hardware refuses, and says so.
+    pub refused: bool,
+}
+
 /// Where a walk ended.
 #[derive(Clone, Copy, Debug)]
 pub struct Translated {
@@ -45,8 +54,8 @@ impl World {
     ///
     /// # Errors
     ///
-    /// The level of the translation fault.
-    pub fn walk(&mut self, walker: Walker, gfn: Gfn, path: &mut Path, pick: Pick<'_>) -> Result<Translated, u8> {
+    /// [`Missing`]: a fault there.
+    pub fn walk(&mut self, walker: Walker, gfn: Gfn, path: &mut Path, pick: Pick<'_>) -> Result<Translated, Missing> {
         let strangers = self.strangers(walker);
         if !strangers.is_empty() {
             let chosen = pick(strangers.len() + 1);
@@ -79,8 +88,9 @@ impl World {
         cached_only: bool,
         path: &mut Path,
         pick: Pick<'_>,
-    ) -> Result<Translated, u8> {
-        let Some(mut number) = self.tables.root(walker.vm, gfn) else { return Err(0) };
+    ) -> Result<Translated, Missing> {
+        let missing = |level, refused| Err(Missing { level, refused });
+        let Some(mut number) = self.tables.root(walker.vm, gfn) else { return missing(0, false) };
         let mut stale = cached_only;
         loop {
             let table = self.tables.get(number);
@@ -89,7 +99,7 @@ impl World {
             let places = self.places(walker, number, index, cached_only);
             let history = self.tables.get(number).history(index);
             let chosen = match places.len() {
-                0 => return Err(level),
+                0 => return missing(level, false),
                 1 => places[0],
                 n => places[pick(n)],
             };
@@ -100,8 +110,9 @@ impl World {
                 self.tlb.uses(walker.cpu, number, index, now);
             }
             match past.descriptor {
-                Descriptor::Invalid => return Err(level),
-                Descriptor::Table(_) => number = past.child.ok_or(level)?,
+                Descriptor::Invalid => return missing(level, false),
+                Descriptor::Refused => return missing(level, true),
+                Descriptor::Table(_) => number = past.child.ok_or(Missing { level, refused: false })?,
                 Descriptor::Leaf(leaf) => {
                     let offset = gfn.since(gfn.align_down(leaf.size));
                     return Ok(Translated { leaf, pfn: leaf.pfn.offset(offset), level, stale });

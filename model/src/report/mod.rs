@@ -56,6 +56,7 @@ impl Event {
     pub fn entry(descriptor: Descriptor) -> String {
         match descriptor {
             Descriptor::Invalid => "invalid".to_owned(),
+            Descriptor::Refused => "one that the hardware refuses".to_owned(),
             Descriptor::Table(frame) => format!("table {frame:#x}"),
             Descriptor::Leaf(leaf) => {
                 let bit = |set: bool, letter: char| if set { letter } else { '-' };

@@ -70,7 +70,7 @@ pub const VERBS: [(&str, &str); 52] = [
     ("release", "it releases what it leased last"),
 ];
 
-/// Beside [`VERBS`]: `vmids COUNT` wears VMIDs out, for `setup`.
+/// Beside [`VERBS`], for `setup`: `vmids COUNT` wears VMIDs out, `generation COUNT` moves the generation of the slots ahead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// A vCPU's access.
@@ -252,6 +252,13 @@ pub enum Step {
     },
     /// What was leased last is released.
     Release,
+    /// The slots' generation moves ahead.
+    Generation {
+        /// Whose.
+        vm: usize,
+        /// To what.
+        count: u64,
+    },
     /// So many VMIDs are used up.
     Vmids {
         /// How many.
@@ -396,6 +403,7 @@ impl Step {
             | Self::Log { vm, .. }
             | Self::Ring { vm, .. }
             | Self::Lease { vm, .. }
+            | Self::Generation { vm, .. }
             | Self::CleanAll { vm } => Some(*vm),
             _ => None,
         }

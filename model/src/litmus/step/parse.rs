@@ -204,6 +204,7 @@ impl Said<'_> {
             "lease" => Step::Lease { vm, gpa: words.gpa()? },
             "use" => Step::Use { to: self.to.clone() },
             "release" => Step::Release,
+            "generation" => Step::Generation { vm, count: words.number("COUNT")? },
             "vmids" => Step::Vmids { count: words.number("COUNT")? },
             _ => return Ok(None),
         }))

@@ -6,14 +6,15 @@ use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_metal_arm64::cpu;
 use entresol_mmu::{CoalescedRing, CopyError};
 use entresol_slot::Hint;
-use entresol_sync::Pin;
 use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_sync::{Mutex, Pin};
 use entresol_wire::config::check_name;
 
+use crate::control::Later;
 use crate::host_work::{self, Work};
 use crate::sched::{self, VcpuRef};
 use crate::vm::{Alias, LogOptions};
-use crate::{heap, host, registry};
+use crate::{heap, host, registry, swap};
 
 /// Takes the second-stage entries of a range away: X1 its first byte, X2 its length in bytes, both page-aligned. Contents
 /// stay. Answers 0, or [`INVALID`].
@@ -41,6 +42,9 @@ const READ: u32 = 0xc600_0007;
 const IN_PLACE: u32 = 0xc600_0008;
 /// Leases the page at X1, and releases it. Answers 0, or [`INVALID`].
 const LEASE: u32 = 0xc600_0009;
+/// Has X1 bytes of its memory, whole pages, put on the swap device, soon. Answers 0, or [`INVALID`] while such a call waits to be carried out, or there is
+/// none; with 0 in X1 how many pages are out, or [`INVALID`] while some are leaving for such a call.
+const RECLAIM: u32 = 0xc600_0011;
 /// What [`READ`] reads: the size of a few descriptors of a virtio queue.
 const READ_BYTES: usize = 64;
 /// An argument breaks a rule.
@@ -65,6 +69,8 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
             host::get().pool.access_in_place(x1 != 0);
             Some(0)
         }
+        RECLAIM if x1 == 0 => Some(if is_leaving() { INVALID } else { vcpu.vm.stored_frames() }),
+        RECLAIM => Some(reclaim(vcpu, x1)),
         LEASE => Some(answered(lease(vcpu, x1))),
         _ => None,
     }
@@ -89,10 +95,47 @@ fn fork(vcpu: &VcpuRef, ends: u64) -> u64 {
     0
 }
 
-/// Host's work: forks who asked for it.
+/// Whose memory is to leave: one more than its place in the registry, above the number of pages; or 0.
+static LEAVING: AtomicU64 = AtomicU64::new(0);
+/// How that ends.
+static LEFT: Mutex<Option<Later>> = Mutex::new(None);
+
+fn is_leaving() -> bool {
+    let mut left = LEFT.lock();
+    if left.as_ref().is_some_and(|later| later.take().is_some()) {
+        *left = None;
+    }
+    LEAVING.load(Ordering::SeqCst) != 0 || left.is_some()
+}
+
+fn reclaim(vcpu: &VcpuRef, bytes: u64) -> u64 {
+    let pages = u32::try_from(bytes / PAGE_SIZE).ok().filter(|_| bytes.is_multiple_of(PAGE_SIZE));
+    let (Some(place), Some(pages)) = (registry::number_of(&vcpu.vm.config.name), pages) else { return INVALID };
+    let wanted = (place as u64 + 1) << 32 | u64::from(pages);
+    if LEAVING.compare_exchange(0, wanted, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        return INVALID;
+    }
+    host_work::raise_and_leave(Work::Service);
+    0
+}
+
+/// Host's work: forks, and has memory reclaimed, for who asked for it.
 pub fn carry_out() {
-    fork_wanted(WANTED.load(Ordering::SeqCst));
-    WANTED.store(0, Ordering::SeqCst);
+    let wanted = WANTED.load(Ordering::SeqCst);
+    if wanted != 0 {
+        fork_wanted(wanted);
+        WANTED.store(0, Ordering::SeqCst);
+    }
+    let leaving = LEAVING.load(Ordering::SeqCst);
+    let Some(place) = (leaving >> 32).checked_sub(1).map(|place| place as usize) else { return };
+    let bytes = u64::from(leaving as u32) * PAGE_SIZE;
+    if let Some(vm) = registry::find(place) {
+        match swap::reclaim(place, &vm, bytes) {
+            Ok(later) => *LEFT.lock() = Some(later),
+            Err(refusal) => log::warn!("vm {}: {bytes} bytes do not leave: {refusal:?}", vm.config.name),
+        }
+    }
+    LEAVING.store(0, Ordering::SeqCst);
 }
 
 fn fork_wanted(wanted: u64) {

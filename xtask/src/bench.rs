@@ -61,6 +61,8 @@ pub enum Part {
     Forks,
     /// Private memory: faults, the hypervisor's own accesses, and a disk
     Private,
+    /// Memory that comes back from a swap device
+    Swap,
     /// A Linux boot, bare and as a guest
     Boot,
 }
@@ -97,6 +99,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if wanted(Part::Private) {
         rows.add(operations::measure(&bench, Part::Private)?, None);
         rows.0.extend(disk::measure(&bench)?);
+    }
+    if wanted(Part::Swap) {
+        rows.add(operations::measure(&bench, Part::Swap)?, None);
     }
     if wanted(Part::Boot) {
         rows.0.extend(boot::measure(&bench, options.peer.is_some())?);

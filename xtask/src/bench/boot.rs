@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
 
 use super::machine::{self, Run};
-use super::operations::{GUEST, OUTER};
+use super::operations::GUEST;
 use super::plugin::Counts;
 use super::table::Row;
 use super::{Bench, peer};
@@ -87,36 +87,20 @@ fn guest(bench: &Bench, files: &Files, name: &str, page_size: LargestEntry) -> R
         policies: WrittenPolicies { page_size, ..WrittenPolicies::default() },
         ..bundle::linux("boot", &files.kernel, &files.initrd)
     };
-    let packed = machine::file(bench, &format!("{name}.bundle"));
-    bundle::pack(&bundle::check(bundle::written(OUTER.1, 1, vec![vm]))?, &packed)?;
-    let run = Run {
-        name,
-        kernel: &bench.hypervisor,
-        initrd: &packed,
-        append: "",
-        el2: true,
-        device_tree: None,
-        cpus: 1,
-        memory: OUTER.0,
-        start: Some(files.start),
-        done: DONE,
-    };
+    let packed = machine::pack(bench, name, vm)?;
+    let run = Run { start: Some(files.start), ..Run::new(name, &bench.hypervisor, &packed, DONE) };
     let outcome = run.to_end(bench)?;
     Ok((instructions(&outcome.counts)?, outcome.console))
 }
 
 fn bare(bench: &Bench, files: &Files, tree: &Path) -> Result<u64> {
     let run = Run {
-        name: "boot-bare",
-        kernel: &files.kernel,
-        initrd: &files.initrd,
         append: CMDLINE,
         el2: false,
         device_tree: Some(tree),
-        cpus: 1,
         memory: GUEST.0,
         start: Some(files.start),
-        done: DONE,
+        ..Run::new("boot-bare", &files.kernel, &files.initrd, DONE)
     };
     instructions(&run.to_end(bench)?.counts)
 }

@@ -9,7 +9,7 @@ use entresol_wire::config::{WrittenMemory, WrittenVm};
 
 use super::Bench;
 use super::machine::{self, Run};
-use super::operations::{GUEST, OUTER};
+use super::operations::GUEST;
 use super::table::Row;
 use crate::initrd::{Initrd, SCRIPT_EXIT};
 use crate::{bundle, image};
@@ -60,20 +60,9 @@ fn run(bench: &Bench, private: bool) -> Result<Times> {
         disks: vec![bundle::disk(&disk)],
         ..bundle::linux("disk", &bench.guest.kernel()?, &initrd)
     };
-    let packed = machine::file(bench, &format!("{name}.bundle"));
-    bundle::pack(&bundle::check(bundle::written(OUTER.1, 1, vec![vm]))?, &packed)?;
-    let run = Run {
-        name,
-        kernel: &bench.hypervisor,
-        initrd: &packed,
-        append: "",
-        el2: true,
-        device_tree: None,
-        cpus: 1,
-        memory: OUTER.0,
-        start: None,
-        done: &format!("{SCRIPT_EXIT}0"),
-    };
+    let packed = machine::pack(bench, name, vm)?;
+    let done = format!("{SCRIPT_EXIT}0");
+    let run = Run::new(name, &bench.hypervisor, &packed, &done);
     times(&run.to_end(bench)?.console)
 }
 

@@ -68,18 +68,7 @@ fn run(bench: &Bench, key: &str, mib: u64, outer: u64, again: bool) -> Result<ma
     };
     let packed = machine::file(bench, &format!("{key}.bundle"));
     bundle::pack(&bundle::check(bundle::written(&format!("{outer}M"), 2, vec![vm]))?, &packed)?;
-    let run = Run {
-        name: key,
-        kernel: &bench.hypervisor,
-        initrd: &packed,
-        append: "",
-        el2: true,
-        device_tree: None,
-        cpus: 2,
-        memory: outer << 20,
-        start: None,
-        done: "FORKS DONE",
-    };
+    let run = Run { cpus: 2, memory: outer << 20, ..Run::new(key, &bench.hypervisor, &packed, "FORKS DONE") };
     run.to_end(bench)
 }
 

@@ -12,11 +12,15 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use entresol_wire::config::WrittenVm;
 
 use super::Bench;
 use super::plugin::Counts;
+use crate::bundle;
 use crate::progress::Step;
 
+/// Memory of the machine, in bytes and as an owner writes it.
+const OUTER: (u64, &str) = (4 << 30, "4G");
 /// The longest run takes a tenth of it on two busy cores; a machine that is stuck under `-icount` never idles.
 const LONGEST: Duration = Duration::from_secs(1800);
 
@@ -36,6 +40,8 @@ pub struct Run<'a> {
     pub memory: u64,
     /// Encoding of the instruction that begins the boot's interval.
     pub start: Option<u32>,
+    /// An image, and the serial number of the disk that it is.
+    pub disk: Option<(&'a Path, &'a str)>,
     /// A line of the console that says that the run is complete.
     pub done: &'a str,
 }
@@ -45,6 +51,14 @@ pub struct Outcome {
     pub counts: Counts,
     /// The first serial line.
     pub console: String,
+}
+
+impl<'a> Run<'a> {
+    /// The usual machine for a hypervisor, of one CPU.
+    pub fn new(name: &'a str, kernel: &'a Path, initrd: &'a Path, done: &'a str) -> Self {
+        let (append, device_tree, start, disk) = ("", None, None, None);
+        Self { name, kernel, initrd, append, el2: true, device_tree, cpus: 1, memory: OUTER.0, start, disk, done }
+    }
 }
 
 impl Run<'_> {
@@ -98,11 +112,25 @@ impl Run<'_> {
         if !self.append.is_empty() {
             command.args(["-append", self.append]);
         }
+        if let Some((image, serial)) = self.disk {
+            command.args(["-drive", &format!("file={},if=none,id={serial},format=raw", commas(image))]);
+            command.args(["-device", &format!("virtio-blk-device,drive={serial},serial={serial}")]);
+        }
         if let Some(tree) = self.device_tree {
             command.arg("-dtb").arg(tree);
         }
         command
     }
+}
+
+/// The boot bundle of a machine with `vm` on one CPU, in the work folder.
+///
+/// # Errors
+/// When its configuration is refused, or it cannot be packed.
+pub fn pack(bench: &Bench, name: &str, vm: WrittenVm) -> Result<PathBuf> {
+    let packed = file(bench, &format!("{name}.bundle"));
+    bundle::pack(&bundle::check(bundle::written(OUTER.1, 1, vec![vm]))?, &packed)?;
+    Ok(packed)
 }
 
 /// A comma ends a value of QEMU's options; two stand for one.

@@ -1,5 +1,7 @@
 //! The guest `bench` on the hypervisor: one run with 4 KiB entries, one with 2 MiB blocks.
 
+use std::fs::File;
+
 use anyhow::{Context, Result};
 use entresol_wire::config::{
     CacheMaintenance, CoalescedZone, Doorbell, LargestEntry, SharedBlock, WrittenMemory, WrittenPolicies, WrittenVm,
@@ -8,7 +10,7 @@ use entresol_wire::config::{
 use super::machine::{self, Run};
 use super::plugin::{Counts, Statistics};
 use super::{Bench, Part};
-use crate::{bundle, guests};
+use crate::guests;
 
 /// Key of the results and the guest's phase.
 const PAGES: [(&str, u8); 7] = [
@@ -32,12 +34,15 @@ const PRIVATE: [(&str, u8); 6] = [
     ("private_read_place", 19),
     ("private_lease", 20),
 ];
+/// Of a machine with a swap device.
+const SWAPPED: [(&str, u8); 2] = [("major_fault_4k", 21), ("major_fault_again_4k", 22)];
+/// Bytes of that.
+const SWAP: u64 = 512 << 20;
 const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
 const LOG: [(&str, u8); 2] = [("dirty_log_fault", 12), ("get_dirty_log_1g_16384", 13)];
 const SPLIT: [(&str, u8); 2] = [("dirty_log_split", 14), ("dirty_log_split_page", 15)];
 
-/// Memory of the outer machine and of the guest.
-pub const OUTER: (u64, &str) = (4 << 30, "4G");
+/// Memory of the guest.
 pub const GUEST: (u64, &str) = (512 << 20, "512M");
 /// Memory of a guest that logs.
 pub const LOGGED: (u64, &str) = (1 << 30, "1G");
@@ -56,6 +61,7 @@ pub fn arguments(part: Part) -> &'static str {
         Part::Log => "bench=log",
         Part::Split => "bench=split",
         Part::Private => "bench=pages private",
+        Part::Swap => "bench=swap",
         Part::Pages | Part::Forks | Part::Boot => "bench=pages",
     }
 }
@@ -95,26 +101,21 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
         doorbells: vec![Doorbell { address: DOORBELL, size: 4 }],
         ..WrittenVm::default()
     };
-    let packed = machine::file(bench, &format!("{name}.bundle"));
-    bundle::pack(&bundle::check(bundle::written(OUTER.1, 1, vec![vm]))?, &packed)?;
-    let run = Run {
-        name,
-        kernel: &bench.hypervisor,
-        initrd: &packed,
-        append: "",
-        el2: true,
-        device_tree: None,
-        cpus: 1,
-        memory: OUTER.0,
-        start: None,
-        done: DONE,
-    };
+    let packed = machine::pack(bench, name, vm)?;
+    let disk = machine::file(bench, &format!("{name}.img"));
+    let mut run = Run::new(name, &bench.hypervisor, &packed, DONE);
+    if part == Part::Swap {
+        File::create(&disk)
+            .and_then(|file| file.set_len(SWAP))
+            .with_context(|| format!("cannot make {}", disk.display()))?;
+        run.disk = Some((&disk, "entresol-swap"));
+    }
     let counts = run.to_end(bench)?.counts;
     let mut results = phases(part, &counts)?;
     let ours: &[_] = match part {
         Part::Pages => &OURS,
         Part::Blocks => &OURS_OF_BLOCKS,
-        Part::Log | Part::Split | Part::Private | Part::Forks | Part::Boot => &[],
+        Part::Log | Part::Split | Part::Private | Part::Swap | Part::Forks | Part::Boot => &[],
     };
     results.extend(each(ours, &counts)?);
     Ok(results)
@@ -130,6 +131,7 @@ pub fn phases(part: Part, counts: &Counts) -> Result<Results> {
         Part::Log => each(&LOG, counts),
         Part::Split => each(&SPLIT, counts),
         Part::Private => each(&PRIVATE, counts),
+        Part::Swap => each(&SWAPPED, counts),
         Part::Pages | Part::Forks | Part::Boot => each(&PAGES, counts),
     }
 }

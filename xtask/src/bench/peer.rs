@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::boot::{self, Files};
 use super::machine::{self, Run};
-use super::operations::{self, GUEST, OUTER};
+use super::operations::{self, GUEST};
 use super::{Bench, Part};
 use crate::cpio::Archive;
 use crate::{guests, image};
@@ -53,18 +53,7 @@ fn run(
     done: &str,
 ) -> Result<machine::Outcome> {
     let kernel = bench.guest.kernel()?;
-    let run = Run {
-        name,
-        kernel: &kernel,
-        initrd,
-        append,
-        el2: true,
-        device_tree: None,
-        cpus: 1,
-        memory: OUTER.0,
-        start,
-        done,
-    };
+    let run = Run { append, start, ..Run::new(name, &kernel, initrd, done) };
     run.to_end(bench)
 }
 

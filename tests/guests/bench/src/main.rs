@@ -28,6 +28,13 @@
 //! | 19 | reads them in place: in its own mapping for all CPUs, and out again |
 //! | 20 | takes a lease of the page and releases it |
 //!
+//! In `bench=swap`, for a machine with a swap device: loads from pages that are out, each far from the next,
+//!
+//! | phase | operation |
+//! |---|---|
+//! | 21 | the first since it was written |
+//! | 22 | since it came back, was read only, and left again |
+//!
 //! Phases 8, 9 and 16 with the argument `all` only: KVM refuses the first, lets the hardware do the second, and does not fork
 //! machines.
 //!
@@ -55,6 +62,7 @@ macro_rules! measured {
 }
 
 mod dirty;
+mod swap;
 
 guest!(main);
 
@@ -95,6 +103,7 @@ fn main(machine: &Machine) {
     match machine.argument("bench") {
         Some("log") => return dirty::log(machine),
         Some("split") => return dirty::split(machine),
+        Some("swap") => return swap::swap(machine),
         _ => {}
     }
     let blocks = machine.argument("bench") == Some("blocks");

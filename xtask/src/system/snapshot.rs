@@ -73,7 +73,7 @@ fn boot(context: &Context, name: &str, store: &Path) -> Result<Machine> {
 
 /// A guest is saved, changed, and saved as a difference; the machine is killed while the second file is written again. On the
 /// next machine both are whole; a guest made from the second has all of its data and goes on; damage and what else cannot be
-/// is refused.
+/// is refused. That machine is killed too, later in a file, and the third has what the second had.
 pub fn snapshots_outlive_the_machine(context: &Context) -> Result<()> {
     const NAME: &str = "snapshots_outlive_the_machine";
     let store = Builder::new(context, NAME)?.file("store.img", &[])?;
@@ -83,6 +83,15 @@ pub fn snapshots_outlive_the_machine(context: &Context) -> Result<()> {
     let mut owner = Owner { told: Listener::attach(machine.control()?, GUEST)?, asked: 0 };
     machine.expect("store: 2 files")?;
     restored(&mut machine, &mut owner, &store)?;
+    owner.told.begin(Op::Snapshot { vm: "last".into(), file: "four".into(), base: None })?;
+    machine.expect("snapshot four: 12288 pages so far")?;
+    drop(machine);
+    let mut machine = boot(context, "snapshots_outlive_the_machine-third", &store)?;
+    let mut owner = Owner { told: Listener::attach(machine.control()?, GUEST)?, asked: 0 };
+    machine.expect("store: 3 files")?;
+    owner.told.done(Op::Restore { file: "four".into(), name: Some("third".into()) })?;
+    owner.told.turn_to("third")?;
+    owner.expect_right("third", "fourth")?;
     owner.told.done(Op::Shutdown)?;
     machine.expect_power_off().map(drop)
 }

@@ -41,8 +41,8 @@ pub use self::pressure::look_at_pressure;
 
 /// Frames that the hand looks at in one step.
 const WINDOW: u64 = 8;
-/// Steps between two looks at other work.
-const STEPS: usize = 16;
+/// Steps between two looks at other work: below half a millisecond. Where a guest keeps the boot CPU busy there is one look in each turn of its.
+const STEPS: usize = 64;
 /// Requests that pages on their way out leave to others.
 const RESERVED: usize = DEPTH / 4;
 /// Frames that are put by.

@@ -25,6 +25,11 @@ pub enum MemoryError {
         /// The first address that may not be written.
         gpa: Gpa,
     },
+    /// The guest keeps this page to itself, and its owner lets devices reach only what it shares.
+    Private {
+        /// The first address that may not be reached.
+        gpa: Gpa,
+    },
     /// The machine has no frame to back the page. The copy may be tried again when it has.
     OutOfMemory,
     /// The page is not in memory now. Whoever the memory belongs to brings it; then the copy may be tried again.
@@ -42,7 +47,7 @@ pub trait GuestMemory: Send + Sync {
     /// # Errors
     ///
     /// [`MemoryError::Outside`] if a byte lies in no slot or past the address space, [`MemoryError::OutOfMemory`] if a
-    /// page had to be populated and could not be, [`MemoryError::Absent`]. The content of `to` is then unspecified.
+    /// page had to be populated and could not be, [`MemoryError::Private`], [`MemoryError::Absent`]. The content of `to` is then unspecified.
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError>;
 
     /// Stores `from` to guest memory at `gpa`.
@@ -51,6 +56,11 @@ pub trait GuestMemory: Send + Sync {
     ///
     /// As [`Self::read`], and [`MemoryError::ReadOnly`]. A prefix of the bytes may have been stored.
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError>;
+
+    /// Whether devices reach a part of memory only, so that drivers must ask their platform which.
+    fn is_restricted(&self) -> bool {
+        false
+    }
 }
 
 impl<T: GuestMemory + ?Sized> GuestMemory for Arc<T> {
@@ -60,6 +70,10 @@ impl<T: GuestMemory + ?Sized> GuestMemory for Arc<T> {
 
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
         (**self).write(gpa, from)
+    }
+
+    fn is_restricted(&self) -> bool {
+        (**self).is_restricted()
     }
 }
 

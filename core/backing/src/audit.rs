@@ -4,13 +4,14 @@
 //! the objects against what the frames say that they are. It may run while guests run.
 //!
 //! Protocol: frames are looked at under their locks, 512 at a time under the lock by which blocks become private or stop
-//! being so; objects are walked pinned. A page that goes or comes meanwhile is in one of its states, each of which is right.
+//! being so; objects are walked pinned. A page that goes or comes meanwhile is in one of its states, each of which is right. Where
+//! a page and its frame say different things, the page is being converted: it is asked again when that is over.
 
 use entresol_addr::Pfn;
 use entresol_machine::Machine;
 use entresol_sync::Pin;
 
-use crate::{Object, Objects, Supply};
+use crate::{Objects, Supply};
 
 /// What an audit found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,12 +22,15 @@ pub struct Audit {
     pub private: u64,
     /// Private frames that are mapped because they are leased.
     pub leased: u64,
+    /// Private frames that are mapped because the guest shares their pages with the hypervisor.
+    pub open: u64,
     /// Private frames that are mapped because their removal failed, and is tried again.
     pub stuck: u64,
     /// Pages of private objects.
     pub pages: u64,
-    /// Frames that break INV-10: private and mapped without a lease, leased and absent, absent but not private, or pages
-    /// of a private object that are no private frames, or the reverse.
+    /// Frames that break INV-10: private and mapped without a lease or a page that is shared, leased or shared and absent,
+    /// absent but not private, pages of a private object that are no private frames or the reverse, or frames that are not
+    /// what their page's attribute says.
     pub wrong: u64,
     /// One of them.
     pub example: Option<Pfn>,
@@ -47,16 +51,18 @@ pub fn audit<M: Machine>(supply: &Supply<'_, M>, objects: &Objects, pin: &Pin<'_
         audit.frames += count(true);
         audit.private += count(seen.private);
         audit.leased += count(seen.leased);
+        audit.open += count(seen.open);
         audit.stuck += count(seen.stuck);
-        if seen.mapped != (!seen.private || seen.leased || seen.stuck) {
+        if seen.mapped != (!seen.private || seen.leased || seen.open || seen.stuck) {
             audit.blame(seen.frames.start());
         }
     });
     for object in objects.iter(pin) {
         let private = object.is_private();
-        Object::visit_content(object, supply.machine, &mut |pfn| {
+        object.visit_content(supply.machine, &mut |frame, pfn, open| {
             audit.pages += u64::from(private);
-            if supply.pool.is_private(pfn) != private {
+            let follows = !private || supply.pool.is_open(pfn) == open;
+            if supply.pool.is_private(pfn) != private || !follows && !object.is_followed(supply, frame) {
                 audit.blame(pfn);
             }
         });

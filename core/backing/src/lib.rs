@@ -48,6 +48,8 @@ mod store;
 mod tree;
 
 #[cfg(test)]
+mod convert_tests;
+#[cfg(test)]
 mod fork_tests;
 #[cfg(test)]
 mod merge_tests;
@@ -70,8 +72,8 @@ pub use audit::{Audit, audit};
 use entresol_machine::Machine;
 pub use grant::{Grant, GrantError, Memory};
 pub use object::{
-    AccessError, CreateError, DestroyError, Differences, Fetch, ForkError, Frozen, Kind, MAX_OBJECTS, Object,
-    ObjectHandle, Objects, Out, OutError, Policy, PopulateError, PunchError, PutError, Spec, TableError,
+    AccessError, ConvertError, CreateError, DestroyError, Differences, Fetch, ForkError, Frozen, Kind, MAX_OBJECTS,
+    Object, ObjectHandle, Objects, Out, OutError, Policy, PopulateError, PunchError, PutError, Reach, Spec, TableError,
 };
 pub use pool::{AddError, FrameMeta, FramePool, Lease, LeaseError, Order};
 pub use store::{MAX_STORES, StoreError, StoreId, StoreSlot, Stores};

@@ -18,26 +18,26 @@ use crate::{AccessError, Audit, GrantError, LeaseError, ObjectHandle, Policy, Sp
 const POLICIES: [Policy; 3] = [Policy::Pages, Policy::Blocks, Policy::WholeBlocks];
 
 impl Host {
-    fn private(&self, frames: u64, policy: Policy) -> ObjectHandle {
+    pub(crate) fn private(&self, frames: u64, policy: Policy) -> ObjectHandle {
         self.objects.create(&self.supply(0), Spec::Private { frames, policy }).unwrap()
     }
 
-    fn set(&self, handle: ObjectHandle, frame: u64, bytes: &[u8]) {
+    pub(crate) fn set(&self, handle: ObjectHandle, frame: u64, bytes: &[u8]) {
         self.on(handle, |object, supply| object.write(supply, frame * PAGE_SIZE + 7, bytes).unwrap());
     }
 
-    fn get(&self, handle: ObjectHandle, frame: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn get(&self, handle: ObjectHandle, frame: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0xee; len];
         self.on(handle, |object, supply| object.read(supply, frame * PAGE_SIZE + 7, &mut bytes).unwrap());
         bytes
     }
 
-    fn frame_of(&self, handle: ObjectHandle, frame: u64) -> Pfn {
+    pub(crate) fn frame_of(&self, handle: ObjectHandle, frame: u64) -> Pfn {
         self.on(handle, |object, supply| object.grant(supply, frame, false).unwrap().frame(frame))
     }
 
     /// Everything that was given back is free, and zero.
-    fn settle_private(&self) {
+    pub(crate) fn settle_private(&self) {
         loop {
             let reclaimed = self.supply(0).reclaim(64) as u64;
             let reaped = self.pool.reap(&self.epoch, 0, usize::MAX);
@@ -47,7 +47,7 @@ impl Host {
         }
     }
 
-    fn audit(&self) -> Audit {
+    pub(crate) fn audit(&self) -> Audit {
         audit(&self.supply(0), &self.objects, &self.epoch.pin(0))
     }
 }

@@ -60,21 +60,21 @@ impl From<TooMany> for Busy {
 }
 
 /// Neighbouring pages in one slot.
-struct Piece<'p> {
-    slot: SlotRef,
-    object: &'p Object,
-    range: GfnRange,
+pub(crate) struct Piece<'p> {
+    pub slot: SlotRef,
+    pub object: &'p Object,
+    pub range: GfnRange,
 }
 
 impl Piece<'_> {
     /// The object's first frame.
-    fn frame(&self) -> u64 {
+    pub fn frame(&self) -> u64 {
         self.slot.object_frame(self.range.start())
     }
 }
 
 /// The smallest range that has both.
-fn hull(one: GfnRange, other: GfnRange) -> GfnRange {
+pub(crate) fn hull(one: GfnRange, other: GfnRange) -> GfnRange {
     let start = one.start().min(other.start());
     let end = one.end().max(other.end());
     GfnRange::new(start, end.since(start)).expect("between the ends of two ranges")
@@ -127,7 +127,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     /// The pages from `from` on, before `end`, that lie in one slot and may be taken; `None` if the first may not.
-    fn piece<'p>(&'p self, pin: &'p Pin<'_>, from: Gfn, end: Gfn) -> Option<Piece<'p>> {
+    pub(crate) fn piece<'p>(&'p self, pin: &'p Pin<'_>, from: Gfn, end: Gfn) -> Option<Piece<'p>> {
         let slot = self.slots.find(pin, from, &Hint::new()).filter(|slot| !slot.is_read_only())?;
         let handle = ObjectHandle::from_raw(slot.object.get());
         let object = self.host.objects.get(pin, handle)?;

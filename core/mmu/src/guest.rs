@@ -1,14 +1,16 @@
 //! Copies between the hypervisor and guest memory, through slots and objects: no entry of the second stage is used or
 //! made, and no reference into guest memory exists. Private memory is reached page by page, each in one locked access, and is
-//! absent from the hypervisor's mapping before and after (INV-10).
+//! absent from the hypervisor's mapping before and after (INV-10), or not reached at all by who sees open pages only
+//! ([`crate::Vm::convert`]).
 
 use entresol_addr::{Gpa, PAGE_SIZE, Pfn};
-use entresol_backing::{AccessError, ObjectHandle, StoreSlot};
+use entresol_backing::{AccessError, ObjectHandle, Reach, StoreSlot};
 use entresol_machine::Machine;
 use entresol_slot::Hint;
 use entresol_sync::Pin;
 use entresol_table::Format;
 
+use crate::MemoryFault;
 use crate::vm::Vm;
 
 /// Why a copy stopped. The bytes before the address may have been copied.
@@ -33,6 +35,8 @@ pub enum CopyError {
         /// The place of a store that has the page.
         slot: StoreSlot,
     },
+    /// A page is private, and the access is of somebody who sees only what the guest shares.
+    MemoryFault(MemoryFault),
     /// A write to memory that is being forked, or copied for this write while it is invalidated: unpin, then try again.
     Busy,
 }
@@ -44,6 +48,15 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     ///
     /// [`CopyError`].
     pub fn read(&self, pin: &Pin<'_>, hint: &Hint, gpa: Gpa, to: &mut [u8]) -> Result<(), CopyError> {
+        self.read_as(pin, hint, Reach::Everything, gpa, to)
+    }
+
+    /// The same for somebody who reaches as far as `reach`.
+    ///
+    /// # Errors
+    ///
+    /// [`CopyError`].
+    pub fn read_as(&self, pin: &Pin<'_>, hint: &Hint, reach: Reach, gpa: Gpa, to: &mut [u8]) -> Result<(), CopyError> {
         let mut gpa = gpa;
         let mut rest = to;
         while !rest.is_empty() {
@@ -55,7 +68,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 .get(pin, ObjectHandle::from_raw(slot.object.get()))
                 .ok_or(CopyError::Outside { gpa })?;
             let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();
-            object.read(&self.host.supply(pin.cpu()), offset, part).map_err(|error| stopped(gpa, error))?;
+            object.read_as(&self.host.supply(pin.cpu()), reach, offset, part).map_err(|error| stopped(gpa, error))?;
             gpa = gpa.checked_add(part.len() as u64).ok_or(CopyError::Outside { gpa })?;
             rest = after;
         }
@@ -77,6 +90,15 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     ///
     /// [`CopyError`].
     pub fn write(&self, pin: &Pin<'_>, hint: &Hint, gpa: Gpa, from: &[u8]) -> Result<(), CopyError> {
+        self.write_as(pin, hint, Reach::Everything, gpa, from)
+    }
+
+    /// The same for somebody who reaches as far as `reach`.
+    ///
+    /// # Errors
+    ///
+    /// [`CopyError`].
+    pub fn write_as(&self, pin: &Pin<'_>, hint: &Hint, reach: Reach, gpa: Gpa, from: &[u8]) -> Result<(), CopyError> {
         let mut gpa = gpa;
         let mut rest = from;
         while !rest.is_empty() {
@@ -94,7 +116,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 self.own_for_write(pin, &slot, object, gpa)?;
             }
             let offset = slot.object_frame(gpa.frame()) * PAGE_SIZE + gpa.page_offset();
-            object.write(&self.host.supply(pin.cpu()), offset, part).map_err(|error| stopped(gpa, error))?;
+            object.write_as(&self.host.supply(pin.cpu()), reach, offset, part).map_err(|error| stopped(gpa, error))?;
             // After the bytes: see `dirty`.
             if slot.logs_dirty() {
                 self.logs.mark(&self.host.machine, pin.cpu(), &slot, gpa.frame());
@@ -115,6 +137,7 @@ fn stopped(gpa: Gpa, error: AccessError) -> CopyError {
     match error {
         AccessError::OutOfMemory => CopyError::OutOfMemory,
         AccessError::Forking => CopyError::Busy,
+        AccessError::Private { .. } => CopyError::MemoryFault(MemoryFault::new(gpa, false)),
         AccessError::ReadOnly => CopyError::ReadOnly { gpa },
         AccessError::Stored { slot, .. } => CopyError::Absent { gpa, slot },
         AccessError::Outside { .. } | AccessError::Device => CopyError::Outside { gpa },

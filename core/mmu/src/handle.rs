@@ -68,7 +68,18 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         if let Some(outcome) = access::before_lookup(fault, self.machine_limit(), self.limit()) {
             return self.refused(outcome);
         }
-        let (slot, grant, mapping) = match self.decide(pin, hint, fault) {
+        self.publish_touched(pin, fault, self.decide(pin, hint, fault))
+    }
+
+    /// The rest of a touch.
+    #[cold]
+    pub(crate) fn publish_touched(
+        &self,
+        pin: &Pin<'_>,
+        fault: &Fault,
+        decided: Result<(SlotRef, Grant, Mapping), Outcome>,
+    ) -> Outcome {
+        let (slot, grant, mapping) = match decided {
             Ok(decided) => decided,
             Err(outcome) => return outcome,
         };

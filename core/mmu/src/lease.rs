@@ -5,6 +5,8 @@
 //! goes (punched, copied, swapped, its slot deleted), and by then uses the address no more: a lease whose frame was freed is
 //! released in vain.
 //!
+//! A page that is converted keeps its frame: a lease of it goes on, and keeps the frame in the mapping when the page is private again.
+//!
 //! Invariants: INV-7, INV-10.
 
 use entresol_addr::Gpa;

@@ -13,7 +13,7 @@
 //! that asks later sees it in progress (INV-3).
 //!
 //! Memory that relatives share has its own chapter, `share`; the fork of a machine is in `fork`; equal pages of strangers
-//! become one in `merge`; what a guest gives back is `discard`'s.
+//! become one in `merge`; what a guest gives back is `discard`'s, what a private one shares `convert`'s.
 //!
 //! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-8, INV-14. Nothing here allocates after creation but frames.
 //! Lock order: merging → fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
@@ -32,6 +32,7 @@ mod absent;
 mod access;
 mod coalesced;
 mod completion;
+mod convert;
 mod create;
 mod dirty;
 mod discard;
@@ -58,6 +59,8 @@ mod vmid;
 mod young;
 
 #[cfg(test)]
+mod convert_tests;
+#[cfg(test)]
 mod discard_tests;
 #[cfg(test)]
 mod fork_tests;
@@ -73,6 +76,7 @@ mod tests;
 pub use absent::Absent;
 pub use coalesced::{CoalescedRing, CoalescedWrite, Full};
 pub use completion::{Completion, Instruction};
+pub use convert::{ConvertError, MemoryFault};
 pub use create::CreateError;
 pub use dirty::{LogError, LogPart, RESERVE, Ring, RingEntry, RingFull, RingState, RingsError};
 pub use discard::{Busy, Discarded};

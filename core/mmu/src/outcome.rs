@@ -2,6 +2,8 @@
 
 use entresol_backing::StoreSlot;
 
+use crate::MemoryFault;
+
 /// How a fault ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a fault that nobody acts on stops the guest"]
@@ -51,6 +53,8 @@ pub enum Reason {
         /// The place that has it.
         slot: StoreSlot,
     },
+    /// The access was of another kind than the page is: private, or shared with the hypervisor.
+    MemoryFault(MemoryFault),
     /// A slot names an object that does not exist or ends before the slot does: the owner's mistake.
     BadObject,
     /// The tables hold a word that the hardware refuses and that nobody here wrote: something is broken. [`crate::Vm::way`] has

@@ -60,12 +60,18 @@ pub enum Bug {
     ZC8,
     /// Z-D1: a release removes the frame, though another lease of it lives.
     ZD1,
+    /// Z-D2: an invalidation leaves what page-frame caches know of the range.
+    ZD2,
     /// Z-D3: a late release takes a lease of the frame's next owner.
     ZD3,
     /// Z-D4: a frame whose removal failed counts as absent.
     ZD4,
     /// Z-D5: a removed frame is not invalidated.
     ZD5,
+    /// Z-D6: a conversion takes a cache's lease for over, as a hole may, and does not release it.
+    ZD6,
+    /// Z-D7: a cache that is for another piece of the same page still says where the piece before lies.
+    ZD7,
     /// Z-D8: a lease is handed out before the frame is in the mapping again.
     ZD8,
     /// Z-D9: a frame of private memory is given to somebody else unzeroed.

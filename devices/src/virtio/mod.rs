@@ -143,7 +143,9 @@ impl From<MemoryError> for Stop {
         match error {
             MemoryError::OutOfMemory => Self::OutOfMemory,
             MemoryError::Absent => Self::Absent,
-            MemoryError::Outside { .. } | MemoryError::ReadOnly { .. } => Self::Broken(Broken::Memory(error)),
+            MemoryError::Outside { .. } | MemoryError::ReadOnly { .. } | MemoryError::Private { .. } => {
+                Self::Broken(Broken::Memory(error))
+            }
         }
     }
 }

@@ -201,5 +201,6 @@ fn number(outcome: Outcome) -> u32 {
         Outcome::Unshare => 10,
         Outcome::Exit(Reason::Stored { .. }) => 11,
         Outcome::Exit(Reason::DirtyRingFull) => 12,
+        Outcome::Exit(Reason::MemoryFault(_)) => 13,
     }
 }

@@ -167,7 +167,9 @@ fn fetch_unmapped(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
         Err(CopyError::OutOfMemory) => Err(Stop::OutOfMemory),
         Err(CopyError::Absent { gpa, .. }) => Err(Stop::Absent { gpa }),
         Err(CopyError::Busy) => Err(Stop::Again),
-        Err(CopyError::Outside { .. } | CopyError::ReadOnly { .. }) => Err(Stop::NoSyndrome(None)),
+        Err(CopyError::Outside { .. } | CopyError::ReadOnly { .. } | CopyError::MemoryFault(_)) => {
+            Err(Stop::NoSyndrome(None))
+        }
     }
 }
 
@@ -435,7 +437,9 @@ impl Span {
                 Err(CopyError::Absent { gpa, .. }) => return Err(Stop::Absent { gpa }),
                 Err(CopyError::ReadOnly { .. }) => return Err(abort(&piece)),
                 // The slot has gone since it was looked at, or memory is being forked.
-                Err(CopyError::Outside { .. } | CopyError::Busy) => return Err(Stop::Again),
+                Err(CopyError::Outside { .. } | CopyError::MemoryFault(_) | CopyError::Busy) => {
+                    return Err(Stop::Again);
+                }
             }
             if let (Some(bytes), false) = (bytes.as_deref_mut(), self.part.write) {
                 data::put(bytes, piece.offset, piece.size, u64::from_le_bytes(part));

@@ -75,7 +75,10 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
         Outcome::Exit(Reason::Unsupported { syndrome }) => crash(vcpu, Crash::Unsupported { syndrome }),
         // These tables' format has no word that the hardware refuses.
         Outcome::Exit(Reason::Malformed) => crash(vcpu, Crash::Unsupported { syndrome: esr }),
-        Outcome::Exit(Reason::BadObject) => crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() }),
+        // Guests of arm64 have one kind of access: no vCPU's disagrees with what a page is.
+        Outcome::Exit(Reason::BadObject | Reason::MemoryFault(_)) => {
+            crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() })
+        }
     }
 }
 

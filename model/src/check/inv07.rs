@@ -1,10 +1,11 @@
-//! INV-7: every frame reference is released exactly once, on every path; and nobody reaches a frame that is free.
+//! INV-7: every frame reference and every lease is released exactly once, on every path; and nobody reaches a frame that is free.
 //!
 //! Watches the pool giving a frame back (no translation, in a table or in a cache, may lead to it), each store of an
 //! entry (what it points to is given out), each access of the hypervisor (not to what is free), and the end of a schedule (every frame is accounted for). That a frame is
 //! not given back twice the pool itself asserts.
 
 use entresol_addr::{GfnRange, PfnRange};
+use entresol_backing::Audit;
 
 use crate::machine::descriptor::Descriptor;
 use crate::machine::{EntryWrite, World};
@@ -68,6 +69,11 @@ pub struct Account {
     pub objects: u64,
     /// Those of dirty logs.
     pub logs: u64,
+}
+
+/// The schedule has ended, and whoever had a lease has released it.
+pub fn leases(audit: &Audit) -> Option<String> {
+    (audit.leased != 0).then(|| format!("{} frames are leased, and nobody has the leases: {audit:?}", audit.leased))
 }
 
 /// The schedule has ended, nothing waits for a grace period.

@@ -55,6 +55,10 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         Step::Lease { vm, gpa } => private::lease(stage, actor, *vm, *gpa),
         Step::Use { to } => stage.result(to, private::use_leased(stage, actor)),
         Step::Release => private::release(stage, actor),
+        Step::Cache { vm, what, to } => {
+            let value = private::cached(stage, actor, *vm, *what);
+            stage.result(to, value);
+        }
         Step::Reap => {
             stage.host.pool.reap(&stage.host.epoch, cpu, usize::MAX);
             if stage.has_private() {
@@ -87,6 +91,14 @@ fn place(vm: usize, gpa: Gpa) -> Option<Place> {
 }
 
 fn write(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa, value: u64) {
+    put(actor, vm, (gpa, value), || {
+        let pin = stage.host.epoch.pin(actor.cpu);
+        stage.vm(vm).write(&pin, &actor.hint, gpa, &value.to_le_bytes()).is_ok()
+    });
+}
+
+/// Has the owner store a word by `store`, which says whether it did, and tells the oracles.
+pub(super) fn put(actor: &Actor, vm: usize, (gpa, value): (Gpa, u64), store: impl FnOnce() -> bool) {
     let page = lab::with(|lab| memory::page(lab, vm, gpa));
     let since = lab::with(|lab| lab.written.begin(actor.cpu, page));
     let begun = place(vm, gpa).map(|place| {
@@ -96,13 +108,13 @@ fn write(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa, value: u64) {
             lab.oracle.begin(place, value, mapped && !lab.world.config.fwb)
         })
     });
-    let result = stage.vm(vm).write(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &value.to_le_bytes());
-    refused(result.is_err());
+    let done = store();
+    refused(!done);
     lab::with(|lab| {
-        if let (Some(begun), Ok(())) = (begun, result) {
+        if let (Some(begun), true) = (begun, done) {
             lab.oracle.end(begun);
         }
-        if result.is_ok() {
+        if done {
             lab.written.wrote(&page, Some(since));
         }
         lab.written.end(actor.cpu);
@@ -156,6 +168,10 @@ fn ranged(stage: &Stage<'_>, actor: &mut Actor, vm: usize, range: GfnRange, what
     match what {
         RangeVerb::Zap => {
             refused(stage.vm(vm).zap(cpu, range).is_err());
+            unmapped(vm, range);
+        }
+        RangeVerb::Convert { open } => {
+            refused(memory.convert(cpu, range, open).is_err());
             unmapped(vm, range);
         }
         RangeVerb::Start => match stage.vm(vm).invalidate_range_start(cpu, range) {

@@ -1,13 +1,17 @@
-//! Leases of guest pages, and what a CPU does with them.
+//! Leases of guest pages and page-frame caches, and what a CPU does with them.
 
 use entresol_addr::Gpa;
 use entresol_machine::Machine;
 
-use super::owner::refused;
+use super::owner::{put, refused};
 use super::stage::{Actor, Stage};
-use crate::check::{Check, inv10};
+use crate::check::{Check, inv07, inv10};
 use crate::lab;
 use crate::litmus::outcome::Value;
+use crate::litmus::step::CacheVerb;
+
+/// Bytes that a cache is for.
+const WORD: u64 = 8;
 
 /// Leases the page at `gpa`.
 pub fn lease(stage: &Stage<'_>, actor: &mut Actor, vm: usize, gpa: Gpa) {
@@ -35,6 +39,44 @@ pub fn release(stage: &Stage<'_>, actor: &mut Actor) {
     }
 }
 
+/// What happens to the CPU's page-frame cache in `vm`: each CPU has one, of its own number.
+pub fn cached(stage: &Stage<'_>, actor: &mut Actor, vm: usize, what: CacheVerb) -> Value {
+    let (memory, cpu) = (stage.vm(vm), actor.cpu);
+    let done = match what {
+        CacheVerb::Activate { gpa } => {
+            actor.cached = Some((vm, gpa));
+            memory.activate(cpu, cpu, gpa, WORD).is_ok()
+        }
+        CacheVerb::Refresh => memory.refresh(cpu, cpu).is_ok(),
+        CacheVerb::Deactivate => {
+            uncache(stage, actor);
+            true
+        }
+        CacheVerb::Tell { value } => tell(stage, actor, vm, value),
+    };
+    refused(!done);
+    Value::Word(done.into())
+}
+
+fn tell(stage: &Stage<'_>, actor: &Actor, vm: usize, value: u64) -> bool {
+    let memory = stage.vm(vm);
+    let pin = stage.host.epoch.pin(actor.cpu);
+    let piece = memory.check(&pin, actor.cpu, WORD);
+    let (Some(piece), Some((_, gpa))) = (piece, actor.cached) else { return false };
+    put(actor, vm, (gpa, value), || {
+        memory.write_piece(&piece, &value.to_le_bytes());
+        true
+    });
+    true
+}
+
+/// The CPU's cache is for nothing.
+pub fn uncache(stage: &Stage<'_>, actor: &mut Actor) {
+    if let Some((vm, _)) = actor.cached.take().filter(|(vm, _)| stage.is_there(*vm)) {
+        stage.vm(vm).deactivate(actor.cpu).expect("each CPU has a cache");
+    }
+}
+
 /// All scripts have ended.
 pub fn settled(stage: &Stage<'_>) {
     let pin = stage.host.epoch.pin(0);
@@ -42,5 +84,6 @@ pub fn settled(stage: &Stage<'_>) {
     lab::with(|lab| {
         let wrong = inv10::settled(&lab.world, &audit);
         lab.found(Check::Inv10, wrong);
+        lab.found(Check::Inv7, inv07::leases(&audit));
     });
 }

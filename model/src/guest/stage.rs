@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use entresol_addr::{PageSize, Pfn, PfnRange};
+use entresol_addr::{Gpa, PageSize, Pfn, PfnRange};
 use entresol_backing::{FrameMeta, FramePool, Lease, ObjectHandle, Objects, Policy, Spec};
 use entresol_machine::Vmid;
 use entresol_machine::model::Modelled;
@@ -86,6 +86,8 @@ pub struct Actor {
     pub invalidations: Vec<(usize, Invalidation)>,
     /// What it has leased and not released, each with the byte in its page.
     pub leases: Vec<(Lease, u64)>,
+    /// What its page-frame cache is for: whose, and where.
+    pub cached: Option<(usize, Gpa)>,
 }
 
 impl Actor {
@@ -100,6 +102,7 @@ impl Actor {
             runs: None,
             invalidations: Vec::new(),
             leases: Vec::new(),
+            cached: None,
         }
     }
 }
@@ -211,6 +214,7 @@ impl<'h> Stage<'h> {
         while !actor.leases.is_empty() {
             private::release(self, &mut actor);
         }
+        private::uncache(self, &mut actor);
         self.leave(&mut actor);
     }
 
@@ -357,6 +361,7 @@ fn switch_on<'h>(host: &'h LabHost, scenario: &Scenario, number: usize) -> LabVm
         tags: machine.tags,
     };
     let vm = Vm::new(host, 0, LabFormat::of(&machine), options).expect("frames for the scenario's tables");
+    vm.make_caches(scenario.cpus.len()).expect("the host has a heap");
     let (level, root) = (vm.table().geometry().root_level(), vm.table().root());
     lab::with(|lab| lab.world.add_root(number, level, root));
     vm

@@ -6,7 +6,7 @@
 
 use core::fmt;
 
-use entresol_addr::{Hpa, PAGE_SHIFT, PAGE_SIZE};
+use entresol_addr::{Hpa, PAGE_SHIFT, PAGE_SIZE, Pfn};
 use entresol_machine::Machine;
 use entresol_machine::own::Work;
 
@@ -34,6 +34,11 @@ pub enum AccessError {
     OutOfMemory,
     /// A write while the object is being forked: unpin, then try again.
     Forking,
+    /// A page is private, and the access is of somebody who sees only what the guest shares.
+    Private {
+        /// The object's frame.
+        frame: u64,
+    },
     /// A page is not in memory: fetch it ([`crate::Fetch`]), then make the whole access again.
     Stored {
         /// The object's frame.
@@ -53,12 +58,48 @@ impl fmt::Display for AccessError {
             Self::ReadOnly => f.write_str("write: the object is read-only"),
             Self::OutOfMemory => OutOfMemory.fmt(f),
             Self::Forking => GrantError::Forking.fmt(f),
+            Self::Private { frame } => write!(f, "frame {frame:#x}: must be shared with the hypervisor"),
             Self::Stored { frame, slot } => write!(f, "frame {frame:#x}: {}", GrantError::Stored { slot: *slot }),
         }
     }
 }
 
 impl core::error::Error for AccessError {}
+
+/// How much of an object somebody may see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// All of it: the loader, and devices that the owner trusts with private pages for one copy each.
+    Everything,
+    /// What is not private: of private objects the open pages.
+    Open,
+}
+
+impl Reach {
+    /// Whether the page at `frame` is in reach, at this moment.
+    #[inline]
+    fn covers<M: Machine>(self, object: &Object, machine: &M, frame: u64) -> bool {
+        self == Self::Everything || object.is_open(machine, frame)
+    }
+
+    /// Does `work` to the frame behind `frame`, a page of private memory. Whether it is in reach is asked under the frame's lock.
+    fn access<M: Machine>(
+        self,
+        supply: &Supply<'_, M>,
+        pfn: Pfn,
+        work: Work<'_>,
+        frame: u64,
+    ) -> Result<(), AccessError> {
+        match self {
+            Self::Everything => supply.pool.access(supply.machine, pfn, work),
+            Self::Open if !supply.pool.access_open(supply.machine, pfn, work) => {
+                return Err(AccessError::Private { frame });
+            }
+            Self::Open => {}
+        }
+        Ok(())
+    }
+}
 
 /// A part of an access that lies in one frame.
 struct Piece {
@@ -95,13 +136,31 @@ impl Object {
     ///
     /// [`AccessError::Outside`], [`AccessError::Device`], [`AccessError::Stored`].
     pub fn read<M: Machine>(&self, supply: &Supply<'_, M>, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
+        self.read_as(supply, Reach::Everything, offset, to)
+    }
+
+    /// The same for somebody who reaches as far as `reach`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`], and [`AccessError::Private`]: the bytes before that page may have been read.
+    pub fn read_as<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        reach: Reach,
+        offset: u64,
+        to: &mut [u8],
+    ) -> Result<(), AccessError> {
         self.check_bytes(offset, to.len())?;
         for piece in pieces(offset, to.len()) {
             let bytes = &mut to[piece.buffer.clone()];
             match self.look(supply.machine, piece.frame) {
                 Look::Present(grant) if self.is_private() => {
                     let work = Work::Read { at: piece.within as u16, to: bytes };
-                    supply.pool.access(supply.machine, grant.frame(piece.frame), work);
+                    reach.access(supply, grant.frame(piece.frame), work, piece.frame)?;
+                }
+                Look::Vacant if !reach.covers(self, supply.machine, piece.frame) => {
+                    return Err(AccessError::Private { frame: piece.frame });
                 }
                 Look::Present(grant) => supply.machine.read(piece.address(&grant), bytes),
                 Look::Stored(slot) => return Err(AccessError::Stored { frame: piece.frame, slot }),
@@ -119,7 +178,26 @@ impl Object {
     /// [`AccessError`]; what the object reads as did not change, but by a page that is taken out of memory meanwhile, of which
     /// there is nothing yet, but maybe of those before.
     pub fn write<M: Machine>(&self, supply: &Supply<'_, M>, offset: u64, from: &[u8]) -> Result<(), AccessError> {
+        self.write_as(supply, Reach::Everything, offset, from)
+    }
+
+    /// The same for somebody who reaches as far as `reach`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`], and [`AccessError::Private`]: nothing was written, but to the pages before one that was made private
+    /// meanwhile.
+    pub fn write_as<M: Machine>(
+        &self,
+        supply: &Supply<'_, M>,
+        reach: Reach,
+        offset: u64,
+        from: &[u8],
+    ) -> Result<(), AccessError> {
         self.check_bytes(offset, from.len())?;
+        if let Some(piece) = pieces(offset, from.len()).find(|piece| !reach.covers(self, supply.machine, piece.frame)) {
+            return Err(AccessError::Private { frame: piece.frame });
+        }
         let granted = |piece: &Piece| {
             self.grant_waiting(supply, piece.frame, true).map_err(|error| AccessError::of(error, piece.frame))
         };
@@ -131,7 +209,7 @@ impl Object {
             let bytes = &from[piece.buffer.clone()];
             if self.is_private() {
                 let work = Work::Write { at: piece.within as u16, from: bytes };
-                supply.pool.access(supply.machine, grant.frame(piece.frame), work);
+                reach.access(supply, grant.frame(piece.frame), work, piece.frame)?;
             } else {
                 supply.machine.write(piece.address(&grant), bytes);
             }

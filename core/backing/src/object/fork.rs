@@ -199,13 +199,6 @@ impl Object {
         }
     }
 
-    /// Calls `visit` with every frame of content that an anonymous object reaches. The caller is pinned.
-    pub(crate) fn visit_content<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(entresol_addr::Pfn)) {
-        if let Kind::Anonymous(_) = self.kind() {
-            self.tree.visit_content(machine, visit);
-        }
-    }
-
     /// The parts, from frame `from` on, in which this object has other frames than `base`, by walking only what they do
     /// not share. What was never written since both were one is not among them. The caller stays pinned while it uses the
     /// iterator, and may begin again later where it stopped.

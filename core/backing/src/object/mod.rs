@@ -7,13 +7,15 @@
 //! fields are atomics that change only while nobody can reach it. So a reader needs a pin, not a lock.
 
 mod bytes;
+mod convert;
 mod error;
 mod fork;
 mod merge;
 mod stored;
 mod table;
 
-pub use bytes::AccessError;
+pub use bytes::{AccessError, Reach};
+pub use convert::ConvertError;
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_machine::Machine;
 use entresol_sync::Mutex;

@@ -5,7 +5,8 @@
 //! copy. Both work for frames that are not private, too, where they cost nothing.
 //!
 //! Shape: a word for each frame. Bit 31 is the frame's lock, bit 30 says that the frame is private, bit 29 that it is mapped
-//! although nobody leases it, because its removal failed. Bits 27:16 count leases. Bits 15:0 are the frame's *life*, which
+//! although nobody leases it, because its removal failed, bit 28 that it is *open*: its page is shared with the hypervisor, so that
+//! it is mapped without a lease. Bits 27:16 count leases. Bits 15:0 are the frame's *life*, which
 //! goes up when the frame is freed: a lease knows the life in which it was made, and its release does nothing in a later one.
 //!
 //! | operation | count | mapping |
@@ -14,6 +15,8 @@
 //! | `lease`, `release` | above | none |
 //! | `release` | 1 → 0 | entry removed, all TLBs invalidated, then return |
 //! | `access` | any | under the lock: what is there if it is mapped, else a window, or in and out again |
+//! | `open` | any | put back if it is absent |
+//! | `close` | 0 | entry removed, all TLBs invalidated, then return; with leases it stays until the last is released |
 //! | freed | any → 0 | zeroed, removed if it was mapped; the life is over |
 //!
 //! A removal that fails is tried again by whoever touches the frame next and by [`FramePool::retry_removals`]; until it
@@ -37,6 +40,7 @@ use super::FramePool;
 const LOCKED: u32 = 1 << 31;
 const PRIVATE: u32 = 1 << 30;
 const STUCK: u32 = 1 << 29;
+const OPEN: u32 = 1 << 28;
 const COUNT_SHIFT: u32 = 16;
 const COUNT_ONE: u32 = 1 << COUNT_SHIFT;
 const COUNT: u32 = 0xfff << COUNT_SHIFT;
@@ -103,6 +107,8 @@ pub(crate) struct Seen {
     pub frames: PfnRange,
     pub private: bool,
     pub leased: bool,
+    /// Its page is shared with the hypervisor.
+    pub open: bool,
     /// Its removal failed.
     pub stuck: bool,
     /// By the machine's tables.
@@ -131,7 +137,7 @@ impl<'w> Locked<'w> {
     }
 
     fn is_mapped(&self) -> bool {
-        !self.is_private() || self.value & (COUNT | STUCK) != 0
+        !self.is_private() || self.value & (COUNT | STUCK | OPEN) != 0
     }
 
     fn life(&self) -> u16 {
@@ -175,8 +181,9 @@ pub(super) fn is_unused(word: &AtomicU32) -> bool {
 
 pub(super) fn see(pfn: Pfn, word: &AtomicU32, mapped: impl FnOnce() -> bool) -> Seen {
     let locked = Locked::new(word);
-    let (leased, stuck) = (locked.value & COUNT != 0, locked.value & STUCK != 0);
-    Seen { frames: PfnRange::single(pfn), private: locked.is_private(), leased, stuck, mapped: mapped() }
+    let has = |bits| locked.value & bits != 0;
+    let (leased, open, stuck) = (has(COUNT), has(OPEN), has(STUCK));
+    Seen { frames: PfnRange::single(pfn), private: locked.is_private(), leased, open, stuck, mapped: mapped() }
 }
 
 impl FramePool {
@@ -208,13 +215,13 @@ impl FramePool {
         if locked.value & STUCK != 0 {
             locked.value &= !STUCK;
             self.private.leases.stuck.fetch_sub(1, Ordering::Relaxed);
-        } else if planted!(ZD8) && locked.value & COUNT == 0 {
+        } else if planted!(ZD8) && !locked.is_mapped() {
             locked.value += COUNT_ONE;
             let life = locked.life();
             drop(locked);
             machine.map_own(PfnRange::single(pfn));
             return Ok(Lease { pfn, life: Some(life) });
-        } else if locked.value & COUNT == 0 {
+        } else if !locked.is_mapped() {
             machine.map_own(PfnRange::single(pfn));
         }
         locked.value += COUNT_ONE;
@@ -232,7 +239,7 @@ impl FramePool {
         }
         assert!(locked.value & COUNT != 0, "a lease of this life is counted");
         locked.value -= COUNT_ONE;
-        if locked.value & COUNT == 0 || planted!(ZD1) {
+        if locked.value & (COUNT | OPEN) == 0 || planted!(ZD1) {
             self.remove(machine, lease.pfn, &mut locked);
         }
     }
@@ -257,6 +264,52 @@ impl FramePool {
         }
     }
 
+    /// The page of a private frame is shared with the hypervisor from now on: the frame is in the mapping, whoever leases it.
+    /// The caller keeps it from being freed.
+    pub(crate) fn open<M: Machine>(&self, machine: &M, pfn: Pfn) {
+        let mut locked = Locked::new(self.frames.lease(self.owned(pfn)));
+        debug_assert!(locked.is_private(), "an open page is one of private memory");
+        if locked.value & STUCK != 0 {
+            locked.value &= !STUCK;
+            self.private.leases.stuck.fetch_sub(1, Ordering::Relaxed);
+        } else if !locked.is_mapped() {
+            machine.map_own(PfnRange::single(pfn));
+        }
+        locked.value |= OPEN;
+    }
+
+    /// It is not any more. If nobody leases the frame, no CPU translates to it when this returns, or its removal is tried again.
+    pub(crate) fn close<M: Machine>(&self, machine: &M, pfn: Pfn) {
+        let mut locked = Locked::new(self.frames.lease(self.owned(pfn)));
+        if locked.value & OPEN == 0 {
+            return;
+        }
+        locked.value &= !OPEN;
+        if locked.value & COUNT == 0 {
+            self.remove(machine, pfn, &mut locked);
+        }
+    }
+
+    /// As [`Self::access`], only if the frame is not private, or its page is shared with the hypervisor at that moment. Whether
+    /// it was done.
+    pub fn access_open<M: Machine>(&self, machine: &M, pfn: Pfn, work: Work<'_>) -> bool {
+        let Some(index) = self.frames.index(pfn).filter(|index| is_private(self.frames.lease(*index))) else {
+            directly(machine, pfn, work);
+            return true;
+        };
+        let locked = Locked::new(self.frames.lease(index));
+        let open = locked.value & OPEN != 0;
+        if open {
+            directly(machine, pfn, work);
+        }
+        open
+    }
+
+    /// Whether the page of private frame `pfn` is shared with the hypervisor.
+    pub(crate) fn is_open(&self, pfn: Pfn) -> bool {
+        self.frames.index(pfn).is_some_and(|index| self.frames.lease(index).load(Ordering::Acquire) & OPEN != 0)
+    }
+
     /// Copies the private frame `from`, which does not change, to `to`, which is private too, and which nobody but the
     /// caller knows.
     pub(crate) fn copy_private<M: Machine>(&self, machine: &M, from: Pfn, to: Pfn) {
@@ -275,7 +328,7 @@ impl FramePool {
         }
         let mapped = locked.is_mapped();
         let next = u32::from(locked.life().wrapping_add(1));
-        locked.value = locked.value & !(COUNT | LIFE) | next;
+        locked.value = locked.value & !(COUNT | OPEN | LIFE) | next;
         !mapped || self.remove(machine, pfn, &mut locked)
     }
 

@@ -295,6 +295,6 @@ impl FramePool {
         };
         let mapped = if private { 0 } else { frames.count() };
         let right = indices.all(alike) && machine.count_mapped_own(frames) == mapped;
-        right.then_some(Seen { frames, private, leased: false, stuck: false, mapped: !private })
+        right.then_some(Seen { frames, private, leased: false, open: false, stuck: false, mapped: !private })
     }
 }

@@ -1,7 +1,8 @@
 //! One word of a tree's node.
 //!
 //! Shape: bits 2:0 say what it is, bits 7:3 are flags, bits 63:8 say which frame, or which place of a store. Zero is vacant,
-//! so a zeroed frame is an empty node. A word with a flag always names something.
+//! so a zeroed frame is an empty node. A word with a flag always names something, but for `OPEN`, which a word of level 0 keeps
+//! whatever it holds.
 
 use entresol_addr::Pfn;
 
@@ -34,6 +35,9 @@ pub(crate) const COPYING: u64 = 1 << 4;
 pub(crate) const FROZEN: u64 = 1 << 5;
 /// Of a page: a place of a store may hold the same. Who would write the page lets go of the place first.
 pub(crate) const CLEAN: u64 = 1 << 6;
+/// Of private memory (level 0): the guest shares the page with the hypervisor. This bit is the page's attribute, whether
+/// something backs it or not.
+pub(crate) const OPEN: u64 = 1 << 7;
 
 impl Entry {
     #[inline]
@@ -82,6 +86,12 @@ pub(crate) const fn is_own_block(raw: u64) -> bool {
     tag(raw) == tag(Entry::Block(Pfn::new(0)).encode())
 }
 
+/// Whether nothing was ever put where the word is, or it was taken away.
+#[inline]
+pub(crate) const fn is_vacant(raw: u64) -> bool {
+    raw & KIND == 0
+}
+
 /// Kind and flags.
 #[inline]
 const fn tag(raw: u64) -> u8 {
@@ -109,7 +119,8 @@ mod tests {
             let named = [Entry::Page(pfn), Entry::Block(pfn), Entry::Node(pfn), Entry::Stored(slot)];
             for entry in named.into_iter().chain([Entry::Vacant, Entry::Filling]) {
                 prop_assert_eq!(Entry::decode(entry.encode()), entry);
-                prop_assert_eq!(Entry::decode(entry.encode() | SHARED | COPYING | FROZEN | CLEAN), entry);
+                prop_assert_eq!(Entry::decode(entry.encode() | SHARED | COPYING | FROZEN | CLEAN | OPEN), entry);
+                prop_assert_eq!(is_vacant(entry.encode() | OPEN), entry == Entry::Vacant);
             }
         }
     }

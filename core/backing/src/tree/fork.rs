@@ -9,7 +9,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 
 use super::entry::{self, COPYING, FROZEN, SHARED};
-use super::{BLOCK_FRAMES, Entry, FORKED, LIMITED, TAGGED, Tree};
+use super::{BLOCK_FRAMES, CONVERTED, Entry, FORKED, LIMITED, TAGGED, Tree};
 use crate::{Order, Supply};
 
 /// The tree is frozen already.
@@ -63,7 +63,8 @@ impl Tree {
     pub(crate) fn adopt<M: Machine>(&self, supply: &Supply<'_, M>, other: &Self) {
         let root = entry::frame(other.root.load(Ordering::Acquire));
         supply.pool.share(root);
-        self.traits.fetch_or(FORKED | other.traits.load(Ordering::Relaxed) & (TAGGED | LIMITED), Ordering::Relaxed);
+        let inherited = other.traits.load(Ordering::Relaxed) & (TAGGED | LIMITED | CONVERTED);
+        self.traits.fetch_or(FORKED | inherited, Ordering::Relaxed);
         self.limit.store(other.limit.load(Ordering::Relaxed), Ordering::Relaxed);
         self.resident.store(other.resident.load(Ordering::Relaxed), Ordering::Relaxed);
         self.stored.store(other.stored.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -74,16 +75,7 @@ impl Tree {
 
     /// Every frame that the tree reaches, nodes included, once for each way to it.
     pub(crate) fn visit_frames<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(Pfn)) {
-        visit_below(machine, self.root.load(Ordering::Acquire), &mut |pfn, _| visit(pfn));
-    }
-
-    /// Every frame of content that the tree reaches, once for each way to it.
-    pub(crate) fn visit_content<M: Machine>(&self, machine: &M, visit: &mut impl FnMut(Pfn)) {
-        visit_below(machine, self.root.load(Ordering::Acquire), &mut |pfn, is_node| {
-            if !is_node {
-                visit(pfn);
-            }
-        });
+        visit_below(machine, self.root.load(Ordering::Acquire), visit);
     }
 
     /// Whether nothing was ever put into it.
@@ -93,13 +85,13 @@ impl Tree {
 }
 
 /// At most four nodes deep.
-fn visit_below<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(Pfn, bool)) {
+fn visit_below<M: Machine>(machine: &M, raw: u64, visit: &mut impl FnMut(Pfn)) {
     match Entry::decode(raw) {
         Entry::Vacant | Entry::Filling | Entry::Stored(_) => {}
-        Entry::Page(pfn) => visit(pfn, false),
-        Entry::Block(pfn) => (0..BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index), false)),
+        Entry::Page(pfn) => visit(pfn),
+        Entry::Block(pfn) => (0..BLOCK_FRAMES).for_each(|index| visit(pfn.offset(index))),
         Entry::Node(node) => {
-            visit(node, true);
+            visit(node);
             (0..Word::PER_FRAME).for_each(|index| visit_below(machine, machine.load(Word::new(node, index)), visit));
         }
     }

@@ -54,10 +54,14 @@
 //! The pages of a private tree come from the pool's private frames, which are absent from the hypervisor's mapping and zero
 //! ([`crate::pool`]); its nodes are like any other's, and so is the zero page. Copies are made through windows.
 //!
+//! Each page of it is private or *open*, shared with the hypervisor: the word of level 0 says which, vacant or not, and is the
+//! only one to say it ([`convert`]). So relatives, snapshots and holes keep it. The frame of an open page is in the mapping.
+//!
 //! Invariants: INV-7, INV-10, INV-11 (zeroed before stored; the store is a release; what is shared is never written again). Nodes
 //! of the tree's own part never go away before the object does, and shared ones only after a grace period, so a pinned
 //! walker needs no lock. A walk is at most four words.
 
+mod convert;
 mod difference;
 mod entry;
 mod fork;
@@ -71,7 +75,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use entresol_sync::{planted, tally};
 pub(crate) use entry::Entry;
-use entry::{CLEAN, SHARED};
+use entry::{CLEAN, OPEN, SHARED};
 pub use merge::{Merged, Offered, Span, Standing};
 pub use own::Ahead;
 pub(crate) use own::reclaim;
@@ -100,6 +104,8 @@ pub(crate) const PRIVATE: u32 = 1 << 1;
 pub(crate) const TAGGED: u32 = 1 << 2;
 /// It has a limit.
 const LIMITED: u32 = 1 << 3;
+/// Pages of it were converted: words of level 0 may say so.
+const CONVERTED: u32 = 1 << 4;
 
 /// The tree of one object. Its shape changes only while nobody can reach the object.
 #[derive(Debug)]
@@ -111,7 +117,7 @@ pub(crate) struct Tree {
     blocks_below: AtomicU64,
     /// Whether a shared block is copied whole.
     copies_blocks: AtomicBool,
-    /// [`FORKED`], [`PRIVATE`], [`TAGGED`], [`LIMITED`]; without the first two it is the common case.
+    /// [`FORKED`], [`PRIVATE`], [`TAGGED`], [`LIMITED`], [`CONVERTED`]; without the first two it is the common case.
     traits: AtomicU32,
     /// Whether some page is clean, or ever was.
     cleaned: AtomicBool,
@@ -454,21 +460,33 @@ impl Tree {
         if !self.has_room(1) {
             return Err(GrantError::OutOfMemory);
         }
-        self.claim(supply, word)?;
-        let taken = if HIDDEN {
-            supply.pool.take_private(supply.machine, supply.cpu)
-        } else {
-            supply.pool.take(supply.cpu, Order::PAGE)
-        };
-        let pfn = taken.inspect_err(|_| supply.machine.store(word, Entry::Vacant.encode()))?;
-        if !HIDDEN {
-            self.clear(supply, PfnRange::single(pfn));
+        if HIDDEN {
+            return self.fill_hidden(supply, word, frame);
         }
+        self.claim(supply, word)?;
+        let taken = supply.pool.take(supply.cpu, Order::PAGE);
+        let pfn = taken.inspect_err(|_| supply.machine.store(word, Entry::Vacant.encode()))?;
+        self.clear(supply, PfnRange::single(pfn));
         self.resident.fetch_add(1, Ordering::Relaxed);
         supply.machine.store(word, Entry::Page(pfn).encode());
         if planted!(ZE2) && self.is_tagged() {
             supply.machine.clear_tags(PfnRange::single(pfn));
         }
+        Ok(page(pfn, frame, true, true))
+    }
+
+    /// The same for private memory, by the page's attribute.
+    fn fill_hidden<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, frame: u64) -> Result<Grant, GrantError> {
+        let open = supply.machine.load(word) & OPEN;
+        let [vacant, filling] = [Entry::Vacant, Entry::Filling].map(|entry| entry.encode() | open);
+        supply.machine.compare_exchange(word, vacant, filling).map_err(|_| GrantError::Busy)?;
+        let taken = supply.pool.take_private(supply.machine, supply.cpu);
+        let pfn = taken.inspect_err(|_| supply.machine.store(word, vacant))?;
+        if open != 0 {
+            supply.pool.open(supply.machine, pfn);
+        }
+        self.resident.fetch_add(1, Ordering::Relaxed);
+        supply.machine.store(word, Entry::Page(pfn).encode() | open);
         Ok(page(pfn, frame, true, true))
     }
 

@@ -16,7 +16,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 use entresol_sync::planted;
 
-use super::entry::{self, CLEAN, COPYING, FROZEN, SHARED};
+use super::entry::{self, CLEAN, COPYING, FROZEN, OPEN, SHARED};
 use super::{BLOCK_FRAMES, Entry, Tree, block, page, place};
 use crate::{Grant, GrantError, Order, OutOfMemory, Supply};
 
@@ -149,7 +149,7 @@ impl Tree {
     ) -> Result<Grant, GrantError> {
         claim_copy(supply, word, raw)?;
         if raw & SHARED == 0 && supply.pool.stop_keeping(pfn) {
-            supply.machine.store(word, Entry::Page(pfn).encode());
+            supply.machine.store(word, Entry::Page(pfn).encode() | raw & OPEN);
             return Ok(page(pfn, frame, true, false));
         }
         let copy = match ahead.take(supply, pfn) {
@@ -161,7 +161,10 @@ impl Tree {
                 copy
             }
         };
-        supply.machine.store(word, Entry::Page(copy).encode());
+        if raw & OPEN != 0 {
+            supply.pool.open(supply.machine, copy);
+        }
+        supply.machine.store(word, Entry::Page(copy).encode() | raw & OPEN);
         supply.pool.release(pfn);
         Ok(page(copy, frame, true, false))
     }
@@ -254,7 +257,7 @@ fn copied<M: Machine>(supply: &Supply<'_, M>, node: Pfn) -> Result<Pfn, OutOfMem
     let copy = supply.pool.take(supply.cpu, Order::PAGE)?;
     for index in 0..Word::PER_FRAME {
         let raw = retained(supply, Word::new(node, index));
-        let mark = if raw == Entry::Vacant.encode() { 0 } else { SHARED };
+        let mark = if entry::is_vacant(raw) { 0 } else { SHARED };
         supply.machine.store(Word::new(copy, index), raw | mark);
     }
     Ok(copy)

@@ -13,7 +13,7 @@ use entresol_machine::{Machine, Word};
 use entresol_sync::atomic::Ordering;
 use entresol_sync::hint::spin_loop;
 
-use super::entry::{self, CLEAN, COPYING, SHARED};
+use super::entry::{self, CLEAN, COPYING, OPEN, SHARED};
 use super::own::{let_go, reclaim};
 use super::{BLOCK_FRAMES, Entry, FORKED, NODE_SHIFT, Tree, place};
 use crate::{GrantError, Order, OutOfMemory, Supply};
@@ -39,6 +39,10 @@ impl Tree {
         for edge in [start, end] {
             self.open(supply, edge)?;
         }
+        if self.has_attributes() {
+            // They are in words of level 0, which may hang from what is shared.
+            self.reach_nodes(supply, start, end)?;
+        }
         let (mut frame, mut punched) = (start, 0);
         while frame < end {
             let (word, raw, level) = self.locate_own(supply.machine, frame);
@@ -53,8 +57,8 @@ impl Tree {
                     None => continue,
                 },
                 Entry::Stored(_) => unreachable!("it changes in place"),
-                Entry::Page(pfn) => self.unpublish(supply, word, pfn, Order::PAGE),
-                Entry::Block(pfn) => self.unpublish(supply, word, pfn, Order::BLOCK),
+                Entry::Page(pfn) => self.unpublish(supply, word, raw, pfn, Order::PAGE),
+                Entry::Block(pfn) => self.unpublish(supply, word, raw, pfn, Order::BLOCK),
                 Entry::Node(_) => unreachable!("the walk goes through nodes of the tree's own"),
             };
             frame = next;
@@ -106,7 +110,7 @@ impl Tree {
         // Counted first: what a word names stays as long as the word holds it.
         let (content, nodes) = held(supply.machine, raw);
         let stored = u64::from(matches!(Entry::decode(raw), Entry::Stored(_)));
-        if supply.machine.compare_exchange(word, raw, Entry::Vacant.encode()).is_err() {
+        if supply.machine.compare_exchange(word, raw, Entry::Vacant.encode() | raw & OPEN).is_err() {
             spin_loop();
             return None;
         }
@@ -118,8 +122,9 @@ impl Tree {
         Some(content)
     }
 
-    fn unpublish<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, pfn: Pfn, order: Order) -> u64 {
-        supply.machine.store(word, Entry::Vacant.encode());
+    /// Makes a word vacant that says `raw`, the tree's own. The page's attribute stays.
+    fn unpublish<M: Machine>(&self, supply: &Supply<'_, M>, word: Word, raw: u64, pfn: Pfn, order: Order) -> u64 {
+        supply.machine.store(word, Entry::Vacant.encode() | raw & OPEN);
         supply.pool.defer(pfn, order);
         self.resident.fetch_sub(order.frames(), Ordering::Relaxed);
         order.frames()
@@ -204,7 +209,7 @@ fn held<M: Machine>(machine: &M, raw: u64) -> (u64, u64) {
 }
 
 /// Repeats what another CPU is busy with: bounded work that waits for nobody.
-fn waited<T>(mut act: impl FnMut() -> Result<T, GrantError>) -> Result<T, GrantError> {
+pub(super) fn waited<T>(mut act: impl FnMut() -> Result<T, GrantError>) -> Result<T, GrantError> {
     loop {
         match act() {
             Err(GrantError::Busy) => spin_loop(),
@@ -214,7 +219,7 @@ fn waited<T>(mut act: impl FnMut() -> Result<T, GrantError>) -> Result<T, GrantE
 }
 
 /// The same for a caller that looks again anyway.
-fn waited_once(answer: Result<(), GrantError>) -> Result<(), GrantError> {
+pub(super) fn waited_once(answer: Result<(), GrantError>) -> Result<(), GrantError> {
     match answer {
         Err(GrantError::Busy) => {
             spin_loop();

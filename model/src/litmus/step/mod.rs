@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 52] = [
+pub const VERBS: [(&str, &str); 57] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -68,6 +68,14 @@ pub const VERBS: [(&str, &str); 52] = [
     ("lease GPA", "the hypervisor leases the page at GPA"),
     ("use", "it reads the word that it leased last, by its address"),
     ("release", "it releases what it leased last"),
+    (
+        "convert GPA PAGES open|private",
+        "the guest shares pages of private memory with the hypervisor, or takes them back",
+    ),
+    ("cache GPA", "the CPU's page-frame cache is for the word at GPA"),
+    ("tell VALUE", "the word is stored through the cache: 1, or 0 if the cache knows nothing"),
+    ("refresh", "the cache finds out where its word lies"),
+    ("uncache", "the cache is for nothing"),
 ];
 
 /// Beside [`VERBS`], for `setup`: `vmids COUNT` wears VMIDs out, `generation COUNT` moves the generation of the slots ahead.
@@ -259,6 +267,15 @@ pub enum Step {
         /// To what.
         count: u64,
     },
+    /// Something about the CPU's page-frame cache.
+    Cache {
+        /// Whose.
+        vm: usize,
+        /// What.
+        what: CacheVerb,
+        /// The register for the result.
+        to: Option<String>,
+    },
     /// So many VMIDs are used up.
     Vmids {
         /// How many.
@@ -281,6 +298,30 @@ pub enum RangeVerb {
     Age,
     /// Write permission is taken away.
     Protect,
+    /// Its pages are shared with the hypervisor, or private.
+    Convert {
+        /// Which of the two.
+        open: bool,
+    },
+}
+
+/// What happens to a page-frame cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheVerb {
+    /// It is for the word at an address.
+    Activate {
+        /// Where.
+        gpa: Gpa,
+    },
+    /// A word is stored through it.
+    Tell {
+        /// What.
+        value: u64,
+    },
+    /// It looks again.
+    Refresh,
+    /// It is for nothing.
+    Deactivate,
 }
 
 /// What happens to a dirty log.
@@ -382,6 +423,7 @@ impl Step {
             | Self::Ring { to, .. }
             | Self::Post { to, .. }
             | Self::Use { to }
+            | Self::Cache { what: CacheVerb::Tell { .. }, to, .. }
             | Self::Drain { to } => to.as_deref(),
             _ => None,
         }
@@ -404,6 +446,7 @@ impl Step {
             | Self::Ring { vm, .. }
             | Self::Lease { vm, .. }
             | Self::Generation { vm, .. }
+            | Self::Cache { vm, .. }
             | Self::CleanAll { vm } => Some(*vm),
             _ => None,
         }

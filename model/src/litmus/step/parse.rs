@@ -3,7 +3,7 @@
 use entresol_addr::GfnRange;
 
 use super::words::Words;
-use super::{LogVerb, Names, RangeVerb, RingVerb, SlotVerb, Step, StepError, VERBS};
+use super::{CacheVerb, LogVerb, Names, RangeVerb, RingVerb, SlotVerb, Step, StepError, VERBS};
 use crate::guest::operation::Operation;
 
 /// A verb, with what may stand around it and its arguments.
@@ -108,6 +108,11 @@ impl Said<'_> {
             "protect" => RangeVerb::Protect,
             "split" => RangeVerb::Split,
             "merge" => RangeVerb::Merge,
+            "convert" => {
+                let range = self.words.range()?;
+                let what = RangeVerb::Convert { open: self.words.choice(["open", "private"])? };
+                return Ok(Some(Step::Range { vm: self.vm, range, what }));
+            }
             "end" => return Ok(Some(Step::End)),
             _ => return Ok(None),
         };
@@ -205,6 +210,10 @@ impl Said<'_> {
             "use" => Step::Use { to: self.to.clone() },
             "release" => Step::Release,
             "generation" => Step::Generation { vm, count: words.number("COUNT")? },
+            "cache" => Step::Cache { vm, what: CacheVerb::Activate { gpa: words.gpa()? }, to: None },
+            "tell" => Step::Cache { vm, what: CacheVerb::Tell { value: words.number("VALUE")? }, to: self.to.clone() },
+            "refresh" => Step::Cache { vm, what: CacheVerb::Refresh, to: None },
+            "uncache" => Step::Cache { vm, what: CacheVerb::Deactivate, to: None },
             "vmids" => Step::Vmids { count: words.number("COUNT")? },
             _ => return Ok(None),
         }))

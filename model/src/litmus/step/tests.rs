@@ -28,6 +28,7 @@ fn every_verb_is_read() {
         ("data|fetch", "fetch"),
         ("ivac|cvac|civac|cvau", "civac"),
         ("log|none", "log"),
+        ("open|private", "open"),
         ("MASK", "1"),
         ("CPU", "0"),
         ("SLOT", "0"),

@@ -118,6 +118,7 @@ pub fn audit(audit: &Audit) -> String {
         ("private", audit.private),
         ("pages of private machines", audit.pages),
         ("private, mapped, leased", audit.leased),
+        ("private, mapped, shared by the guest", audit.open),
         ("private, mapped, to be removed", audit.stuck),
         ("wrong", audit.wrong),
     ];

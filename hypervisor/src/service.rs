@@ -1,10 +1,12 @@
-//! Services for guests that their owner lets drive the hypervisor: measurements and tests.
+//! Services for guests: what a private machine shares; and for those that their owner lets drive the hypervisor, measurements and
+//! tests.
 //!
-//! Function identifiers are of the vendor-specific hypervisor range (Arm DEN 0028, 6.2); without the policy they do not exist.
+//! Function identifiers are of the vendor-specific hypervisor range (Arm DEN 0028, 6.2); without private memory, or the policy, they
+//! do not exist.
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_metal_arm64::cpu;
-use entresol_mmu::{CoalescedRing, CopyError};
+use entresol_mmu::{CoalescedRing, ConvertError, CopyError};
 use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicU64, Ordering};
 use entresol_sync::{Mutex, Pin};
@@ -45,14 +47,26 @@ const LEASE: u32 = 0xc600_0009;
 /// Has X1 bytes of its memory, whole pages, put on the swap device, soon. Answers 0, or [`INVALID`] while such a call waits to be carried out, or there is
 /// none; with 0 in X1 how many pages are out, or [`INVALID`] while some are leaving for such a call.
 const RECLAIM: u32 = 0xc600_0011;
+/// Of a machine with private memory, whatever its policy: shares the pages of a range with the hypervisor, or takes them back. X1 its
+/// first byte, X2 its length in bytes, both page-aligned and in one slot of private memory, X3 1 to share and 0 to take back. What the
+/// pages hold stays. Answers how many bytes from the first are done, at most [`CONVERTED_AT_ONCE`] pages: who wants more asks for the
+/// rest; 0 where something else changes the range, who asks again. Or [`INVALID`], or [`NO_MEMORY`]: nothing has changed.
+const CONVERT: u32 = 0xc600_000a;
+/// What one call converts at most, in pages.
+const CONVERTED_AT_ONCE: u64 = 64;
 /// What [`READ`] reads: the size of a few descriptors of a virtio queue.
 const READ_BYTES: usize = 64;
 /// An argument breaks a rule.
 const INVALID: u64 = -2i64 as u64;
+/// The machine has no frame for it.
+const NO_MEMORY: u64 = -3i64 as u64;
 
 /// The answer to a vendor call, or `None` if there is no such function.
 #[cold]
 pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64> {
+    if function == CONVERT && vcpu.vm.config.private {
+        return Some(convert(vcpu, x1, x2, x3));
+    }
     if !vcpu.vm.config.policies.services {
         return None;
     }
@@ -211,6 +225,25 @@ fn dirty(vcpu: &VcpuRef, action: u64, slot: u64) -> u64 {
         log::debug!("vm {}: dirty log: {error}", vm.config.name);
         INVALID
     })
+}
+
+/// Not pinned: see [`pin`].
+fn convert(vcpu: &VcpuRef, start: u64, size: u64, shared: u64) -> u64 {
+    let memory = &vcpu.vm.memory;
+    if !start.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) || size == 0 || shared > 1 {
+        return INVALID;
+    }
+    let range = GfnRange::new(Gpa::new(start).frame(), size / PAGE_SIZE);
+    let Some(range) = range.filter(|range| memory.is_convertible(cpu::index(), *range)) else { return INVALID };
+    let count = range.count().min(CONVERTED_AT_ONCE);
+    let first = GfnRange::new(range.start(), count).expect("a part of a range");
+    match memory.convert(cpu::index(), first, shared == 1) {
+        Ok(_) => count * PAGE_SIZE,
+        Err(ConvertError::Busy) => 0,
+        Err(ConvertError::OutOfMemory) => NO_MEMORY,
+        // Its slot has gone since.
+        Err(ConvertError::NotPrivate) => INVALID,
+    }
 }
 
 fn zap(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {

@@ -29,6 +29,7 @@ pub mod fdt;
 pub mod kernel;
 pub mod layout;
 pub mod virt;
+pub mod window;
 
 use core::fmt;
 use entresol_addr::Gpa;

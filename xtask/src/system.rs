@@ -100,6 +100,11 @@ pub const TESTS: &[SystemTest] = &[
         run: private::private_memory_is_nowhere_else,
     },
     SystemTest {
+        name: "private_memory_bounces",
+        about: "private Linux whose devices reach a window of its memory only: the disk works, nothing else is mapped",
+        run: private::private_memory_bounces,
+    },
+    SystemTest {
         name: "swap_takes_and_brings_back",
         about: "a guest's memory goes to the swap device and comes back, through an error of the disk and a fork; frames exact",
         run: swap::swap_takes_and_brings_back,

@@ -81,6 +81,8 @@ pub(super) struct State<D> {
     chain: Chain,
     /// Level of the line as last driven.
     high: bool,
+    /// Offered beside the transport's and the device's own.
+    platform_features: u64,
 }
 
 impl<D: VirtioDevice, M: GuestMemory, L: Interrupt> VirtioMmio<D, M, L> {
@@ -91,7 +93,8 @@ impl<D: VirtioDevice, M: GuestMemory, L: Interrupt> VirtioMmio<D, M, L> {
     /// If the heap has no room for it.
     pub fn new(device: D, memory: M, line: L) -> Result<Self, OutOfMemory> {
         const { assert!(D::QUEUES <= QUEUES_MAX) };
-        Ok(Self { state: Mutex::new(State::new(device, Chain::new()?)), memory, line })
+        let state = State::new(device, Chain::new()?, memory.is_restricted());
+        Ok(Self { state: Mutex::new(state), memory, line })
     }
 
     /// A device in the same state for a copy of the virtual machine: `device` makes its type's part from this one's, `memory`
@@ -270,7 +273,8 @@ fn config_bytes(config: &[u8], offset: u64, size: u8) -> u64 {
 }
 
 impl<D: VirtioDevice> State<D> {
-    fn new(device: D, chain: Chain) -> Self {
+    fn new(device: D, chain: Chain, restricted: bool) -> Self {
+        let platform_features = if restricted { feature(virtio::F::ACCESS_PLATFORM) } else { 0 };
         Self {
             device,
             status: DeviceStatus::empty(),
@@ -286,6 +290,7 @@ impl<D: VirtioDevice> State<D> {
             broken: None,
             chain,
             high: false,
+            platform_features,
         }
     }
 
@@ -306,6 +311,7 @@ impl<D: VirtioDevice> State<D> {
             broken: self.broken,
             chain,
             high: self.high,
+            platform_features: self.platform_features,
         }
     }
 
@@ -385,7 +391,7 @@ impl<D: VirtioDevice> State<D> {
     }
 
     fn offered(&self) -> u64 {
-        TRANSPORT_FEATURES | self.device.features()
+        TRANSPORT_FEATURES | self.platform_features | self.device.features()
     }
 
     /// Whether negotiation has ended with `bits` in it.

@@ -14,11 +14,11 @@ pub fn audit() -> Audit {
     let host = host::get();
     let pin = host.epoch.pin(cpu::index());
     let found = entresol_backing::audit(&host.supply(pin.cpu()), &host.objects, &pin);
-    let entresol_backing::Audit { frames, private, leased, stuck, pages, wrong, example } = found;
+    let entresol_backing::Audit { frames, private, leased, open, stuck, pages, wrong, example } = found;
     if let Some(frame) = example {
         log::error!("audit: {wrong} frames break INV-10, frame {frame:#x} among them");
     }
-    Audit { frames, private, leased, stuck, pages, wrong, example: example.map(|frame| frame.get()) }
+    Audit { frames, private, leased, open, stuck, pages, wrong, example: example.map(|frame| frame.get()) }
 }
 
 /// Reads the machine's address behind `address`, without a lease. What was read is told to nobody.

@@ -12,10 +12,11 @@ use entresol_addr::{Gpa, PAGE_SIZE, PageSize};
 use entresol_arch_arm64::idregs::{self, VmFeatures};
 use entresol_arch_arm64::stage2::{self, Stage2};
 use entresol_arch_arm64::sysreg::SysReg;
-use entresol_backing::{ObjectHandle, Policy, Spec};
+use entresol_backing::{ConvertError, ObjectHandle, Policy, Spec};
 use entresol_devices::gic::{Config as GicConfig, Vgic};
 use entresol_loader::kernel::{self, Hint};
 use entresol_loader::layout::{self, Layout, LayoutError};
+use entresol_loader::window::Window;
 use entresol_loader::{Memory as _, Ram, Region, fdt, virt};
 use entresol_metal_arm64::features::{self, Feature};
 use entresol_metal_arm64::traps::Hcr;
@@ -24,7 +25,7 @@ use entresol_mmu::{Counter, Options, ReadOnlyIvac, Vm as Memory};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicUsize};
 use entresol_wire::bundle::{Bundle, FileIndex};
-use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry, SharedBlock};
+use entresol_wire::config::{self, CacheMaintenance, KernelFormat, LargestEntry, PrivateIo, SharedBlock};
 
 use super::devices::Devices;
 use super::flash::FlashMemoryError;
@@ -154,7 +155,7 @@ fn put_together(
     }
     let vcpus = all.len();
     let (gic, link) = (Arc::new(gic), Link::default());
-    let devices = Devices::new(&link, &gic, terminal, media, config.balloon)?;
+    let devices = Devices::new(&link, &gic, terminal, media, config)?;
     let posted = Posted::new(config)?;
     let passed = Passed::new(&config.pass_through).map_err(BuildError)?;
     let records = Records::new(config).map_err(|error| because("stolen time")(&error))?;
@@ -245,7 +246,33 @@ pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildE
     let (frames, tagged) = (config.memory / PAGE_SIZE, config.mte);
     let spec =
         if config.private { Spec::Private { frames, policy } } else { Spec::Anonymous { frames, policy, tagged } };
-    host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))
+    let ram = host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))?;
+    match share_window(config, ram) {
+        Ok(()) => Ok(ram),
+        Err(error) => {
+            destroy_ram(ram);
+            Err(because("memory")(&error))
+        }
+    }
+}
+
+/// What the devices of a machine that bounces reach is shared before anything is in it.
+fn share_window(config: &config::Vm<FileIndex>, ram: ObjectHandle) -> Result<(), ConvertError> {
+    let Some(window) = window(config) else { return Ok(()) };
+    let host = host::get();
+    let pin = host.epoch.pin(cpu::index());
+    let object = host.objects.get(&pin, ram).expect("it was made for this");
+    let (first, count) = ((window.region.start.get() - virt::RAM_BASE) / PAGE_SIZE, window.region.size / PAGE_SIZE);
+    object.convert(&host.supply(cpu::index()), first, count, true).map(drop)
+}
+
+/// What of the memory of a machine like `config` its devices reach, if not all.
+fn window(config: &config::Vm<FileIndex>) -> Option<Window> {
+    (config.private_io == PrivateIo::Bounce).then(|| Window::of(ram(config)))
+}
+
+fn ram(config: &config::Vm<FileIndex>) -> Ram {
+    Ram { base: Gpa::new(virt::RAM_BASE), size: config.memory }
 }
 
 /// Gives memory back that no machine has.
@@ -312,7 +339,7 @@ impl<'b> Guest<'b> {
 
     /// Puts everything where it belongs, and says where to start.
     fn place(&self, memory: &Memory<'static, Metal, Stage2>) -> Result<Boot, BuildError> {
-        let ram = Ram { base: Gpa::new(virt::RAM_BASE), size: self.config.memory };
+        let (ram, window) = (ram(self.config), window(self.config));
         let seeds = entropy::seeds();
         let mut machine = fdt::Machine {
             ram,
@@ -320,12 +347,15 @@ impl<'b> Guest<'b> {
             cmdline: &self.config.cmdline,
             initrd: (!self.initrd.is_empty()).then_some(Region { start: ram.base, size: self.initrd.len() as u64 }),
             virtio: u32::MAX,
+            window,
             flash: self.flash,
             rng_seed: seeds.map(|(seed, _)| seed),
             kaslr_seed: seeds.map(|(_, seed)| seed),
         };
         let size = fdt::generate(&machine).map_err(|error| because("device tree")(&error))?.len() as u64;
-        let layout = self.layout(ram, size).map_err(|error| because("memory")(&error))?;
+        let layout = self
+            .layout(window.map_or(ram, |window| window.below(ram)), size)
+            .map_err(|error| because("memory")(&error))?;
         machine.initrd = layout.initrd;
         let tree = fdt::generate(&machine).map_err(|error| because("device tree")(&error))?;
         let mut boot = BootMemory::new(memory);

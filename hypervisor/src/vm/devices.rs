@@ -27,7 +27,8 @@ use entresol_loader::virt;
 use entresol_metal_arm64::cpu;
 use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use entresol_wire::config::{ReadOnlyStore, UnclaimedMmio};
+use entresol_wire::bundle::FileIndex;
+use entresol_wire::config::{self, PrivateIo, ReadOnlyStore, UnclaimedMmio};
 use serde::{Deserialize, Serialize};
 
 use super::balloon::GuestPages;
@@ -100,6 +101,7 @@ pub struct Saved {
 struct Wires<'a> {
     link: &'a Link,
     gic: &'a Arc<Vgic>,
+    private_io: PrivateIo,
 }
 
 impl Wires<'_> {
@@ -108,7 +110,7 @@ impl Wires<'_> {
     }
 
     fn memory(&self) -> DeviceMemory {
-        DeviceMemory::new(self.link.clone())
+        DeviceMemory::new(self.link.clone(), self.private_io)
     }
 
     /// The line of transport `slot`.
@@ -154,8 +156,8 @@ impl From<virtio::OutOfMemory> for OutOfHeap {
 }
 
 impl Devices {
-    /// The devices of the virtual machine at the end of `link`, with these media, on `terminal`, and a balloon if it is to have
-    /// one.
+    /// The devices of the virtual machine at the end of `link`, which is as `config` says, with these media, on
+    /// `terminal`.
     ///
     /// # Errors
     ///
@@ -165,9 +167,10 @@ impl Devices {
         gic: &Arc<Vgic>,
         terminal: &Arc<Terminal>,
         media: &Media,
-        balloon: bool,
+        config: &config::Vm<FileIndex>,
     ) -> Result<Self, OutOfHeap> {
-        let wires = Wires { link, gic };
+        let private_io = config.private_io;
+        let wires = Wires { link, gic, private_io };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(media.disks.len()).map_err(|_| OutOfHeap)?;
         for (slot, disk) in media.disks.iter().enumerate() {
@@ -185,7 +188,7 @@ impl Devices {
             }
             None => None,
         };
-        let balloon = if balloon {
+        let balloon = if config.balloon {
             let balloon = Balloon::new(GuestPages::new(link.clone()))?;
             let line = wires.transport(slot + 1 + usize::from(entropy.is_some()))?;
             Some(Arc::new(VirtioMmio::new(balloon, wires.memory(), line)?))
@@ -223,8 +226,9 @@ impl Devices {
         terminal: &Arc<Terminal>,
         disks: &[Arc<Overlay>],
         flash: Option<&Arc<FlashMemory>>,
+        private_io: PrivateIo,
     ) -> Result<Self, OutOfHeap> {
-        let wires = Wires { link, gic };
+        let wires = Wires { link, gic, private_io };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(disks.len()).map_err(|_| OutOfHeap)?;
         for (slot, (block, disk)) in self.disks.iter().zip(disks).enumerate() {

@@ -134,7 +134,8 @@ impl Vm {
             flash.copy_to(copy).map_err(ForkError::Disk)?;
         }
         let (gic, link) = (Arc::new(self.gic.fork().map_err(OutOfHeap::from)?), Link::default());
-        let devices = self.devices.fork(&link, &gic, terminal, disks, flash.map(|(_, copy)| copy))?;
+        let flash_copy = flash.map(|(_, copy)| copy);
+        let devices = self.devices.fork(&link, &gic, terminal, disks, flash_copy, config.private_io)?;
         let vcpus = self.fork_vcpus()?;
         let posted = Posted::new(&config)?;
         sched::reserve(vcpus.len())?;

@@ -2,12 +2,14 @@
 
 use entresol_addr::Gpa;
 use entresol_arch_arm64::stage2::Stage2;
+use entresol_backing::Reach;
 use entresol_devices::bus::{GuestMemory, MemoryError};
 use entresol_loader::Memory as LoaderMemory;
 use entresol_metal_arm64::{Metal, cpu};
 use entresol_mmu::CopyError;
 use entresol_slot::Hint;
 use entresol_sync::hint;
+use entresol_wire::config::PrivateIo;
 
 use super::Vm;
 use super::lines::Link;
@@ -20,12 +22,21 @@ type Memory = entresol_mmu::Vm<'static, Metal, Stage2>;
 pub struct DeviceMemory {
     link: Link,
     hint: Hint,
+    restricted: bool,
+}
+
+/// How much of its memory the devices of `vm` see.
+fn reach(vm: &Vm) -> Reach {
+    match vm.config.private_io {
+        PrivateIo::Lease => Reach::Everything,
+        PrivateIo::Bounce => Reach::Open,
+    }
 }
 
 impl DeviceMemory {
-    /// The memory of the virtual machine at the end of `link`.
-    pub fn new(link: Link) -> Self {
-        Self { link, hint: Hint::new() }
+    /// The memory of the virtual machine at the end of `link`, whose devices reach its private pages so.
+    pub fn new(link: Link, private_io: PrivateIo) -> Self {
+        Self { link, hint: Hint::new(), restricted: private_io == PrivateIo::Bounce }
     }
 }
 
@@ -36,6 +47,7 @@ fn device_error(vm: &Vm, error: CopyError) -> Option<MemoryError> {
         CopyError::ReadOnly { gpa } => Some(MemoryError::ReadOnly { gpa }),
         CopyError::OutOfMemory => Some(MemoryError::OutOfMemory),
         CopyError::Absent { gpa, .. } => absent(vm, gpa),
+        CopyError::MemoryFault(fault) => Some(MemoryError::Private { gpa: fault.gpa() }),
         CopyError::Busy => None,
     }
 }
@@ -71,7 +83,7 @@ impl GuestMemory for DeviceMemory {
         let vm = self.link.vm().ok_or(MemoryError::Outside { gpa })?;
         when_settled(&vm, || {
             let pin = host::get().epoch.pin(cpu::index());
-            vm.memory.read(&pin, &self.hint, gpa, to)
+            vm.memory.read_as(&pin, &self.hint, reach(&vm), gpa, to)
         })
     }
 
@@ -79,8 +91,12 @@ impl GuestMemory for DeviceMemory {
         let vm = self.link.vm().ok_or(MemoryError::Outside { gpa })?;
         when_settled(&vm, || {
             let pin = host::get().epoch.pin(cpu::index());
-            vm.memory.write(&pin, &self.hint, gpa, from)
+            vm.memory.write_as(&pin, &self.hint, reach(&vm), gpa, from)
         })
+    }
+
+    fn is_restricted(&self) -> bool {
+        self.restricted
     }
 }
 

@@ -2,14 +2,15 @@
 //!
 //! Purpose: [`generate`] writes what QEMU's `virt` machine (GICv3, PSCI by HVC) would, less what a VM does not have: the
 //! bank of flash that holds firmware, PCI, GPIO, fw_cfg, ITS, performance monitors; and more by one: the generation of a VM that
-//! can be copied. Addresses and interrupts are [`crate::virt`]'s. Linux, U-Boot's `qemu_arm64` and
+//! can be copied, and where devices reach a window of memory only, the bus that says so. Addresses and interrupts are
+//! [`crate::virt`]'s. Linux, U-Boot's `qemu_arm64` and
 //! EDK2's ArmVirtQemu find their devices in it.
 //!
 //! Protocol: pure. The size depends on which properties there are, not on their values: a caller who does not know yet where
 //! the RAM disk will be generates with any address, asks [`crate::layout::layout`], and generates again.
 //!
 //! Sources: Devicetree Specification 0.4; Linux, Documentation/devicetree/bindings (arm,gic-v3, arm,arch_timer, arm,psci,
-//! arm,pl011, arm,pl031, virtio,mmio, cfi-flash, microsoft,vmgenid).
+//! arm,pl011, arm,pl031, virtio,mmio, cfi-flash, microsoft,vmgenid, shared-dma-pool).
 
 mod blob;
 
@@ -19,6 +20,7 @@ use core::fmt::Write;
 use arrayvec::ArrayString;
 use entresol_addr::PAGE_SIZE;
 
+use crate::window::{Shape, Window};
 use crate::{Invalid, Ram, Region, virt};
 use blob::Blob;
 
@@ -33,6 +35,7 @@ pub const MAX_VCPUS: u8 = 8;
 mod phandle {
     pub const CLOCK: u32 = 0x8000;
     pub const GIC: u32 = 0x8001;
+    pub const POOL: u32 = 0x8002;
 }
 
 /// Interrupt specifiers (arm,gic-v3): type, number, flags.
@@ -56,6 +59,8 @@ pub struct Machine<'a> {
     pub initrd: Option<Region>,
     /// Bit n: there is a virtio-mmio transport n. Like QEMU's, a transport may have no device.
     pub virtio: u32,
+    /// What of the memory devices reach, if not all.
+    pub window: Option<Window>,
     /// Bytes of flash, if there is one.
     pub flash: Option<u64>,
     /// Randomness for the guest's early entropy pool, if the owner wants a guest that differs each time.
@@ -107,7 +112,14 @@ pub fn generate(machine: &Machine<'_>) -> Result<Vec<u8>, FdtError> {
         primecells(root)?;
         machine.flash.map_or(Ok(()), |size| flash(root, size))?;
         generation(root)?;
-        (0..virt::VIRTIO_SLOTS).filter(|slot| machine.virtio >> slot & 1 != 0).try_for_each(|slot| virtio(root, slot))
+        let slots = (0..virt::VIRTIO_SLOTS).filter(|slot| machine.virtio >> slot & 1 != 0);
+        match machine.window {
+            None => slots.into_iter().try_for_each(|slot| virtio(root, slot, None)),
+            Some(window) => {
+                reserved(root, window)?;
+                restricted_bus(root, window, slots)
+            }
+        }
     })?;
     blob.finish()
 }
@@ -255,7 +267,45 @@ fn generation(root: &mut Blob) -> Result<(), FdtError> {
     })
 }
 
-fn virtio(root: &mut Blob, slot: u32) -> Result<(), FdtError> {
+/// Memory that is for devices (Linux, Documentation/devicetree/bindings/reserved-memory/shared-dma-pool.yaml).
+fn reserved(root: &mut Blob, window: Window) -> Result<(), FdtError> {
+    let mut name = ArrayString::<32>::new();
+    let pool = window.pool();
+    write!(name, "device-pool@{:x}", pool.start).map_err(|_| FdtError::TooLarge)?;
+    root.node("reserved-memory", |reserved| {
+        reserved.cells("#address-cells", &[2])?;
+        reserved.cells("#size-cells", &[2])?;
+        reserved.empty("ranges")?;
+        reserved.node(&name, |node| {
+            node.numbers("reg", &[pool.start.get(), pool.size])?;
+            node.cells("phandle", &[phandle::POOL])?;
+            match window.shape {
+                Shape::Restricted => node.strings("compatible", &["restricted-dma-pool"]),
+                Shape::Zone => {
+                    node.strings("compatible", &["shared-dma-pool"])?;
+                    node.empty("reusable")?;
+                    node.empty("linux,cma-default")
+                }
+            }
+        })
+    })
+}
+
+/// The transports on a bus that reaches the window and nothing else.
+fn restricted_bus(root: &mut Blob, window: Window, mut slots: impl Iterator<Item = u32>) -> Result<(), FdtError> {
+    let (start, size) = (window.region.start.get(), window.region.size);
+    root.node("virtio-bus", |bus| {
+        bus.strings("compatible", &["simple-bus"])?;
+        bus.cells("#address-cells", &[2])?;
+        bus.cells("#size-cells", &[2])?;
+        bus.empty("ranges")?;
+        bus.numbers("dma-ranges", &[start, start, size])?;
+        bus.empty("dma-coherent")?;
+        slots.try_for_each(|slot| virtio(bus, slot, Some(window)))
+    })
+}
+
+fn virtio(root: &mut Blob, slot: u32, window: Option<Window>) -> Result<(), FdtError> {
     use interrupt::{EDGE_RISING, SPI};
     let base = virt::VIRTIO_BASE + u64::from(slot) * virt::VIRTIO_SIZE;
     let mut name = ArrayString::<32>::new();
@@ -264,6 +314,9 @@ fn virtio(root: &mut Blob, slot: u32) -> Result<(), FdtError> {
         virtio.strings("compatible", &["virtio,mmio"])?;
         virtio.numbers("reg", &[base, virt::VIRTIO_SIZE])?;
         virtio.cells("interrupts", &[SPI, virt::VIRTIO_SPI + slot, EDGE_RISING])?;
+        if window.is_some_and(|window| window.shape == Shape::Restricted) {
+            virtio.cells("memory-region", &[phandle::POOL])?;
+        }
         virtio.empty("dma-coherent")
     })
 }

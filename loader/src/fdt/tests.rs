@@ -13,6 +13,7 @@ fn machine(cmdline: &str) -> Machine<'_> {
         cmdline,
         initrd: Some(Region { start: Gpa::new(0x4800_0000), size: 0x1234 }),
         virtio: 0b1000_0000_0000_0000_0000_0000_0000_0011,
+        window: None,
         flash: Some(64 << 20),
         rng_seed: Some([7; 32]),
         kaslr_seed: Some(0x0102_0304_0506_0708),
@@ -124,7 +125,7 @@ proptest! {
     ) {
         let initrd = Some(Region { start: Gpa::new(start.into()), size: size.into() });
         let ram = Ram { base: Gpa::new(virt::RAM_BASE), size: blocks << 21 };
-        let machine = Machine { ram, vcpus, cmdline: &cmdline, initrd, virtio, flash, rng_seed: None, kaslr_seed: None };
+        let machine = Machine { ram, vcpus, cmdline: &cmdline, initrd, virtio, window: None, flash, rng_seed: None, kaslr_seed: None };
         let blob = generate(&machine).unwrap();
         let fdt = Fdt::new(&blob).unwrap();
         let root = fdt.find_node("/").unwrap();
@@ -140,4 +141,29 @@ proptest! {
         let moved = generate(&Machine { initrd: Some(Region { start: Gpa::new(0), size: 0 }), ..machine }).unwrap();
         prop_assert_eq!(moved.len(), blob.len());
     }
+}
+
+#[test]
+fn where_devices_reach_a_window_the_bus_says_so() {
+    let with = |size: u64| {
+        let ram = Ram { base: Gpa::new(virt::RAM_BASE), size };
+        generate(&Machine { ram, window: Some(Window::of(ram)), ..machine("") }).unwrap()
+    };
+    let small = with(512 << 20);
+    assert_eq!(cells(&small, "/virtio-bus", "dma-ranges"), [0, 0x5e00_0000, 0, 0x5e00_0000, 0, 0x0200_0000]);
+    let pool = "/reserved-memory/device-pool@5e000000";
+    assert_eq!(bytes(&small, pool, "compatible"), b"restricted-dma-pool\0");
+    assert_eq!(cells(&small, pool, "reg"), [0, 0x5e00_0000, 0, 0x0200_0000]);
+    let device = "/virtio-bus/virtio_mmio@a000000";
+    assert_eq!(cells(&small, device, "memory-region"), cells(&small, pool, "phandle"));
+    assert_eq!(cells(&small, device, "interrupts"), [0, 16, 1]);
+
+    let large = with(1280 << 20);
+    assert_eq!(cells(&large, "/virtio-bus", "dma-ranges"), [0, 0x7800_0000, 0, 0x7800_0000, 0, 0x0800_0000]);
+    let pool = "/reserved-memory/device-pool@7e000000";
+    assert_eq!(bytes(&large, pool, "compatible"), b"shared-dma-pool\0");
+    assert_eq!(bytes(&large, pool, "linux,cma-default"), b"");
+    let blob = Fdt::new(&large).unwrap();
+    assert!(blob.find_node(device).unwrap().property("memory-region").is_none());
+    assert!(Fdt::new(&small).unwrap().find_node("/virtio_mmio@a000000").is_none());
 }

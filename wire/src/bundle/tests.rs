@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::layout::{Entry, Header};
 use super::*;
-use crate::config::{Disk, Limits, Outer, Vm};
+use crate::config::{Disk, Limits, Outer, PrivateIo, Vm};
 
 fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileIndex> {
     Vm {
@@ -16,6 +16,7 @@ fn vm(name: &str, kernel: FileIndex, disks: Vec<Disk<FileIndex>>) -> Vm<FileInde
         memory: 64 << 20,
         private: false,
         limits: Limits::default(),
+        private_io: PrivateIo::Lease,
         vcpus: 2,
         kernel,
         kernel_format: Default::default(),

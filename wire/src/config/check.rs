@@ -9,8 +9,8 @@ use arrayvec::ArrayVec;
 use super::{
     CoalescedZone, Config, Console, DEVICE_PAGE, Disk, FIRMWARE_BASE, FLASH_BASE, KernelFormat, Limits, MAX_CMDLINE,
     MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_FLASH, MAX_MERGE_PAGES_PER_SECOND, MAX_NAME, MAX_OUTER_CPUS,
-    MAX_OUTER_MEMORY, MAX_PASS_THROUGH, MAX_ROMS, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_FLASH, MIN_OUTER_MEMORY,
-    OWNERS_WINDOW, Outer, ROM_ALIGN, ROM_END, SECTOR, Vm, format_size,
+    MAX_OUTER_MEMORY, MAX_PASS_THROUGH, MAX_ROMS, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_BOUNCE_MEMORY, MIN_FLASH,
+    MIN_OUTER_MEMORY, OWNERS_WINDOW, Outer, PrivateIo, ROM_ALIGN, ROM_END, SECTOR, Vm, format_size,
 };
 use crate::Refusal;
 
@@ -138,7 +138,7 @@ fn private<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
         Some((other, _)) => {
             Err(Refusal::new(format!("{at}.memory.private"), true, format!("must be false where {at}.{other} = true")))
         }
-        None => Ok(()),
+        None => bounce(at, vm),
     }
 }
 
@@ -174,6 +174,21 @@ fn limits<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
     let most = max.unwrap_or(vm.memory);
     if low > most {
         return refused("low", low, format!("must be at most what the VM may have, {}", format_size(most)));
+    }
+    Ok(())
+}
+
+/// Who bounces has something to keep from devices, and room for the window.
+fn bounce<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
+    if vm.private_io == PrivateIo::Lease {
+        return Ok(());
+    }
+    if !vm.private {
+        return Err(Refusal::text(format!("{at}.memory.io"), "bounce", "needs memory.private = true"));
+    }
+    if vm.memory < MIN_BOUNCE_MEMORY {
+        let rule = format!("must be at least {} where memory.io = \"bounce\"", format_size(MIN_BOUNCE_MEMORY));
+        return Err(Refusal::new(format!("{at}.memory"), format_size(vm.memory), rule));
     }
     Ok(())
 }

@@ -48,7 +48,9 @@ impl Default for Limits {
     }
 }
 
-/// `memory = "512M"`, or `memory = { size = "512M", private = true }`.
+use super::PrivateIo;
+
+/// `memory = "512M"`, or `memory = { size = "512M", private = true, io = "bounce" }`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WrittenMemory {
     /// A size.
@@ -61,6 +63,8 @@ pub struct WrittenMemory {
     pub low: Option<String>,
     /// [`PRIORITY`] if absent. See [`Limits::priority`].
     pub priority: Option<i64>,
+    /// How devices reach it then.
+    pub io: PrivateIo,
 }
 
 impl From<String> for WrittenMemory {
@@ -84,6 +88,8 @@ struct Table {
     max: Option<String>,
     low: Option<String>,
     priority: Option<i64>,
+    #[serde(default)]
+    io: PrivateIo,
 }
 
 /// Either shape; an error speaks of the one that was meant.
@@ -93,7 +99,7 @@ impl<'de> Visitor<'de> for Shape {
     type Value = WrittenMemory;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a size like \"512M\", or a table with `size`, and `private`, `max`, `low`, `priority`")
+        f.write_str("a size like \"512M\", or a table with `size`, and `private`, `io`, `max`, `low`, `priority`")
     }
 
     fn visit_str<E: de::Error>(self, size: &str) -> Result<WrittenMemory, E> {
@@ -101,8 +107,8 @@ impl<'de> Visitor<'de> for Shape {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<WrittenMemory, A::Error> {
-        let Table { size, private, max, low, priority } = Table::deserialize(MapAccessDeserializer::new(map))?;
-        Ok(WrittenMemory { size, private, max, low, priority })
+        let Table { size, private, io, max, low, priority } = Table::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(WrittenMemory { size, private, io, max, low, priority })
     }
 }
 

@@ -68,6 +68,8 @@ pub const MAX_OUTER_CPUS: u32 = 64;
 pub const MIN_OUTER_MEMORY: u64 = 256 << 20;
 /// Most memory of the outer machine, in bytes: QEMU's `virt` has its next device region behind that.
 pub const MAX_OUTER_MEMORY: u64 = 255 << 30;
+/// Least memory of a virtual machine whose devices bounce, in bytes.
+pub const MIN_BOUNCE_MEMORY: u64 = 128 << 20;
 /// Memory comes in multiples of this many bytes: the block of the second stage.
 pub const MEMORY_GRANULE: u64 = 2 << 20;
 /// Where an owner puts what no device of the machine is: the platform bus of QEMU's `virt`. Memory and emulated devices are
@@ -135,6 +137,9 @@ pub struct Vm<F> {
     /// How much of it is in memory.
     #[serde(default)]
     pub limits: Limits,
+    /// How devices reach private memory.
+    #[serde(default)]
+    pub private_io: PrivateIo,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// The file its first vCPU starts with.
@@ -176,6 +181,17 @@ pub struct Vm<F> {
     /// Whether its pages may become one with equal pages, its own and those of other VMs that say so too.
     #[serde(default)]
     pub merge: bool,
+}
+
+/// How devices reach memory that is private.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrivateIo {
+    /// Page by page, each for one access.
+    #[default]
+    Lease,
+    /// Not at all: they reach what the guest shares, and a window that is shared from the start.
+    Bounce,
 }
 
 /// A zone of coalesced MMIO.
@@ -485,6 +501,7 @@ impl<F> Vm<F> {
             memory: self.memory,
             private: self.private,
             limits: self.limits,
+            private_io: self.private_io,
             vcpus: self.vcpus,
             kernel,
             kernel_format: self.kernel_format,

@@ -189,6 +189,7 @@ impl WrittenVm {
             memory: memory(&format!("{at}.memory"), &self.memory.size)?,
             private: self.memory.private,
             limits: limits(&format!("{at}.memory"), &self.memory)?,
+            private_io: self.memory.io,
             vcpus: check::vcpus(&at, self.vcpus.unwrap_or(1))?,
             kernel_format: self.kernel_format.unwrap_or(by_name),
             policies: Policies {

@@ -11,6 +11,9 @@ pub struct Audit {
     pub private: u64,
     /// Private frames that are mapped because the hypervisor uses them.
     pub leased: u64,
+    /// Private frames that are mapped because their guests share the pages with the hypervisor.
+    #[serde(default)]
+    pub open: u64,
     /// Private frames that are mapped because their removal failed, and is tried again.
     pub stuck: u64,
     /// Pages that private virtual machines have.

@@ -1,7 +1,7 @@
 //! Private memory: absent from the hypervisor's own mapping whatever the guest does, and zero for whoever comes next.
 
 use anyhow::{Result, bail, ensure};
-use entresol_wire::config::{WrittenMemory, WrittenVm};
+use entresol_wire::config::{PrivateIo, WrittenMemory, WrittenVm};
 use entresol_wire::control::{Answer, Audit, Op};
 
 use super::Context;
@@ -75,6 +75,57 @@ pub fn private_memory_is_nowhere_else(context: &Context) -> Result<()> {
     }
     let after = owner.audit()?;
     ensure!(after.pages > 0 && before.pages > 0, "{before:?}, then {after:?}");
+    owner.shutdown()?;
+    machine.expect_power_off().map(drop)
+}
+
+/// Audits of a machine whose devices bounce.
+const BOUNCE_AUDITS: u32 = 200;
+/// Where its devices reach, in pages: the 128 MiB below 2 GiB.
+const WINDOW: core::ops::Range<u64> = 0x78000..0x80000;
+/// Pages of the buffers that Linux makes.
+const BUFFERS: u64 = 64 << 8;
+
+/// Linux whose devices reach nothing but a window of its private memory: rings and buffers lie there by what the device tree says, the
+/// disk works, and what is mapped is the window and nothing else.
+pub fn private_memory_bounces(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "private_memory_bounces")?.outer("2G", 2);
+    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
+    let mut secret = private(linux("secret", &context.guest.kernel()?, &initrd), "1280M");
+    secret.memory.io = PrivateIo::Bounce;
+    secret.vcpus = Some(2);
+    secret.disks.push(disk(&builder.file("disk.img", &[0xd5; 16 << 20])?));
+    let mut machine = builder.boot(vec![secret])?;
+    machine.expect(initrd::READY)?;
+    // "software IO TLB: mapped [mem 0x…-0x…] (64MB)"
+    let buffers = machine.shell("dmesg | sed -n 's/.*software IO TLB: mapped .mem \\(0x[0-9a-f]*\\)-.*/\\1/p'")?;
+    let first = u64::from_str_radix(buffers.trim().trim_start_matches("0x"), 16)?;
+    let last = (first >> 12) + BUFFERS - 1;
+    ensure!(
+        WINDOW.contains(&(first >> 12)) && WINDOW.contains(&last),
+        "Linux has its buffers at {first:#x}, outside the window"
+    );
+    let md5 = machine.shell("dd if=/dev/vda bs=64k 2>/dev/null | md5sum")?;
+    machine.shell(LOAD)?;
+    let mut owner = Owner::of(&mut machine)?;
+    let window = WINDOW.end - WINDOW.start;
+    let mut most = 0;
+    for _ in 0..BOUNCE_AUDITS {
+        let audit = owner.audit()?;
+        ensure!(audit.wrong + audit.stuck == 0 && audit.leased <= 1, "private frames are mapped: {audit:?}");
+        ensure!(audit.open <= window, "more is shared than the window: {audit:?}");
+        most = most.max(audit.open);
+    }
+    ensure!(most > 0, "nothing of the window was ever touched");
+    let kernel_page = 0x4020_0000;
+    let probe = owner.probe("secret", kernel_page)?;
+    ensure!(probe.private && probe.fault.is_some(), "a stray read met {probe:x?}");
+    machine.shell("touch /run/stop; while test ! -e /run/stopped; do sleep 1; done")?;
+    let own = "head -c 1048576 /dev/urandom > /run/own; dd if=/run/own of=/dev/vda bs=64k conv=fsync 2>/dev/null; \
+         echo 3 > /proc/sys/vm/drop_caches; head -c 1048576 /dev/vda | cmp - /run/own && echo same";
+    let same = machine.shell(own)?;
+    // The kernel says that it dropped its caches.
+    ensure!(same.lines().last() == Some("same") && !md5.is_empty(), "the disk returned something else: {same:?}");
     owner.shutdown()?;
     machine.expect_power_off().map(drop)
 }

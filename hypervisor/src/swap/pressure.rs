@@ -15,7 +15,6 @@ use entresol_metal_arm64::cpu;
 use entresol_wire::config::Limits;
 use entresol_wire::config::MAX_VMS;
 
-use super::device::Pending;
 use super::{Job, Swap, Why};
 use crate::host_work::Work;
 use crate::vm::Pause;

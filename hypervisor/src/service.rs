@@ -6,7 +6,7 @@
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_metal_arm64::cpu;
-use entresol_mmu::{CoalescedRing, ConvertError, CopyError};
+use entresol_mmu::{Busy, CoalescedRing, ConvertError, CopyError, Discarded};
 use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicU64, Ordering};
 use entresol_sync::{Mutex, Pin};
@@ -52,6 +52,9 @@ const RECLAIM: u32 = 0xc600_0011;
 /// pages hold stays. Answers how many bytes from the first are done, at most [`CONVERTED_AT_ONCE`] pages: who wants more asks for the
 /// rest; 0 where something else changes the range, who asks again. Or [`INVALID`], or [`NO_MEMORY`]: nothing has changed.
 const CONVERT: u32 = 0xc600_000a;
+/// Gives the pages of a range back, as a balloon does: X1 its first byte, X2 its length in bytes, both page-aligned, at most
+/// [`CONVERTED_AT_ONCE`] pages. Answers X2, 0 where something else changes the range, or [`INVALID`].
+const DISCARD: u32 = 0xc600_000b;
 /// What one call converts at most, in pages.
 const CONVERTED_AT_ONCE: u64 = 64;
 /// What [`READ`] reads: the size of a few descriptors of a virtio queue.
@@ -86,6 +89,7 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
         RECLAIM if x1 == 0 => Some(if is_leaving() { INVALID } else { vcpu.vm.stored_frames() }),
         RECLAIM => Some(reclaim(vcpu, x1)),
         LEASE => Some(answered(lease(vcpu, x1))),
+        DISCARD => Some(discard(vcpu, x1, x2)),
         _ => None,
     }
 }
@@ -243,6 +247,21 @@ fn convert(vcpu: &VcpuRef, start: u64, size: u64, shared: u64) -> u64 {
         Err(ConvertError::OutOfMemory) => NO_MEMORY,
         // Its slot has gone since.
         Err(ConvertError::NotPrivate) => INVALID,
+    }
+}
+
+fn discard(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {
+    let pages = size / PAGE_SIZE;
+    if !start.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE) || pages > CONVERTED_AT_ONCE {
+        return INVALID;
+    }
+    let Some(range) = GfnRange::new(Gpa::new(start).frame(), pages).filter(|range| !range.is_empty()) else {
+        return INVALID;
+    };
+    match vcpu.vm.memory.discard(cpu::index(), &[range]) {
+        Ok(Discarded { refused: 0, .. }) => size,
+        Ok(_) => INVALID,
+        Err(Busy) => 0,
     }
 }
 

@@ -105,6 +105,11 @@ pub const TESTS: &[SystemTest] = &[
         run: private::private_memory_bounces,
     },
     SystemTest {
+        name: "stolen_time_meets_conversions",
+        about: "eight vCPUs' records in one private page that is shared, taken back and given back: no time is stale",
+        run: private::stolen_time_meets_conversions,
+    },
+    SystemTest {
         name: "swap_takes_and_brings_back",
         about: "a guest's memory goes to the swap device and comes back, through an error of the disk and a fork; frames exact",
         run: swap::swap_takes_and_brings_back,

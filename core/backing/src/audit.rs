@@ -22,7 +22,8 @@ pub struct Audit {
     pub private: u64,
     /// Private frames that are mapped because they are leased.
     pub leased: u64,
-    /// Private frames that are mapped because the guest shares their pages with the hypervisor.
+    /// Private frames that are mapped because the guest shares their pages with the hypervisor; those that it gave back among them
+    /// until they are zeroed.
     pub open: u64,
     /// Private frames that are mapped because their removal failed, and is tried again.
     pub stuck: u64,

@@ -1,6 +1,6 @@
 //! Conversions on a flat machine: entries, kinds of access, page-frame caches.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE, PageSize};
 use entresol_backing::{Audit, Policy, Reach, Spec};
@@ -169,38 +169,38 @@ fn caches_and_devices_meet_a_page_that_changes() {
     let vm = private(&host, Policy::Pages);
     vm.write(&host.epoch.pin(CPU), &Hint::new(), Gpa::new(RAM + PAGE_SIZE), &[1]).unwrap();
     let (page, over) = (pages(RAM, 0, 1), AtomicBool::new(false));
-    let (told, seen) = std::thread::scope(|scope| {
-        let (vm, host, over) = (&vm, &host, &over);
-        let teller = scope.spawn(move || {
+    let (told, seen) = (AtomicU64::new(0), [AtomicU64::new(0), AtomicU64::new(0)]);
+    std::thread::scope(|scope| {
+        let (vm, host, over, told, seen) = (&vm, &host, &over, &told, &seen);
+        scope.spawn(move || {
             while vm.activate(OTHER, 0, Gpa::new(RAM + 64), 8).is_err() {}
-            let mut told = 0u64;
             while !over.load(Ordering::Relaxed) {
                 let piece = vm.refresh(OTHER, 0).is_ok();
                 let pin = host.epoch.pin(OTHER);
                 if let Some(piece) = vm.check(&pin, 0, 8).filter(|_| piece) {
-                    vm.write_piece(&piece, &(told + 1).to_le_bytes());
-                    told += 1;
+                    vm.write_piece(&piece, &told.fetch_add(1, Ordering::Relaxed).to_le_bytes());
                 }
             }
-            told
         });
-        let device = scope.spawn(move || {
-            let (mut done, mut refused) = (0u64, 0u64);
+        scope.spawn(move || {
             while !over.load(Ordering::Relaxed) {
                 let pin = host.epoch.pin(2);
                 match vm.write_as(&pin, &Hint::new(), Reach::Open, Gpa::new(RAM + 128), b"device") {
-                    Ok(()) => done += 1,
+                    Ok(()) => drop(seen[0].fetch_add(1, Ordering::Relaxed)),
                     Err(CopyError::MemoryFault(fault)) => {
                         assert_eq!((fault.gpa().get(), fault.private()), (RAM, false));
-                        refused += 1;
+                        seen[1].fetch_add(1, Ordering::Relaxed);
                     }
                     Err(CopyError::Busy | CopyError::OutOfMemory) => {}
                     Err(error) => panic!("{error:?}"),
                 }
             }
-            (done, refused)
         });
-        for round in 0..ROUNDS {
+        let met = || [told, &seen[0], &seen[1]].iter().all(|count| count.load(Ordering::Relaxed) != 0);
+        let mut round = 0;
+        // However late the others begin.
+        while round < ROUNDS || !met() {
+            round += 1;
             while vm.convert(CPU, page, round % 2 == 0).is_err() {}
             if round % 5 == 0 {
                 while vm.discard(CPU, &[page]).is_err() {}
@@ -208,9 +208,7 @@ fn caches_and_devices_meet_a_page_that_changes() {
             audit(host);
         }
         over.store(true, Ordering::Relaxed);
-        (teller.join().unwrap(), device.join().unwrap())
     });
-    assert!(told > 0 && seen.0 > 0 && seen.1 > 0, "{told} told, {seen:?} by the device");
     vm.deactivate(0).unwrap();
     assert_eq!(audit(&host).leased, 0);
 }

@@ -1,8 +1,8 @@
 //! Private memory: absent from the hypervisor's own mapping whatever the guest does, and zero for whoever comes next.
 
 use anyhow::{Result, bail, ensure};
-use entresol_wire::config::{PrivateIo, WrittenMemory, WrittenVm};
-use entresol_wire::control::{Answer, Audit, Op};
+use entresol_wire::config::{Console, PrivateIo, WrittenMemory, WrittenVm};
+use entresol_wire::control::{Answer, Audit, Op, State};
 
 use super::Context;
 use super::control::Listener;
@@ -130,6 +130,47 @@ pub fn private_memory_bounces(context: &Context) -> Result<()> {
     machine.expect_power_off().map(drop)
 }
 
+/// Questions until what waits for a grace period is back.
+const QUESTIONS: usize = 200;
+/// How often the page with the records changes.
+const CHANGES: u32 = 300;
+/// Audits meanwhile.
+const AUDITS_OF_CHANGES: u32 = 50;
+
+/// Eight vCPUs on two CPUs, their records of stolen time in one private page, which is shared, taken back and given back all the time:
+/// no time goes back, nothing is mapped that should not be, and no lease is left.
+pub fn stolen_time_meets_conversions(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "stolen_time_meets_conversions")?.outer("1G", 2);
+    let records = guests::flat("records")?;
+    let mut vm = private(program("records", &records, &format!("rounds={CHANGES}")), "64M");
+    vm.vcpus = Some(8);
+    vm.policies.services = true;
+    // Somebody must be left when it has ended.
+    let mut witness = private(program("witness", &guests::flat("toucher")?, "mib=8 seed=5 hold"), "64M");
+    witness.policies.console = Some(Console::Background);
+    let mut machine = builder.boot(vec![vm, witness])?;
+    machine.expect("RECORDS in one page")?;
+    let mut owner = Owner::of(&mut machine)?;
+    for _ in 0..AUDITS_OF_CHANGES {
+        // What was given back counts as it was until it has been zeroed.
+        let audit = owner.audit()?;
+        ensure!(audit.wrong + audit.stuck == 0, "{audit:?}");
+    }
+    machine.expect("ALL PASS")?;
+    // It powers itself off next, and its frames come back with the host's next work: each question is some.
+    let mut left = owner.audit()?;
+    for _ in 0..QUESTIONS {
+        if owner.row("records")?.state == State::Stopped && left.leased + left.open == 0 {
+            break;
+        }
+        left = owner.audit()?;
+    }
+    owner.expect_state("records", State::Stopped, Some("PowerOff"))?;
+    ensure!(left.wrong + left.stuck + left.leased + left.open == 0, "it has ended, and left {left:?}");
+    owner.shutdown()?;
+    machine.expect_power_off().map(drop)
+}
+
 /// Who forks and is saved, its copy, and who is made from the file.
 const FAMILY: [&str; 3] = ["secret", "copy", "back"];
 
@@ -188,7 +229,6 @@ pub fn private_machines_fork_and_are_saved(context: &Context) -> Result<()> {
         told.done(Op::Kill { vm: name.into() })?;
     }
     // Frames that a grace period keeps come back with the host's next work: each question is some.
-    const QUESTIONS: usize = 200;
     let mut left = audited(&mut told)?;
     for _ in 0..QUESTIONS {
         if left.leased == 0 && left.pages < alone.pages {

@@ -9,7 +9,8 @@
 //!
 //! Of Z-D6 the half that shows is here: a hole's lease that is released is released in vain, because a lease knows its frame's life.
 //!
-//! What is not here yet: Z-C5, which needs shadow tables, and of Z-E what speaks of swap, because the core has no such code.
+//! What is not here: Z-C5, which is of shadow tables (`arch/x86/src/shadow_tests/directed.rs` plants and finds it), and of Z-E what
+//! speaks of swap, because the core has no such code.
 
 use std::time::Duration;
 

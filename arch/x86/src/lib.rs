@@ -12,6 +12,7 @@
 //! | [`npt`], [`ept`] | what do second-stage entries look like? |
 //! | [`mmio`] | how does an entry say "there is no memory here"? |
 //! | [`paging`] | what do the guest's own tables translate an address to? |
+//! | [`shadow`] | which shadow tables show them, and in which words? |
 //!
 //! Invariants: no function here panics, whatever registers, entries or addresses it is given; a guest chooses most of them.
 //!
@@ -26,11 +27,14 @@ pub mod fault;
 pub mod mmio;
 pub mod npt;
 pub mod paging;
+pub mod shadow;
 pub mod svm;
 pub mod vmx;
 
 #[cfg(test)]
 mod format_tests;
+#[cfg(test)]
+mod shadow_tests;
 
 #[cfg(test)]
 extern crate std;

@@ -52,6 +52,8 @@ pub enum Bug {
     ZC3,
     /// Z-C4: an entry that was taken away between the fault and the walk counts as a malformed one.
     ZC4,
+    /// Z-C5: a flush of one page leaves an MMIO entry.
+    ZC5,
     /// Z-C6: table pages are freed while somebody may be walking through them.
     ZC6,
     /// Z-C7: the short way of a write fault makes writable what its object shares.

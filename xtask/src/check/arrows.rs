@@ -22,8 +22,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("devices", &["addr", "sync"]),
     ("backing", &["addr", "sync", "machine"]),
     ("table", &["addr", "sync", "machine"]),
+    ("shadow", &["addr", "sync", "machine"]),
     ("arch-arm64", &["addr", "fault", "table"]),
-    ("arch-x86", &["addr", "fault", "table"]),
+    ("arch-x86", &["addr", "fault", "table", "shadow"]),
     ("mmu", &["addr", "sync", "fault", "slot", "backing", "table", "machine"]),
     ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64"]),
     ("hypervisor", &HYPERVISOR),
@@ -34,7 +35,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// What only tests may import besides: real formats for the pipeline's. No arrow leads back, so there is no circle.
-const TEST_ARROWS: &[(&str, &[&str])] = &[("mmu", &["arch-arm64", "arch-x86"])];
+const TEST_ARROWS: &[(&str, &[&str])] = &[("mmu", &["arch-arm64", "arch-x86"]), ("arch-x86", &["machine", "sync"])];
 
 /// Features that exist for the lab, and may be switched on by nothing else but tests and the fuzz target, whose canary is a
 /// planted bug: the hypervisor has no planted bugs, and no

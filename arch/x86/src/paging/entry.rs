@@ -13,7 +13,7 @@ const NO_EXECUTE: u64 = 1 << 63;
 
 /// What an entry says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// Nothing.
     Absent,
     /// A bit is set that must not be.
@@ -25,7 +25,7 @@ pub(super) enum Step {
 }
 
 /// Bits 12 up to the last of a physical address.
-pub(super) const fn address_mask(physical_bits: u8) -> u64 {
+pub(crate) const fn address_mask(physical_bits: u8) -> u64 {
     let bits = if physical_bits > 52 { 52 } else { physical_bits };
     ones(12, bits as u32)
 }
@@ -39,7 +39,7 @@ const fn ones(low: u32, end: u32) -> u64 {
 }
 
 /// Reads an entry of `level` (1: of 4 KiB pages).
-pub(super) const fn read(regime: &Regime, level: u8, raw: u64) -> Step {
+pub(crate) const fn read(regime: &Regime, level: u8, raw: u64) -> Step {
     if raw & PRESENT == 0 {
         return Step::Absent;
     }
@@ -50,7 +50,7 @@ pub(super) const fn read(regime: &Regime, level: u8, raw: u64) -> Step {
 }
 
 /// The protection key of a page.
-pub(super) const fn key(mode: Mode, raw: u64) -> u8 {
+pub(crate) const fn key(mode: Mode, raw: u64) -> u8 {
     match mode {
         Mode::Level4 | Mode::Level5 => (raw >> 59) as u8 & 0xf,
         Mode::Off | Mode::Bits32 | Mode::Pae => 0,

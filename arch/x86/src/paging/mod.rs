@@ -17,7 +17,7 @@
 //!
 //! Known holes: no shadow stacks, no supervisor protection keys, no write-protect by HLAT; no memory-type bits are read.
 
-mod entry;
+pub(crate) mod entry;
 mod rights;
 #[cfg(test)]
 mod tests;
@@ -242,18 +242,46 @@ pub fn walk<T: Tables>(
     address: u64,
     request: Request,
 ) -> Result<Translation, WalkError<T::Error>> {
+    trace(tables, regime, address, request).map(|(translation, _)| translation)
+}
+
+/// [`walk`], and the entries that it has used.
+pub(crate) fn trace<T: Tables>(
+    tables: &mut T,
+    regime: &Regime,
+    address: u64,
+    request: Request,
+) -> Result<(Translation, Way), WalkError<T::Error>> {
     let address = match regime.mode {
-        Mode::Off => return Ok(untranslated(address)),
+        Mode::Off => return Ok((untranslated(address), Way { raws: [0; DEEPEST + 1], depth: 0 })),
         Mode::Bits32 | Mode::Pae => address & 0xffff_ffff,
         Mode::Level4 => canonical(address, 48)?,
         Mode::Level5 => canonical(address, 57)?,
     };
     for _ in 0..TRIES {
-        if let Some(translation) = once(tables, regime, address, request)? {
-            return Ok(translation);
+        if let Some(found) = once(tables, regime, address, request)? {
+            return Ok(found);
         }
     }
     Err(WalkError::Contended)
+}
+
+/// The entries that a walk has used, from the top, with their flags set as it has set them.
+pub(crate) struct Way {
+    raws: [u64; DEEPEST + 1],
+    depth: usize,
+}
+
+impl Way {
+    /// Them.
+    pub(crate) fn entries(&self) -> &[u64] {
+        &self.raws[..self.depth]
+    }
+}
+
+/// Whether an access may be made to a page that allows this on its whole way, by the flags of `regime`.
+pub(crate) fn allows(regime: &Regime, (user, write, execute): (bool, bool, bool), key: u8, request: Request) -> bool {
+    Rights { user, write, execute }.judge(regime, request, key).is_ok()
 }
 
 const fn untranslated(address: u64) -> Translation {
@@ -280,7 +308,7 @@ fn once<T: Tables>(
     regime: &Regime,
     address: u64,
     request: Request,
-) -> Result<Option<Translation>, WalkError<T::Error>> {
+) -> Result<Option<(Translation, Way)>, WalkError<T::Error>> {
     let (mode, width) = (regime.mode, regime.mode.width());
     let mut used = [Used { at: Gpa::new(0), raw: 0 }; DEEPEST];
     let mut depth = 0;
@@ -317,7 +345,12 @@ fn once<T: Tables>(
     if !set(tables, width, &page, ACCESSED | dirties)? {
         return Ok(None);
     }
-    Ok(Some(Translation {
+    let mut way = Way { raws: [0; DEEPEST + 1], depth: depth + 1 };
+    for (raw, entry) in way.raws.iter_mut().zip(&used[..depth]) {
+        *raw = entry.raw | ACCESSED;
+    }
+    way.raws[depth] = page.raw | ACCESSED | dirties;
+    let translation = Translation {
         gpa: Gpa::new(base | address & ((1 << shift) - 1)),
         page_shift: shift as u8,
         user: rights.user,
@@ -326,7 +359,8 @@ fn once<T: Tables>(
         dirty: (page.raw | dirties) & DIRTY != 0,
         global: regime.controls.contains(Controls::GLOBAL_PAGES) && page.raw & GLOBAL != 0,
         key,
-    }))
+    };
+    Ok(Some((translation, way)))
 }
 
 /// The first table and its level; `None` if a page-directory pointer is not present.

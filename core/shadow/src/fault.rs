@@ -1,0 +1,199 @@
+//! A fault of a vCPU on shadow tables.
+
+use entresol_addr::Gpa;
+use entresol_machine::{Machine, Vmid};
+
+use crate::page::Record;
+use crate::sync::index;
+use crate::tables::Shadow;
+use crate::{Backing, GuestMemory, GuestTables, Key, Rights, ShadowFormat, Walk};
+
+/// Most times that one fault walks: once for what is there, twice for what is made, more if there is no room.
+const TRIES: usize = 4;
+
+/// Why a way cannot be filled yet.
+enum Missing {
+    /// Tables were made, or compared anew.
+    Made,
+    /// No frame is left for one.
+    Room,
+}
+
+/// How a fault ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a fault that nobody acts on stops the guest"]
+pub enum Answer<G, M> {
+    /// The access can be made again.
+    Resume,
+    /// No memory is there, or it is read-only: the owner emulates the access.
+    Mmio(Gpa),
+    /// The guest's own tables refuse it.
+    Guest(G),
+    /// The frame cannot be given now.
+    Memory(M),
+    /// The vCPU's root is not the one that its registers name: [`Shadow::load`] first.
+    Unloaded,
+}
+
+impl<F: ShadowFormat> Shadow<F> {
+    /// Handles a fault of `vcpu` at `linear`. `vmid` is what the VM's translations are cached under.
+    #[allow(clippy::too_many_arguments, reason = "the machine, the vCPU, its memory and its access")]
+    pub fn fault<M: Machine, G: GuestTables, B: GuestMemory>(
+        &mut self,
+        machine: &M,
+        vmid: Vmid,
+        vcpu: usize,
+        guest: &mut G,
+        memory: &mut B,
+        linear: u64,
+        request: G::Request,
+    ) -> Answer<G::Error, B::Error> {
+        let write = guest.writes(request);
+        for _ in 0..TRIES {
+            let walk = match guest.walk(linear, request) {
+                Ok(walk) => walk,
+                Err(error) => return Answer::Guest(error),
+            };
+            let backing = match memory.backing(walk.gpa.frame(), write) {
+                Ok(backing) => backing,
+                Err(error) => return Answer::Memory(error),
+            };
+            let root = self.vcpus[vcpu].root.filter(|root| self.pages[*root as usize].key == Some(walk.keys[0]));
+            let Some(root) = root else { return Answer::Unloaded };
+            match self.descend(machine, vmid, guest, root, &walk, linear) {
+                Ok(page) => {
+                    let generation = memory.generation();
+                    let answer = self.fill(machine, vcpu, page, &walk, linear, write, backing, generation);
+                    self.settle(machine, vmid);
+                    return answer;
+                }
+                // The walk may have read a table before it was protected: it is not to be believed any more.
+                Err(Missing::Made) => self.settle(machine, vmid),
+                Err(Missing::Room) => self.clear(machine, vmid),
+            }
+        }
+        // Other CPUs change the tables on the way: the guest's access begins again.
+        Answer::Resume
+    }
+
+    /// A fault by a word that the hardware refuses. What the vCPU knows, or an MMIO entry that is true, answers it without a walk of
+    /// the guest's tables; else it is a fault like others.
+    #[allow(clippy::too_many_arguments, reason = "as above")]
+    pub fn refused<M: Machine, G: GuestTables, B: GuestMemory>(
+        &mut self,
+        machine: &M,
+        vmid: Vmid,
+        vcpu: usize,
+        guest: &mut G,
+        memory: &mut B,
+        linear: u64,
+        request: G::Request,
+    ) -> Answer<G::Error, B::Error> {
+        if let Some(now) = memory.generation() {
+            let offset = linear & 0xfff;
+            let known = self.vcpus[vcpu].mmio.filter(|(page, ..)| *page == linear >> 12);
+            let known = known.map(|(_, gfn, rights, generation)| (gfn, rights, generation));
+            let found = known.or_else(|| self.find_mmio(vcpu, linear));
+            if let Some((gfn, rights, generation)) = found
+                && generation == now
+                && guest.allows(rights, request)
+            {
+                self.vcpus[vcpu].mmio = Some((linear >> 12, gfn, rights, now));
+                return Answer::Mmio(Gpa::new(gfn.base().get() | offset));
+            }
+        }
+        self.fault(machine, vmid, vcpu, guest, memory, linear, request)
+    }
+
+    /// The MMIO entry behind `linear`.
+    fn find_mmio(&self, vcpu: usize, linear: u64) -> Option<(entresol_addr::Gfn, Rights, u64)> {
+        let mut page = self.vcpus[vcpu].root?;
+        loop {
+            let key = self.pages[page as usize].key?;
+            match self.pages[page as usize].records[index(linear, key.level)] {
+                Record::Link(child) => page = child,
+                Record::Mmio { gfn, rights, generation } => return Some((gfn, rights, generation)),
+                Record::Vacant | Record::Leaf { .. } => return None,
+            }
+        }
+    }
+
+    /// The table of level 1 on the way. What is missing on it is made, and then the walk is to be made again.
+    fn descend<M: Machine, G: GuestTables>(
+        &mut self,
+        machine: &M,
+        vmid: Vmid,
+        guest: &mut G,
+        root: u32,
+        walk: &Walk,
+        linear: u64,
+    ) -> Result<u32, Missing> {
+        let (mut page, mut made) = (root, false);
+        for pair in walk.keys[..walk.depth].windows(2) {
+            let [above, key] = [pair[0], pair[1]];
+            let at = index(linear, above.level);
+            page = match self.pages[page as usize].records[at] {
+                Record::Link(child) if self.pages[child as usize].key == Some(key) => child,
+                _ => {
+                    let child = self.take(machine, vmid, guest, &key).ok_or(Missing::Room)?;
+                    self.link(machine, page, at, child);
+                    made = true;
+                    child
+                }
+            };
+        }
+        if made { Err(Missing::Made) } else { Ok(page) }
+    }
+
+    /// The table with this key, for a way that did not lead to it: nothing on that way says what the guest does not say now, down
+    /// to the last level.
+    fn take<M: Machine, G: GuestTables>(&mut self, machine: &M, vmid: Vmid, guest: &mut G, key: &Key) -> Option<u32> {
+        match self.find(key) {
+            Some(page) => {
+                if key.level > 1 || self.pages[page as usize].unsynced {
+                    self.sync_all(machine, vmid, guest);
+                }
+                Some(page)
+            }
+            None => self.make(machine, key),
+        }
+    }
+
+    /// Fills the entry for `linear` in `page`.
+    #[allow(clippy::too_many_arguments, reason = "what was found out about one access")]
+    fn fill<M: Machine, G, E>(
+        &mut self,
+        machine: &M,
+        vcpu: usize,
+        page: u32,
+        walk: &Walk,
+        linear: u64,
+        write: bool,
+        backing: Backing,
+        generation: Option<u64>,
+    ) -> Answer<G, E> {
+        let (gfn, at) = (walk.gpa.frame(), index(linear, 1));
+        match backing {
+            Backing::Frame { writable, .. } if write && !writable => Answer::Mmio(walk.gpa),
+            Backing::Frame { pfn, writable } => {
+                let may_write = walk.rights.write && writable;
+                if write && self.is_synced(gfn) {
+                    self.unsync(gfn);
+                }
+                let rights = Rights { write: may_write && !self.is_synced(gfn), ..walk.rights };
+                self.map(machine, page, at, gfn, pfn, rights);
+                Answer::Resume
+            }
+            Backing::Nothing => {
+                match generation {
+                    Some(generation) => {
+                        self.mark_mmio(machine, page, at, gfn, walk.rights, generation);
+                        self.vcpus[vcpu].mmio = Some((linear >> 12, gfn, walk.rights, generation));
+                    }
+                    None => self.drop_entry(machine, page, at),
+                }
+                Answer::Mmio(walk.gpa)
+            }
+        }
+    }
+}

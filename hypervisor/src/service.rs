@@ -55,6 +55,8 @@ const CONVERT: u32 = 0xc600_000a;
 /// Gives the pages of a range back, as a balloon does: X1 its first byte, X2 its length in bytes, both page-aligned, at most
 /// [`CONVERTED_AT_ONCE`] pages. Answers X2, 0 where something else changes the range, or [`INVALID`].
 const DISCARD: u32 = 0xc600_000b;
+/// Checks the page-frame cache of the calling vCPU's stolen time. Answers 0 if it knows where that lies, or [`INVALID`].
+const CHECK: u32 = 0xc600_000c;
 /// What one call converts at most, in pages.
 const CONVERTED_AT_ONCE: u64 = 64;
 /// What [`READ`] reads: the size of a few descriptors of a virtio queue.
@@ -90,6 +92,7 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
         RECLAIM => Some(reclaim(vcpu, x1)),
         LEASE => Some(answered(lease(vcpu, x1))),
         DISCARD => Some(discard(vcpu, x1, x2)),
+        CHECK => Some(if vcpu.vm.knows_record(vcpu.index) { 0 } else { INVALID }),
         _ => None,
     }
 }

@@ -170,6 +170,12 @@ impl Vm {
         self.store_time(index, &bytes) || self.find_record(index) && self.store_time(index, &bytes)
     }
 
+    /// Whether the cache of vCPU `index`'s record knows where it lies.
+    pub fn knows_record(&self, index: usize) -> bool {
+        let pin = host::get().epoch.pin(cpu::index());
+        self.memory.check(&pin, index, BYTES).is_some()
+    }
+
     /// Whether the record's cache knew where to.
     fn store_time(&self, index: usize, bytes: &[u8]) -> bool {
         let pin = host::get().epoch.pin(cpu::index());

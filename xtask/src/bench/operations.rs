@@ -26,13 +26,14 @@ const PAGES: [(&str, u8); 7] = [
 const OURS: [(&str, u8); 3] = [("mmio_pair", 8), ("cmo_trap", 9), ("cow_4k", 16)];
 const OURS_OF_BLOCKS: [(&str, u8); 1] = [("cow_2m", 17)];
 /// Of a machine whose memory is private.
-const PRIVATE: [(&str, u8); 6] = [
+const PRIVATE: [(&str, u8); 7] = [
     ("private_populated_4k", 2),
     ("private_fresh_4k", 1),
     ("private_cow_4k", 16),
     ("private_read_window", 18),
     ("private_read_place", 19),
     ("private_lease", 20),
+    ("pfn_cache_check", 23),
 ];
 /// Of a machine with a swap device.
 const SWAPPED: [(&str, u8); 2] = [("major_fault_4k", 21), ("major_fault_again_4k", 22)];

@@ -27,6 +27,7 @@
 //! | 18 | reads 64 bytes of a page through a window |
 //! | 19 | reads them in place: in its own mapping for all CPUs, and out again |
 //! | 20 | takes a lease of the page and releases it |
+//! | 23 | checks a page-frame cache: the one of the vCPU's stolen time |
 //!
 //! In `bench=swap`, for a machine with a swap device: loads from pages that are out, each far from the next,
 //!
@@ -86,6 +87,9 @@ const LONG: u64 = 100_000;
 const READ: u64 = 0xc600_0007;
 const IN_PLACE: u64 = 0xc600_0008;
 const LEASE: u64 = 0xc600_0009;
+/// Checks the page-frame cache of the vCPU's stolen time, which it has once its record was asked for (PV_TIME_ST: DEN 0057, 3.2.2).
+const CHECK: u64 = 0xc600_000c;
+const STOLEN_TIME: u64 = 0xc500_0021;
 
 /// Takes coalesced writes.
 const DRAIN: u64 = 0xc600_0002;
@@ -208,6 +212,10 @@ fn accesses(page: u64) {
     ask(IN_PLACE, 0);
     phase::<0xa014>();
     repeat(LEASE, page);
+    phase::<0xa000>();
+    assert!(smccc::hvc([STOLEN_TIME, 0, 0, 0]) as i64 > 0, "no stolen time is told here");
+    phase::<0xa017>();
+    repeat(CHECK, page);
 }
 
 fn repeat(function: u64, page: u64) {

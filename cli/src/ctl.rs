@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use entresol_wire::config::{format_size, parse_size};
-use entresol_wire::control::{Alias, Answer, MergeStatus, Op, State};
+use entresol_wire::control::{Alias, Answer, Bytes, MergeStatus, Op, State};
 use serde::Serialize;
 
 use crate::client::{Client, ClientError, unexpected};
 use crate::console::{self, End};
 use crate::dirty::{self, DirtyError, Shown};
+use crate::tags::{self, TagsError};
 use crate::{Exit, socket, table};
 
 /// Seconds that a snapshot or a restore may take at least.
@@ -100,6 +101,12 @@ pub enum Command {
         /// Bytes, or a size like 64M
         #[arg(value_name = "SIZE", value_parser = number)]
         size: u64,
+    },
+    /// Read or write allocation tags of a virtual machine with `mte = true`
+    Tags {
+        /// What to do
+        #[command(subcommand)]
+        what: tags::What,
     },
     /// Stop a virtual machine's vCPUs until `resume`
     Pause {
@@ -208,6 +215,8 @@ enum Failure {
     Socket(#[from] socket::Foreign),
     #[error("{0}")]
     File(DirtyError),
+    #[error(transparent)]
+    Tags(TagsError),
     #[error("cannot write the answer: {0}")]
     Output(#[from] io::Error),
 }
@@ -216,8 +225,9 @@ impl Failure {
     fn exit(&self) -> Exit {
         match self {
             Self::Client(error) => error.exit(),
+            Self::Tags(TagsError::After { error, .. }) => error.exit(),
             Self::Socket(_) => Exit::NoConnection,
-            Self::File(_) | Self::Output(_) => Exit::Usage,
+            Self::File(_) | Self::Tags(_) | Self::Output(_) => Exit::Usage,
         }
     }
 }
@@ -227,6 +237,15 @@ impl From<DirtyError> for Failure {
         match error {
             DirtyError::Client(error) => Self::Client(error),
             error @ DirtyError::File { .. } => Self::File(error),
+        }
+    }
+}
+
+impl From<TagsError> for Failure {
+    fn from(error: TagsError) -> Self {
+        match error {
+            TagsError::Client(error) => Self::Client(error),
+            error @ (TagsError::After { .. } | TagsError::Input(_)) => Self::Tags(error),
         }
     }
 }
@@ -286,6 +305,18 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
                 Answer::Count(left) => out.answer(&Answer::Count(left), || format!("{} left\n", format_size(left)))?,
                 other => return Err(unexpected(&op, &other).into()),
             }
+        }
+        Command::Tags { what: tags::What::Read { vm, gpa, size } } => {
+            let (read, whole) = tags::read(&mut client, &vm, gpa, size);
+            if !read.is_empty() {
+                out.answer(&Answer::Tags(Bytes::from(&read[..])), || tags::text(&read))?;
+            }
+            whole?;
+        }
+        Command::Tags { what: tags::What::Write { vm, gpa, size } } => {
+            let given = tags::parse(io::stdin().lock(), size)?;
+            let pages = tags::write(&mut client, &vm, gpa, &given)?;
+            out.answer(&Answer::Count(pages), || format!("{pages} pages\n"))?;
         }
         Command::Pause { vm } => done(&mut client, Op::Pause { vm: vm.into() }, &out)?,
         Command::Resume { vm } => done(&mut client, Op::Resume { vm: vm.into() }, &out)?,
@@ -357,7 +388,7 @@ fn merge(client: &mut Client, rounds: Option<u32>) -> Result<MergeStatus, Client
 const MERGE_POLL: Duration = Duration::from_millis(100);
 
 /// A number, decimal or after `0x`, or a size like `64K`.
-fn number(text: &str) -> Result<u64, String> {
+pub(crate) fn number(text: &str) -> Result<u64, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16).ok(),
         None => text.parse().ok().or_else(|| parse_size(text)),

@@ -25,6 +25,7 @@ pub mod lab;
 pub mod socket;
 pub mod store;
 pub mod table;
+pub mod tags;
 
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;

@@ -2,7 +2,7 @@
 //!
 //! Purpose: a vCPU, or a device, that needs a page which a store has ([`entresol_mmu::Absent`]) says so here ([`want`]) and gives
 //! way; its siblings and all others run. The store's keeper takes what is wanted ([`next`]), fills the frame in its own time, and says
-//! how that went ([`Reading::finish`]). Whoever waited then tries again.
+//! how that went ([`Reading::filled`], [`Reading::failed`]). Whoever waited then tries again.
 //!
 //! Protocol: a keeper is host's work; it says which work of its own to raise ([`keep`]). There is one reading for a place,
 //! however many want it: their pages are noted with it, and get the same frame. A vCPU sleeps until its reading is over
@@ -17,7 +17,7 @@
 //! the failure: let run again, it asks anew. A virtual machine that ends leaves its readings as they are: nobody has the
 //! page then, and the frame is given back.
 //!
-//! Invariants: INV-7: a frame that was taken for a reading is put in or given back by `finish`. Nothing here
+//! Invariants: INV-7: a frame that was taken for a reading is put in or given back by `filled` or `failed`. Nothing here
 //! allocates on the heap. Bounded: [`READINGS`] at once; who wants more waits until one of them is over.
 //! Lock order: scheduler → the table here → pool.
 
@@ -27,6 +27,7 @@ use core::task::Poll;
 use entresol_addr::{Gpa, Pfn};
 use entresol_backing::{Fetch, ObjectHandle, StoreId, StoreSlot};
 use entresol_devices::gic::Kick;
+use entresol_machine::Tags;
 use entresol_metal_arm64::cpu;
 use entresol_mmu::Absent;
 use entresol_sync::Mutex;
@@ -481,16 +482,27 @@ impl Reading {
         }
     }
 
-    /// The frame is filled, or could not be. Host's work.
-    pub fn finish(self, filled: bool) {
-        let Self { ticket, mut fetch } = self;
+    /// Whether its content has tags beside it.
+    pub fn is_tagged(&self) -> bool {
+        self.fetch.is_tagged()
+    }
+
+    /// The frame is filled, and gets these tags, if its content has some. Host's work.
+    pub fn filled(mut self, tags: Option<&Tags>) {
+        self.fetch.filled(&host::get().supply(cpu::index()), tags);
+        self.end(true);
+    }
+
+    /// The frame could not be filled. Host's work.
+    pub fn failed(self) {
+        TABLE.lock().failures += 1;
+        self.end(false);
+    }
+
+    fn end(self, filled: bool) {
+        let Self { ticket, fetch } = self;
         let host = host::get();
         let supply = host.supply(cpu::index());
-        if filled {
-            fetch.filled(&supply);
-        } else {
-            TABLE.lock().failures += 1;
-        }
         let noted = TABLE.lock().entries[ticket.place()].as_ref().map(|entry| (entry.pages, entry.guests));
         let (pages, guests) = noted.unwrap_or(([None; PAGES], false));
         for page in pages.into_iter().flatten() {

@@ -73,6 +73,9 @@ pub struct Saved {
     regs: Registers,
     el1: El1State,
     fp: FpState,
+    /// Zero where the virtual machine has no memory tagging.
+    #[serde(default)]
+    tags: TagState,
     vmcr: u64,
     active: ([u64; 4], [u64; 4]),
     timer: (u64, u64),
@@ -148,6 +151,7 @@ impl Vcpu {
             regs: state.regs.clone(),
             el1: state.el1.clone(),
             fp: state.fp.clone(),
+            tags: state.tags,
             vmcr: state.interface.vmcr,
             active: (state.interface.ap0, state.interface.ap1),
             timer: (state.timer.control, state.timer.compare),
@@ -167,6 +171,7 @@ impl Vcpu {
             state.regs = saved.regs;
             state.el1 = El1State { vmpidr: identity, mdscr: saved.el1.mdscr & MDSCR_GUEST, ..saved.el1 };
             state.fp = saved.fp;
+            state.tags = saved.tags;
             state.gic.vmcr = saved.vmcr;
             state.interface.vmcr = saved.vmcr;
             (state.interface.ap0, state.interface.ap1) = saved.active;

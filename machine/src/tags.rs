@@ -22,6 +22,27 @@ impl Tags {
     /// All zero.
     pub const ZERO: Self = Self([0; Self::WORDS]);
 
+    /// Bytes that they are packed into.
+    pub const BYTES: usize = Self::WORDS * size_of::<u64>();
+
+    /// Two granules to a byte, the lower in the low four bits.
+    pub fn to_bytes(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        for (to, word) in bytes.chunks_exact_mut(size_of::<u64>()).zip(self.0) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// What [`Self::to_bytes`] has packed.
+    pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
+        let mut tags = Self::ZERO;
+        for (word, from) in tags.0.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*from);
+        }
+        tags
+    }
+
     /// The tag of granule `granule` (modulo 256), 0–15.
     #[inline]
     pub const fn get(&self, granule: usize) -> u8 {
@@ -54,6 +75,8 @@ mod tests {
         for granule in 0..Tags::GRANULES {
             assert_eq!(tags.get(granule), (granule * 7) as u8 & 0xf);
         }
+        let bytes = tags.to_bytes();
+        assert_eq!((bytes[0], bytes[127], Tags::from_bytes(&bytes)), (0x70, 0x92, tags));
         tags.set(17, 0xff);
         assert_eq!((tags.get(16), tags.get(17), tags.get(18)), (0, 0xf, 14));
         assert_eq!(tags.0[1] >> 4 & 0xf, 0xf, "granule 17 is the second of the second word");

@@ -90,6 +90,7 @@ scoped_thread_local!(static OUT_3: Yielder<(), ()>);
 const PAGE: usize = 1 << 62;
 const TLB: usize = 1 << 61;
 const OWN: usize = 1 << 60;
+const DISK: usize = 1 << 59;
 
 /// Puts a new machine on the table, with what the thread has learned about places of the source.
 pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::access::Sites) {
@@ -380,6 +381,12 @@ pub fn page_key(pfn: Pfn) -> usize {
 /// The key of a frame's entry in the hypervisor's own mapping.
 fn own_key(pfn: Pfn) -> usize {
     OWN | pfn.get() as usize
+}
+
+/// A place of the swap device is about to be read, or written.
+#[track_caller]
+pub fn before_disk(place: u64, write: bool) {
+    step(DISK | place as usize, write, Location::caller());
 }
 
 /// A guest's access is about to happen: it looks at the translation caches.

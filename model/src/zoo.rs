@@ -9,8 +9,7 @@
 //!
 //! Of Z-D6 the half that shows is here: a hole's lease that is released is released in vain, because a lease knows its frame's life.
 //!
-//! What is not here: Z-C5, which is of shadow tables (`arch/x86/src/shadow_tests/directed.rs` plants and finds it), and of Z-E what
-//! speaks of swap, because the core has no such code.
+//! What is not here: Z-C5, which is of shadow tables (`arch/x86/src/shadow_tests/directed.rs` plants and finds it).
 
 use std::time::Duration;
 
@@ -51,7 +50,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 53] = {
+pub const ZOO: [Exhibit; 57] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv8, Inv9, Inv10, Inv11, Inv12,
         Inv13, Inv14, Inv15, Maintenance, Panic, Slots, Written,
@@ -189,10 +188,38 @@ pub const ZOO: [Exhibit; 53] = {
         exhibit!("Z-D7", ZD7, "cache-offset.toml", &[Inv11, Forbidden], "a cache keeps the place of another piece"),
         exhibit!("Z-D8", ZD8, "lease.toml", &[Inv10], "a lease is handed out before the frame is mapped again"),
         exhibit!("Z-D9", ZD9, "lease-hole.toml", &[Inv11], "a frame goes to its next owner unzeroed"),
+        exhibit!(
+            "Z-E1",
+            ZE1,
+            "swap-tags.toml",
+            &[Inv12, Inv1, Forbidden, Panic],
+            "the tags of a place are forgotten when its page has come back"
+        ),
         exhibit!("Z-E2", ZE2, "tags-touch.toml", &[Inv1], "a page is there before its tags are cleared"),
         exhibit!("Z-E3", ZE3, "tags-block.toml", &[Inv1], "of a block, only the first page's tags are cleared"),
+        exhibit!(
+            "Z-E4",
+            ZE4,
+            "swap-tags.toml",
+            &[Inv12, Inv11, Inv7, Inv15, Forbidden, Panic],
+            "a place is free before the page that is read from it is there"
+        ),
         exhibit!("Z-E5", ZE5, "tags-fork.toml", &[Inv1], "a copy has the bytes and not the tags"),
         exhibit!("Z-E6", ZE6, "merge-tags.toml", &[Inv12], "pages of equal bytes become one, whatever their tags"),
+        exhibit!(
+            "Z-E7",
+            ZE7,
+            "tags-device.toml",
+            &[Inv7],
+            "a device is mapped as Normal memory where a machine with tags had memory"
+        ),
+        exhibit!(
+            "Z-E8",
+            ZE8,
+            "swap-off.toml",
+            &[Inv15, Panic],
+            "a swap device is removed while a second sharer's page is out"
+        ),
         exhibit!("Z-G2", ZG2, "difference.toml", &[Written], "a difference misses a page that was written in between"),
         exhibit!(
             "Z-G4",

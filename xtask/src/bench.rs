@@ -63,6 +63,10 @@ pub enum Part {
     Private,
     /// Memory that comes back from a swap device
     Swap,
+    /// Memory tagging: faults and copies
+    Tags,
+    /// Memory with tags that comes back from a swap device
+    TagsSwap,
     /// A Linux boot, bare and as a guest
     Boot,
 }
@@ -100,8 +104,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         rows.add(operations::measure(&bench, Part::Private)?, None);
         rows.0.extend(disk::measure(&bench)?);
     }
-    if wanted(Part::Swap) {
-        rows.add(operations::measure(&bench, Part::Swap)?, None);
+    for part in [Part::Swap, Part::Tags, Part::TagsSwap].into_iter().filter(|part| wanted(*part)) {
+        rows.add(operations::measure(&bench, part)?, None);
     }
     if wanted(Part::Boot) {
         rows.0.extend(boot::measure(&bench, options.peer.is_some())?);

@@ -130,6 +130,16 @@ pub const TESTS: &[SystemTest] = &[
         run: swap_device::swap_device_fails_and_comes_back,
     },
     SystemTest {
+        name: "tags_come_back_from_the_disk",
+        about: "guests with tags leave for the swap device and come back, read only, written, forked and merged: no tag is lost",
+        run: swap::tags_come_back_from_the_disk,
+    },
+    SystemTest {
+        name: "tags_outlive_the_machine",
+        about: "tags are read and written from outside, saved, saved as a difference, and restored",
+        run: mte::tags_outlive_the_machine,
+    },
+    SystemTest {
         name: "limits_say_whose_memory_leaves",
         about: "a guest of 96 MiB has 32 MiB in memory and finishes; memory.low and a higher priority are spared",
         run: swap::limits_say_whose_memory_leaves,

@@ -1,5 +1,6 @@
 //! `entresol ctl` against a fake hypervisor.
 
+use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -41,6 +42,37 @@ rings  0xc001000     -      7
     assert_eq!((text(&posted.stdout), posted.status.code()), (table, Some(0)));
     let slots = ctl(&fake, &["slots", "web"]);
     assert_eq!(text(&slots.stdout).lines().count(), 1 + 3);
+}
+
+/// Tags are asked for in parts, and what is done before a failure is said.
+#[test]
+fn tags_go_as_far_as_memory_does() {
+    let fake = Fake::start(Manner::Good);
+    let read = |gpa: &str, size: &str| ctl(&fake, &["tags", "read", "web", gpa, size]);
+    let all = read("0x40000000", "400K");
+    assert_eq!((all.status.code(), text(&all.stdout).lines().count()), (Some(0), 100));
+    assert!(text(&all.stdout).lines().all(|line| line.len() == 256));
+    let beyond = read("0x40000000", "404K");
+    assert_eq!((beyond.status.code(), text(&beyond.stdout).lines().count()), (Some(1), 100));
+    assert!(text(&beyond.stderr).contains("after 100 pages: "), "{}", text(&beyond.stderr));
+    let outside = read("0x50000000", "4K");
+    assert_eq!((outside.status.code(), outside.stdout.len()), (Some(1), 0));
+    assert!(text(&outside.stderr).contains("must be memory"));
+    assert_eq!(read("0x40000000", "100").status.code(), Some(2));
+    let write = |size: &str| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_entresol"));
+        program.args(["ctl", "tags", "write", "web", "0x40000000", size]).env("ENTRESOL_SOCKET", fake.socket());
+        let streams = program.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = streams.spawn().expect("it starts");
+        // One that refuses its arguments does not read.
+        let _ = child.stdin.take().expect("a pipe").write_all(&all.stdout);
+        child.wait_with_output().expect("it ends")
+    };
+    let written = write("400K");
+    assert_eq!((written.status.code(), text(&written.stdout)), (Some(0), "100 pages\n"));
+    let less = write("4K");
+    assert_eq!(less.status.code(), Some(2));
+    assert!(text(&less.stderr).contains("25600 digits: must be 256"), "{}", text(&less.stderr));
 }
 
 #[test]

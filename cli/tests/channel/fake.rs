@@ -169,6 +169,21 @@ impl Guest {
                 self.respond(id, Err(Error::refused(Code::BadField, refusal)));
             }
             Op::Files => self.respond(id, Ok(Answer::Files(files()))),
+            Op::ReadTags { gpa, size, .. } => {
+                let pages = tagged_pages(*gpa).min(size >> 12);
+                let tags: Vec<u8> = (0..pages << 8).map(|granule| ((gpa >> 12) + granule) as u8 & 0xf).collect();
+                let refusal = Refusal::new("gpa", gpa, "must be memory");
+                let end = || Err(Error::refused(Code::BadField, refusal));
+                self.respond(id, if pages == 0 { end() } else { Ok(Answer::Tags(Bytes::from(&tags[..]))) });
+            }
+            Op::WriteTags { gpa, tags, .. } => {
+                let pages = tagged_pages(*gpa).min(tags.0.len() as u64 >> 8);
+                let refusal = Refusal::new("gpa", gpa, "must be memory");
+                self.respond(
+                    id,
+                    if pages == 0 { Err(Error::refused(Code::BadField, refusal)) } else { Ok(Answer::Count(pages)) },
+                );
+            }
             Op::Reclaim { size, .. } => self.respond(id, Ok(Answer::Count(*size))),
             Op::Young { size, .. } => self.respond(id, Ok(Answer::Count(*size >> 12))),
             Op::Dirty { what: Dirty::Get(from), .. } => self.respond(id, Ok(Answer::Pages(dirty_pages(*from)))),
@@ -271,6 +286,11 @@ pub fn files() -> Files<'static> {
         base: base.map(Into::into),
     };
     Files { size: 1 << 30, free: 1 << 20, rows: vec![row("old", None), row("new", Some("old"))] }
+}
+
+/// Pages with tags from `gpa` on: memory ends after 100 of them.
+fn tagged_pages(gpa: u64) -> u64 {
+    (0x4000_0000u64 + (100 << 12)).saturating_sub(gpa) >> 12
 }
 
 /// Dirty pages in two pieces that meet.

@@ -54,6 +54,8 @@ mod fork_tests;
 #[cfg(test)]
 mod merge_tests;
 #[cfg(test)]
+mod out_tag_tests;
+#[cfg(test)]
 mod out_tests;
 #[cfg(test)]
 mod private_tests;

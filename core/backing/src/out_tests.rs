@@ -81,7 +81,7 @@ impl Device {
                 let mut page = vec![0; PAGE_SIZE as usize];
                 page[AT as usize] = self.holds[&slot.index()];
                 host.machine.write(fetch.pfn().base(), &page);
-                fetch.filled(supply);
+                fetch.filled(supply, None);
                 fetch
             });
             assert!(object.restore(supply, frame, &fetch));

@@ -4,6 +4,9 @@
 //! snapshot's file, for example. This crate moves no bytes to or from there. It says which place is wanted
 //! ([`crate::GrantError::Stored`]), takes the frame that somebody else has filled ([`crate::Object::restore`]), and counts.
 //!
+//! A page with allocation tags has them in its place, beside its bytes: a place is 4096 bytes, and 128 bytes more where it is marked so.
+//! The mark is made with the place's first reference and goes with its last: tags are there exactly as long as the bytes (D10).
+//!
 //! Two kinds of store. A *plain* one ([`Stores::open`]) is a file: every place holds a page, and none changes while it is open.
 //! Whoever restores lazily opens one, and calls [`crate::Object::put_stored`] for each page of a fresh object. Of a *counted* one
 //! ([`Stores::open_counted`]), a swap device, places are free until a page is written there ([`crate::Object::begin_out`]), and again when
@@ -26,7 +29,7 @@
 use alloc::boxed::Box;
 use core::fmt;
 
-use entresol_sync::Mutex;
+use entresol_sync::{Mutex, planted};
 
 use crate::{OutOfHeap, try_boxed};
 
@@ -137,25 +140,31 @@ impl From<OutOfHeap> for StoreError {
 /// What is known of a place of a counted store. Zero: it is free.
 #[derive(Clone, Copy, Default)]
 struct Record {
-    /// References, and in bit 31 whether the place is valid.
+    /// References, in bit 31 whether the place is valid, and in bit 30 whether it has tags.
     references: u32,
     /// A frame that is kept for it, as its index in the pool plus one; 0 if none is known.
     frame: u32,
 }
 
 const VALID: u32 = 1 << 31;
+const TAGGED: u32 = 1 << 30;
 
-// With the word in the tree, all that is in memory of a page that is not.
-const _: () = assert!(size_of::<Record>() == 8);
+/// The most bytes that stay in memory of a page that leaves, its tags counted.
+const MOST_KEPT: usize = 16;
+
+// The record, and the word of the tree that names the place.
+const _: () = assert!(size_of::<Record>() + size_of::<u64>() <= MOST_KEPT);
 
 impl Record {
     const fn count(self) -> u32 {
-        self.references & !VALID
+        self.references & !(VALID | TAGGED)
     }
 }
 
 struct Store {
     slots: u64,
+    /// Of a plain one: every place has tags.
+    tagged: bool,
     references: u64,
     /// Of a counted one.
     records: Option<Box<[Record]>>,
@@ -169,6 +178,11 @@ impl Store {
     fn held(&mut self, slot: StoreSlot) -> Option<&mut Record> {
         let index = usize::try_from(slot.index()).ok()?;
         self.records.as_mut()?.get_mut(index).filter(|record| record.count() != 0)
+    }
+
+    /// Whether some frame holds what each place does.
+    fn is_in_memory(&self) -> bool {
+        self.records.iter().flatten().all(|record| record.count() == 0 || record.frame != 0)
     }
 }
 
@@ -186,10 +200,23 @@ impl Stores {
     ///
     /// [`StoreError::TooMany`], [`StoreError::Slots`].
     pub fn open(&self, slots: u64) -> Result<StoreId, StoreError> {
+        self.open_plain(slots, false)
+    }
+
+    /// The same, and every page has its tags beside it.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::TooMany`], [`StoreError::Slots`].
+    pub fn open_tagged(&self, slots: u64) -> Result<StoreId, StoreError> {
+        self.open_plain(slots, true)
+    }
+
+    fn open_plain(&self, slots: u64, tagged: bool) -> Result<StoreId, StoreError> {
         if slots == 0 || slots > MAX_SLOTS {
             return Err(StoreError::Slots { value: slots, limit: MAX_SLOTS });
         }
-        self.add(slots, None)
+        self.add(slots, None, tagged)
     }
 
     /// Opens a store of `slots` places, at most 2^31, that are free.
@@ -203,13 +230,13 @@ impl Stores {
             return Err(StoreError::Slots { value: slots, limit: LIMIT });
         }
         let records = try_boxed(slots as usize, Record::default)?;
-        self.add(slots, Some(records))
+        self.add(slots, Some(records), false)
     }
 
-    fn add(&self, slots: u64, records: Option<Box<[Record]>>) -> Result<StoreId, StoreError> {
+    fn add(&self, slots: u64, records: Option<Box<[Record]>>, tagged: bool) -> Result<StoreId, StoreError> {
         let mut stores = self.0.lock();
         let place = stores.iter().position(Option::is_none).ok_or(StoreError::TooMany)?;
-        stores[place] = Some(Store { slots, references: 0, records, taken: 0, next: 0 });
+        stores[place] = Some(Store { slots, tagged, references: 0, records, taken: 0, next: 0 });
         Ok(StoreId(place as u8))
     }
 
@@ -224,6 +251,10 @@ impl Stores {
         match place.as_ref().map(|store| store.references) {
             None => Err(StoreError::Unknown { store }),
             Some(0) => {
+                *place = None;
+                Ok(())
+            }
+            Some(_) if planted!(ZE8) && place.as_ref().is_some_and(Store::is_in_memory) => {
                 *place = None;
                 Ok(())
             }
@@ -256,8 +287,8 @@ impl Stores {
         Ok(())
     }
 
-    /// Takes a free place, not valid yet, with one reference.
-    pub(crate) fn take(&self, store: StoreId) -> Result<StoreSlot, StoreError> {
+    /// Takes a free place, not valid yet, with one reference; for tags too if it is `tagged`.
+    pub(crate) fn take(&self, store: StoreId, tagged: bool) -> Result<StoreSlot, StoreError> {
         let mut stores = self.0.lock();
         let full = StoreError::Full { store };
         let open =
@@ -266,11 +297,30 @@ impl Stores {
         let (before, after) = records.split_at(open.next);
         let found = after.iter().chain(before).position(|record| record.count() == 0).ok_or(full)?;
         let index = (open.next + found) % records.len();
-        records[index] = Record { references: 1, frame: 0 };
+        records[index] = Record { references: 1 | if tagged { TAGGED } else { 0 }, frame: 0 };
         open.next = (index + 1) % records.len();
         open.taken += 1;
         open.references += 1;
         Ok(StoreSlot::new(store, index as u64))
+    }
+
+    /// Whether the place, which somebody refers to, has tags beside the page.
+    pub(crate) fn is_tagged(&self, slot: StoreSlot) -> bool {
+        let mut stores = self.0.lock();
+        let store = stores.get_mut(usize::from(slot.store().0)).and_then(Option::as_mut);
+        store.is_some_and(|store| match store.records {
+            Some(_) => store.held(slot).is_some_and(|record| record.references & TAGGED != 0),
+            None => store.tagged,
+        })
+    }
+
+    /// The mistake of Z-E1.
+    pub(crate) fn lose_tags(&self, slot: StoreSlot) {
+        let mut stores = self.0.lock();
+        let store = stores.get_mut(usize::from(slot.store().0)).and_then(Option::as_mut);
+        if let Some(record) = store.and_then(|store| store.held(slot)) {
+            record.references &= !TAGGED;
+        }
     }
 
     /// The place holds the page from now on.

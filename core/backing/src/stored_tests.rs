@@ -36,7 +36,7 @@ impl Host {
         let mut page = vec![0; PAGE_SIZE as usize];
         page[AT as usize] = content(slot.index());
         entresol_machine::Machine::write(&self.machine, fetch.pfn().base(), &page);
-        fetch.filled(&supply);
+        fetch.filled(&supply, None);
         Some(fetch)
     }
 

@@ -133,7 +133,7 @@ fn in_page(gpa: Gpa, len: usize) -> usize {
     len.min((PAGE_SIZE - gpa.page_offset()) as usize)
 }
 
-fn stopped(gpa: Gpa, error: AccessError) -> CopyError {
+pub(crate) fn stopped(gpa: Gpa, error: AccessError) -> CopyError {
     match error {
         AccessError::OutOfMemory => CopyError::OutOfMemory,
         AccessError::Forking => CopyError::Busy,

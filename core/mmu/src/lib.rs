@@ -54,6 +54,7 @@ mod pfncache;
 mod share;
 mod stats;
 mod switches;
+mod tags;
 mod vm;
 mod vmid;
 mod young;
@@ -94,6 +95,7 @@ pub use outcome::{Abort, Outcome, Reason};
 pub use pfncache::{CacheError, Piece};
 pub use stats::{Counter, Stats};
 pub use switches::Switches;
+pub use tags::TagError;
 pub use vm::{Options, Vm};
 pub use vmid::{VmVmid, Vmids};
 

@@ -78,14 +78,22 @@ pub enum Bug {
     ZD8,
     /// Z-D9: a frame of private memory is given to somebody else unzeroed.
     ZD9,
+    /// Z-E1: the tags of a place are gone when its page has come back once.
+    ZE1,
     /// Z-E2: a page is there before its tags are cleared.
     ZE2,
     /// Z-E3: of a block, only the first page's tags are cleared.
     ZE3,
+    /// Z-E4: a place is free before the page that is read from it is there.
+    ZE4,
     /// Z-E5: a copy has the bytes and not the tags.
     ZE5,
     /// Z-E6: pages become one by their bytes, and their tags are not compared.
     ZE6,
+    /// Z-E7: an entry for a device's addresses is one of Normal memory, where a slot showed memory before.
+    ZE7,
+    /// Z-E8: a swap device is removed when each of its pages is in some frame, though another sharer's word still names the place.
+    ZE8,
     /// Z-G1: a write goes through a shared node without copying the path.
     ZG1,
     /// Z-G2: the difference of two relatives passes over what was written in one part of a shared block.

@@ -27,8 +27,8 @@ use entresol_wire::control::{
 use super::later::Later;
 use super::private;
 use super::session::Attached;
-use super::stored;
 use super::{ATTACHED, NOBODY, ROOM, describe, dirty};
+use super::{stored, tags};
 use crate::registry::{self, ForkRefusal, Row};
 use crate::vm::{Alias, ForkError, Pause, Status, Stop, Vm};
 use crate::{console, host, merge, sched, swap};
@@ -69,6 +69,8 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Audit => Answer::Audit(private::audit()).into(),
         Op::Probe { vm, address } => Answer::Probe(private::probe(&*alive(vm)?, *address)?).into(),
         Op::Reclaim { vm, size } => Outcome::Later(reclaim(vm, *size)?),
+        Op::ReadTags { vm, gpa, size } => Outcome::Later(tags::read(alive(vm)?, *gpa, *size)?),
+        Op::WriteTags { vm, gpa, tags: told } => Outcome::Later(tags::write(alive(vm)?, *gpa, &told.0)?),
         Op::Pause { vm } => pause(vm)?.into(),
         Op::Resume { vm } => resume(vm, attached)?.into(),
         Op::Kill { vm } => {

@@ -28,7 +28,7 @@ use core::task::Poll;
 
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{GrantError, ObjectHandle, Order, PutError, StoreId, StoreSlot};
-use entresol_machine::Machine;
+use entresol_machine::{Machine, Tags};
 use entresol_metal_arm64::{cpu, timer};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, Ordering};
@@ -53,9 +53,12 @@ const LOOKS: u64 = 512;
 static SOURCES: Mutex<Vec<Arc<Source>>> = Mutex::new(Vec::new());
 
 /// A file, and the checksums of its pages.
+#[derive(Clone)]
 pub struct Pages {
     pub file: File,
     pub checksums: Vec<u32>,
+    /// They have tags.
+    pub tagged: bool,
 }
 
 /// Where the memory of a machine comes from.
@@ -100,9 +103,10 @@ impl Source {
             return Ok(None);
         }
         let stores = host::get().pool.stores();
-        let store = stores
-            .open(places)
-            .map_err(|error| Refused::because(alloc::format!("memory to be read later: {error}")))?;
+        // All files of a chain are of one machine.
+        let tagged = files.iter().any(|(_, pages)| pages.tagged);
+        let opened = if tagged { stores.open_tagged(places) } else { stores.open(places) };
+        let store = opened.map_err(|error| Refused::because(alloc::format!("memory to be read later: {error}")))?;
         paging::keep(store, Work::Store).map_err(|paging::TooMany| {
             stores.close(store).expect("nothing refers to a store that was just opened");
             Refused::because("memory to be read later: too many machines read theirs")
@@ -178,27 +182,30 @@ impl Source {
 
     /// Fills a frame, for all relatives that have none for it.
     async fn read(&self, mut reading: Reading) {
-        let filled = self.fill(&reading).await.inspect_err(|failure| log::error!("restore: {failure}")).is_ok();
+        let filled = self.fill(&reading).await.inspect_err(|failure| log::error!("restore: {failure}"));
         for object in memories() {
             reading.also(object);
         }
-        reading.finish(filled);
+        match filled {
+            Ok(tags) => reading.filled(tags.as_ref()),
+            Err(_) => reading.failed(),
+        }
     }
 
-    async fn fill(&self, reading: &Reading) -> Result<(), Failure> {
+    async fn fill(&self, reading: &Reading) -> Result<Option<Tags>, Failure> {
         let index = reading.slot().index();
         let number = self.files.partition_point(|(first, _)| *first <= index);
-        let (first, Pages { file, checksums }) = &self.files[number - 1];
-        let block = index - first;
-        let damaged = || Failure::Damaged { file: file.name.clone(), block };
-        let (place, _) = file.place(block).ok_or_else(damaged)?;
-        let buffer = io::read(place, 1, Buffer::take(Order::PAGE)?).await?;
-        let bytes = &buffer.bytes()[..PAGE_SIZE as usize];
-        if checksums.get(block as usize) != Some(&crc32fast::hash(bytes)) {
-            return Err(damaged());
-        }
+        let (first, pages) = &self.files[number - 1];
+        let page = index - first;
+        let bytes = read_block(&pages.file, pages.layout().block(page)).await?;
+        let tags = match pages.layout().tags(page) {
+            Some((block, _)) => Some(read_block(&pages.file, block).await?),
+            None => None,
+        };
+        let bytes = &bytes.bytes()[..PAGE_SIZE as usize];
+        let tags = pages.check(page, bytes, tags.as_ref().map(Buffer::bytes))?;
         host::get().machine.write(reading.pfn().base(), bytes);
-        Ok(())
+        Ok(tags)
     }
 
     /// Brings what machines and images still have there.
@@ -259,6 +266,11 @@ impl Source {
         SOURCES.lock().retain(|source| source.store != self.store);
         host_work::raise(Work::Store);
     }
+}
+
+async fn read_block(file: &File, block: u64) -> Result<Buffer, Failure> {
+    let (place, _) = file.place(block).ok_or_else(|| Failure::Damaged { file: file.name.clone(), block })?;
+    io::read(place, 1, Buffer::take(Order::PAGE)?).await.map_err(Failure::from)
 }
 
 /// The memory of every machine, and of the image that is kept of it.

@@ -20,7 +20,7 @@
 //!
 //! Trust: a file is read as if a stranger had made it; its configuration is checked as a bundle's is.
 //!
-//! Known holes: machines with flash, a balloon, memory tagging, devices of their own, or slots that were added are not saved.
+//! Known holes: machines with flash, a balloon, devices of their own, or slots that were added are not saved.
 //!
 //! Lock order: as the store's tasks; the list of images is a leaf.
 
@@ -91,6 +91,13 @@ impl Image {
             image.disks.push(disk.fork().map_err(Refused::out_of_memory)?);
         }
         Ok(image)
+    }
+
+    /// Its memory has tags.
+    fn is_tagged(&self) -> bool {
+        let host = host::get();
+        let pin = host.epoch.pin(cpu::index());
+        host.objects.get(&pin, self.ram).is_some_and(entresol_backing::Object::is_tagged)
     }
 
     /// Its objects by their numbers in a snapshot's index: the memory, then what was written to each disk.

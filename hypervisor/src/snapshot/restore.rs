@@ -27,7 +27,7 @@ use crate::{host, registry};
 
 /// A file of the chain.
 struct Link {
-    file: File,
+    pages: Pages,
     index: Index,
 }
 
@@ -72,7 +72,8 @@ impl Wanted {
         registry::check_free(&config.name).map_err(|refusal| Refused(crate::control::fork_refused("", refusal)))?;
         let sizes = sizes(&config, bundle);
         let chain = read_chain(&directory, newest.clone(), trailer, &sizes).await?;
-        let pages = chain.iter().map(|link| Pages { file: link.file.clone(), checksums: link.index.checksums.clone() });
+        check_tags(&config, &chain)?;
+        let pages = chain.iter().map(|link| link.pages.clone());
         // What is fetched comes through frames that are mapped: private memory is read before the machine runs.
         let source = if config.private { None } else { Source::open(pages.collect())? };
         let made = self.start(saved, &config, bundle, &chain, source.as_deref()).await;
@@ -105,7 +106,7 @@ impl Wanted {
         let image = Arc::new(Image::of(parts.ram.0, &parts.disks)?);
         let number = parts.run(saved, config, bundle, &self.file)?;
         if let Some(newest) = chain.last() {
-            kept::keep(number, newest.file.id, image);
+            kept::keep(number, newest.pages.file.id, image);
         }
         Ok(())
     }
@@ -152,7 +153,8 @@ async fn read_chain(
         let bytes = file::read(&file, first, blocks).await?;
         let index = Index::decode(&bytes, &trailer, sizes).map_err(|error| Refused::file(&file.name, &error))?;
         let base = trailer.base;
-        chain.push(Link { file, index });
+        let pages = Pages { file, checksums: index.checksums.clone(), tagged: trailer.tagged };
+        chain.push(Link { pages, index });
         if base == 0 {
             break;
         }
@@ -187,11 +189,27 @@ fn check_config(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Res
         bundle.file(*file).map(|file| file.data.len() as u64).ok_or_else(|| "not in the bundle".to_string())
     };
     all.check(&mut length).map_err(|refusal| Refused(Error::refused(Code::BadField, refusal)))?;
-    if config.flash.is_some() || config.balloon || config.mte || !config.pass_through.is_empty() {
-        let text = "the snapshot's configuration: must have no flash, no balloon, no mte and no pass_through";
+    if config.flash.is_some() || config.balloon || !config.pass_through.is_empty() {
+        let text = "the snapshot's configuration: must have no flash, no balloon and no pass_through";
         return Err(Refused::because(text));
     }
     Ok(())
+}
+
+/// Every file has tags if its machine does, and only then.
+fn check_tags(config: &config::Vm<FileIndex>, chain: &[Link]) -> Result<(), Refused> {
+    match chain.iter().find(|link| link.pages.tagged != config.mte) {
+        None => Ok(()),
+        Some(link) => {
+            let text = alloc::format!(
+                "file {:?}: its pages have tags: {}; the configuration has mte = {}",
+                link.pages.file.name,
+                link.pages.tagged,
+                config.mte
+            );
+            Err(Refused::because(text))
+        }
+    }
 }
 
 /// Frames of each object: the memory, and each disk.
@@ -261,7 +279,7 @@ impl Parts {
             let frames = (object, run.first, run.count);
             match source {
                 Some(source) if run.object == 0 => source.put((age, page), frames)?,
-                _ => pages::fill(&link.file, &link.index.checksums, page, frames).await?,
+                _ => pages::fill(&link.pages, page, frames).await?,
             }
             page += run.count;
             store::task::pause().await;

@@ -9,11 +9,12 @@ use alloc::vec::Vec;
 
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::ObjectHandle;
+use entresol_machine::Tags;
 use entresol_metal_arm64::{cpu, timer};
 use entresol_wire::Refusal;
 use entresol_wire::bundle::FileIndex;
 use entresol_wire::control::{Code, Error};
-use entresol_wire::snapshot::{Index, Known, Trailer};
+use entresol_wire::snapshot::{Index, Known, TAGGED_PAGES, TAGS, Trailer, page_checksum};
 use entresol_wire::store::{self as form, BLOCK};
 
 use super::{Image, Refused, kept, lazy, pages};
@@ -128,12 +129,16 @@ impl Taken {
     /// Pages, state, index, trailer. How many pages.
     async fn write_all(&self, writer: &mut Writer<'_>) -> Result<u64, Failure> {
         let mut index = Index::default();
+        let mut tags = self.image.is_tagged().then(Group::default);
         let objects = self.image.objects();
         let bases = self.base.as_ref().map_or(Vec::new(), |(_, image)| image.objects());
         for (number, object) in objects.into_iter().enumerate() {
             let Some(object) = object else { continue };
             let base = bases.get(number).copied().flatten();
-            self.write_object(writer, &mut index, number as u32, (object, base)).await?;
+            self.write_object((writer, &mut tags), &mut index, number as u32, (object, base)).await?;
+        }
+        if let Some(group) = tags.as_mut().filter(|group| group.pages != 0) {
+            group.write(writer).await?;
         }
         let bytes = index.encode();
         let trailer = Trailer {
@@ -143,6 +148,7 @@ impl Taken {
             state_checksum: crc32fast::hash(&self.state),
             index_checksum: crc32fast::hash(&bytes),
             runs: index.runs.len() as u64,
+            tagged: tags.is_some(),
         };
         writer.bytes(&self.state).await?;
         writer.bytes(&bytes).await?;
@@ -153,7 +159,7 @@ impl Taken {
     /// The pages of one object that are not as in the base's.
     async fn write_object(
         &self,
-        writer: &mut Writer<'_>,
+        (writer, tags): (&mut Writer<'_>, &mut Option<Group>),
         index: &mut Index,
         number: u32,
         (object, base): (ObjectHandle, Option<ObjectHandle>),
@@ -165,11 +171,16 @@ impl Taken {
             from = first + count;
             for frame in first..from {
                 let mut page = [0; PAGE_SIZE as usize];
-                let there = pages::read(object, frame, &mut page).await?;
-                // A disk's page that was written is not the image's, zero or not.
-                if there && (number != 0 || page != [0; PAGE_SIZE as usize]) {
-                    index.push(number, frame, Some(crc32fast::hash(&page)));
+                let found = pages::read(object, frame, &mut page).await?;
+                // A disk's page that was written is not the image's, zero or not; one of zeros with a tag is not untouched.
+                let differs = |tags: &Tags| number != 0 || *tags != Tags::ZERO || page != [0; PAGE_SIZE as usize];
+                if let Some(found) = found.filter(differs) {
+                    let found = tags.is_some().then(|| found.to_bytes());
+                    index.push(number, frame, Some(page_checksum(&page, found.as_ref())));
                     writer.page(|block| block.copy_from_slice(&page)).await?;
+                    if let Some((group, found)) = tags.as_mut().zip(found) {
+                        group.add(writer, &found).await?;
+                    }
                     if (index.checksums.len() as u64).is_multiple_of(TOLD) {
                         log::info!("snapshot {}: {} pages so far", self.file, index.checksums.len());
                     }
@@ -180,6 +191,32 @@ impl Taken {
             store::task::pause().await;
         }
         Ok(())
+    }
+}
+
+/// Tags of pages that are in the file, whose block is not.
+struct Group {
+    block: [u8; BLOCK as usize],
+    pages: usize,
+}
+
+impl Default for Group {
+    fn default() -> Self {
+        Self { block: [0; BLOCK as usize], pages: 0 }
+    }
+}
+
+impl Group {
+    /// One page's more; a whole block goes behind its pages.
+    async fn add(&mut self, writer: &mut Writer<'_>, tags: &[u8; TAGS]) -> Result<(), Failure> {
+        self.block[self.pages * TAGS..][..TAGS].copy_from_slice(tags);
+        self.pages += 1;
+        if self.pages as u64 == TAGGED_PAGES { self.write(writer).await } else { Ok(()) }
+    }
+
+    async fn write(&mut self, writer: &mut Writer<'_>) -> Result<(), Failure> {
+        let Self { block, .. } = core::mem::take(self);
+        writer.page(|to| to.copy_from_slice(&block)).await
     }
 }
 

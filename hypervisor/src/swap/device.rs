@@ -9,17 +9,19 @@
 use arrayvec::ArrayVec;
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{ObjectHandle, Out};
-use entresol_machine::Machine;
+use entresol_machine::{Machine, Tags};
 use entresol_metal_arm64::cpu;
 
 use super::pressure::ENOUGH;
-use super::{Page, RESERVED, SECTORS, Swap};
-use crate::block::{DEPTH, Operation, Request};
+use super::{Page, RESERVED, SECTORS, Swap, TAGGED};
+use crate::block::{Buffer, DEPTH, Operation, Request};
 use crate::host;
 use crate::paging::{self, Reading, Whose};
 
 /// Pages behind one that is waited for that are brought with it.
 const AHEAD: u64 = 8;
+
+const PAGE: usize = PAGE_SIZE as usize;
 
 /// A page on its way.
 pub(super) enum Pending {
@@ -45,12 +47,10 @@ impl Swap {
                 log::warn!("swap: {error}");
             }
             match pending {
-                Pending::In(reading) => {
-                    if let (Ok(()), Some(buffer)) = (done.result, self.spare.last()) {
-                        host::get().machine.write(reading.pfn().base(), buffer.bytes());
-                    }
-                    reading.finish(done.result.is_ok());
-                }
+                Pending::In(reading) => match (done.result, self.spare.last()) {
+                    (Ok(()), Some(buffer)) => fill(reading, buffer),
+                    _ => reading.failed(),
+                },
                 Pending::Out(Leaving { out, page }) => {
                     out.finish(&host::get().supply(cpu::index()), done.result.is_ok());
                     match done.result {
@@ -104,20 +104,17 @@ impl Swap {
         let (Some(tag), Some(mut buffer)) = (free, self.spare.pop()) else {
             unreachable!("a buffer for each request, and a place for each buffer");
         };
-        let (operation, slot) = match &pending {
-            Pending::In(reading) => (Operation::Read, reading.slot()),
-            Pending::Out(leaving) => {
-                host::get().machine.read(leaving.out.pfn().base(), buffer.bytes_mut());
-                (Operation::Write, leaving.out.slot())
-            }
+        let (operation, slot, tagged) = match &pending {
+            Pending::In(reading) => (Operation::Read, reading.slot(), reading.is_tagged()),
+            Pending::Out(leaving) => (Operation::Write, leaving.out.slot(), save(&leaving.out, &mut buffer)),
         };
-        let (sector, len) = (slot.index() * SECTORS, PAGE_SIZE as usize);
+        let (sector, len) = (slot.index() * SECTORS, if tagged { TAGGED } else { PAGE });
         let request = Request { operation, sector, len, buffer: Some(buffer), tag: tag as u64 };
         if let Err(refused) = self.disk.submit(request) {
             log::warn!("swap: {}", refused.error);
             self.spare.extend(refused.request.buffer);
             match pending {
-                Pending::In(reading) => reading.finish(false),
+                Pending::In(reading) => reading.failed(),
                 Pending::Out(leaving) => {
                     leaving.out.finish(&host::get().supply(cpu::index()), false);
                     self.give_up(leaving.page.number);
@@ -127,4 +124,25 @@ impl Swap {
         }
         self.pending[tag] = Some(pending);
     }
+}
+
+/// What of the page is to be written, its tags behind its bytes. Whether it has some.
+fn save(out: &Out, buffer: &mut Buffer) -> bool {
+    let (machine, bytes) = (&host::get().machine, buffer.bytes_mut());
+    machine.read(out.pfn().base(), &mut bytes[..PAGE]);
+    let tags = out.tags(machine);
+    if let Some(tags) = &tags {
+        // The rest of the sector is nobody's, and goes to the disk too.
+        bytes[PAGE..TAGGED].fill(0);
+        bytes[PAGE..PAGE + Tags::BYTES].copy_from_slice(&tags.to_bytes());
+    }
+    tags.is_some()
+}
+
+/// What was read is the page, with its tags if it has some.
+fn fill(reading: Reading, buffer: &Buffer) {
+    let bytes = buffer.bytes();
+    host::get().machine.write(reading.pfn().base(), &bytes[..PAGE]);
+    let tags = bytes[PAGE..].first_chunk().filter(|_| reading.is_tagged()).map(Tags::from_bytes);
+    reading.filled(tags.as_ref());
 }

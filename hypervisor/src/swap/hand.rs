@@ -141,7 +141,7 @@ impl Swap {
         begun?;
         if count < frames.count {
             let left = discard(cpu::index(), &shown, frames)?;
-            self.have_left(job.number, left);
+            self.have_left_unwritten(job.number, left);
             count += left;
         }
         Ok(count)

@@ -16,7 +16,8 @@
 //! Invariants: INV-7: what is on its way is in `pending`, with its buffer inside the driver. Nothing here allocates after [`init`] but
 //! frames for nodes when a block is taken apart, and the families that the hand looks at. Lock order: the state here is first of all, and host's work alone takes it.
 //!
-//! Known hole: a place has no room for tags yet: a guest has none.
+//! A place is nine sectors: eight have the page, the ninth its tags, if it has some ([`entresol_backing::Out::tags`]). One request
+//! writes both, or neither counts; no two places share a sector, so none tears another's tags.
 
 mod device;
 mod hand;
@@ -25,6 +26,7 @@ mod pressure;
 use arrayvec::ArrayVec;
 use entresol_addr::{PAGE_SHIFT, PAGE_SIZE, Pfn};
 use entresol_backing::{ObjectHandle, Order, StoreId};
+use entresol_machine::Tags;
 use entresol_sync::Mutex;
 use entresol_wire::config::MAX_VMS;
 use entresol_wire::control::{Answer, Code, Error};
@@ -47,8 +49,14 @@ const STEPS: usize = 64;
 const RESERVED: usize = DEPTH / 4;
 /// Frames that are put by.
 const PUT_BY: usize = 32;
+/// Bytes of a page with its tags, in whole sectors.
+const TAGGED: usize = (PAGE_SIZE + SECTOR) as usize;
 /// Sectors of a place.
-const SECTORS: u64 = PAGE_SIZE / SECTOR;
+const SECTORS: u64 = TAGGED as u64 / SECTOR;
+/// Two frames.
+const BUFFER: Order = Order::new(1).expect("small");
+
+const _: () = assert!(Tags::BYTES as u64 <= SECTOR && TAGGED as u64 <= BUFFER.frames() * PAGE_SIZE);
 
 const _: () = assert!(WINDOW as usize <= DEPTH - RESERVED);
 
@@ -87,8 +95,9 @@ enum Why {
 /// What the owner asked for.
 struct Wish {
     number: usize,
-    /// Pages that left since.
+    /// Pages that left since, and those of them that the disk had already.
     gone: u64,
+    unwritten: u64,
     /// A page could not be written.
     failed: bool,
     answer: Later,
@@ -137,7 +146,7 @@ pub fn init() {
 fn start(disk: &'static Disk) -> Result<u64, &'static str> {
     let mut spare = ArrayVec::new();
     for _ in 0..DEPTH {
-        spare.push(Buffer::take(Order::PAGE).map_err(|_| "no frames for its buffers")?);
+        spare.push(Buffer::take(BUFFER).map_err(|_| "no frames for its buffers")?);
     }
     let slots = disk.sectors() / SECTORS;
     let stores = host::get().pool.stores();
@@ -180,7 +189,7 @@ pub fn reclaim(number: usize, vm: &Vm, bytes: u64) -> Result<Later, Refusal> {
     swap.jobs.retain(|job| job.number != number);
     swap.answer(|wish| wish.number == number);
     let answer = Later::default();
-    swap.wishes.push(Wish { number, gone: 0, failed: false, answer: answer.clone() });
+    swap.wishes.push(Wish { number, gone: 0, unwritten: 0, failed: false, answer: answer.clone() });
     swap.jobs.push(Job { number, object, left, hand: swap.hands[number], idle: 0, why: Why::Asked });
     host_work::raise(Work::Swap);
     Ok(answer)
@@ -223,6 +232,12 @@ impl Swap {
         self.wishes.iter_mut().filter(|wish| wish.number == number).for_each(|wish| wish.gone += pages);
     }
 
+    /// The disk had them already: nothing was written.
+    fn have_left_unwritten(&mut self, number: usize, pages: u64) {
+        self.have_left(number, pages);
+        self.wishes.iter_mut().filter(|wish| wish.number == number).for_each(|wish| wish.unwritten += pages);
+    }
+
     /// Answers the wishes of which no more leaves.
     fn answer_fulfilled(&mut self) {
         let over = |number| !self.jobs.iter().any(|job| job.number == number) && !self.is_leaving(number);
@@ -241,6 +256,12 @@ impl Swap {
         self.wishes.retain(|wish| {
             let over = over(wish);
             if over {
+                log::info!(
+                    "swap: vm {}: {} pages have left, {} of them unwritten",
+                    wish.number,
+                    wish.gone,
+                    wish.unwritten
+                );
                 let failed = || Error::new(Code::StoreFailed, "the disk entresol-swap did not write a page");
                 wish.answer.say(if wish.failed { Err(failed()) } else { Ok(Answer::Count(wish.gone << PAGE_SHIFT)) });
             }

@@ -53,8 +53,6 @@ impl Vm {
             Some("balloon")
         } else if self.config.flash.is_some() {
             Some("flash")
-        } else if self.config.mte {
-            Some("mte")
         } else if self.memory.slots().iter(&pin).any(|slot| u32::from(slot.id) >= slots::ALIASES) {
             Some("slots")
         } else {

@@ -82,3 +82,8 @@ pub fn balance(account: &Account) -> Option<String> {
     let missing = account.total as i64 - account.free as i64 - used as i64;
     (missing != 0).then(|| format!("{missing} frames are neither free nor used: {account:?}"))
 }
+
+/// Every object is gone: so are the references to places of the swap device.
+pub fn places(references: u64) -> Option<String> {
+    (references != 0).then(|| format!("{references} references to places of the swap device were never given back"))
+}

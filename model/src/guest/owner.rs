@@ -9,7 +9,7 @@ use entresol_table::{Permissions, Reserve, Retired, Straddle};
 use super::dirty;
 use super::record::SlotRecord;
 use super::stage::{Actor, Kind, Stage};
-use super::{memory, private, relatives};
+use super::{memory, private, relatives, swap};
 use crate::check::inv11::Place;
 use crate::check::{Check, inv03};
 use crate::lab::{self, Hardware};
@@ -59,6 +59,14 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
             let value = private::cached(stage, actor, *vm, *what);
             stage.result(to, value);
         }
+        Step::Out { vm, range, fails, to } => {
+            let value = swap::out(stage, cpu, *vm, *range, *fails);
+            stage.result(to, value);
+        }
+        Step::SwapOff { to } => {
+            let value = swap::remove(stage, cpu);
+            stage.result(to, value);
+        }
         Step::Reap => {
             stage.host.pool.reap(&stage.host.epoch, cpu, usize::MAX);
             if stage.has_private() {
@@ -92,8 +100,8 @@ fn place(vm: usize, gpa: Gpa) -> Option<Place> {
 
 fn write(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa, value: u64) {
     put(actor, vm, (gpa, value), || {
-        let pin = stage.host.epoch.pin(actor.cpu);
-        stage.vm(vm).write(&pin, &actor.hint, gpa, &value.to_le_bytes()).is_ok()
+        let write = || stage.vm(vm).write(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &value.to_le_bytes());
+        swap::present(stage, actor.cpu, vm, write).is_ok()
     });
 }
 
@@ -123,7 +131,8 @@ pub(super) fn put(actor: &Actor, vm: usize, (gpa, value): (Gpa, u64), store: imp
 
 fn read(stage: &Stage<'_>, actor: &Actor, vm: usize, gpa: Gpa) -> Value {
     let mut bytes = [0; 8];
-    let result = stage.vm(vm).read(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &mut bytes);
+    let read = || stage.vm(vm).read(&stage.host.epoch.pin(actor.cpu), &actor.hint, gpa, &mut bytes);
+    let result = swap::present(stage, actor.cpu, vm, read);
     refused(result.is_err());
     if result.is_err() {
         return Value::Refused;

@@ -42,6 +42,8 @@ pub fn fork(stage: &Stage<'_>, cpu: usize, vm: usize, child: usize, object: usiz
         lab.oracle.begin_fork(from, object);
         lab.written.begin_fork(from, object, !stage.blocks[from]);
     });
+    // Until the child is among those whose translations are taken away.
+    let _apart = stage.swap.as_ref().map(|swap| swap.change());
     let forked = stage.vm(vm).fork(cpu);
     lab::with(|lab| {
         lab.oracle.end_fork(object);

@@ -13,6 +13,7 @@ use entresol_sync::Mutex;
 
 use super::context::Context;
 use super::format::LabFormat;
+use super::swap::Swap;
 use super::vcpu::{self, Attempt};
 use super::{dirty, owner, posted, private, relatives};
 use crate::check::inv07::{self, Account};
@@ -50,6 +51,8 @@ pub struct Stage<'h> {
     private: bool,
     /// What the owner decided about guests.
     pub policy: GuestPolicy,
+    /// The swap device.
+    pub swap: Option<Swap>,
     /// Coalesced writes; who shares a ring locks it.
     pub ring: Mutex<CoalescedRing>,
     /// Results.
@@ -149,7 +152,8 @@ impl<'h> Stage<'h> {
         let private = scenario.objects.iter().any(|object| object.private);
         let (policy, registers) = (scenario.policy, RefCell::default());
         let vms = vms.collect();
-        let stage = Self { host, vms, objects, kinds, blocks, private, policy, ring: Mutex::default(), registers };
+        let (swap, ring) = (Swap::of(host, scenario), Mutex::default());
+        let stage = Self { host, vms, objects, kinds, blocks, private, policy, swap, ring, registers };
         let mut actor = Actor::new(0);
         for step in &scenario.setup {
             stage.run(&mut actor, step);
@@ -326,7 +330,7 @@ impl<'h> Stage<'h> {
 
     /// Destroys everything; afterwards every frame is free (INV-7).
     pub fn destroy(self) {
-        let Self { host, vms, objects, .. } = self;
+        let Self { host, vms, objects, swap, .. } = self;
         for (number, vm) in vms.into_iter().enumerate() {
             let vm = vm.into_inner().and_then(Rc::into_inner);
             if let Some(vm) = vm {
@@ -346,7 +350,11 @@ impl<'h> Stage<'h> {
         while host.pool.dirty_frames() != 0 && host.supply(0).scrub(usize::MAX) != 0 {}
         let (total, free) = (host.pool.total_frames(), host.pool.free_frames());
         let account = Account { total, free, ..Account::default() };
-        lab::with(|lab| lab.found(Check::Inv7, inv07::balance(&account)));
+        let places = swap.map_or(0, |swap| swap.references(host));
+        lab::with(|lab| {
+            lab.found(Check::Inv7, inv07::balance(&account));
+            lab.found(Check::Inv7, inv07::places(places));
+        });
     }
 }
 

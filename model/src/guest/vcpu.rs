@@ -8,12 +8,13 @@
 use entresol_addr::Gpa;
 use entresol_arch_x86::fault::SecondStage;
 use entresol_fault::Access;
-use entresol_mmu::{Completion, Instruction, Outcome};
+use entresol_mmu::{Completion, Instruction, Outcome, Reason};
 
-use super::memory;
 use super::operation::Operation;
 use super::stage::{Actor, Stage};
+use super::swap::Brought;
 use super::trap::{Cause, Trap};
+use super::{memory, swap};
 use crate::check::{Check, completion, inv08, inv09, inv15, maintenance};
 use crate::lab::{self, Lab};
 use crate::litmus::Emulated;
@@ -72,7 +73,7 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
     if let Some(line) = attempt.what.line().filter(|_| stage.policy.trap_maintenance) {
         return maintain(stage, actor, vm, &attempt, line);
     }
-    let (mut traps, mut last) = (0, None);
+    let (mut traps, mut in_vain, mut last) = (0, 0, None);
     loop {
         lab::before_guest();
         let (answer, since) = lab::with(|lab| (hardware(lab, &attempt), lab.world.now()));
@@ -105,6 +106,13 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) ->
             Outcome::Mmio => return conclude(stage, actor, &attempt, Value::Mmio),
             Outcome::Skip => return conclude(stage, actor, &attempt, Value::Skipped),
             Outcome::Inject(_) => return conclude(stage, actor, &attempt, Value::Abort),
+            Outcome::Exit(Reason::Stored { .. }) => match swap::bring(stage, actor.cpu, vm, attempt.gpa) {
+                Brought::There => (traps, in_vain) = (traps - 1, 0),
+                Brought::OutOfMemory => return conclude(stage, actor, &attempt, Value::Exit),
+                // Twice in a row: another CPU must have changed something.
+                Brought::InVain if in_vain != 0 => entresol_sync::hint::spin_loop(),
+                Brought::InVain => in_vain += 1,
+            },
             Outcome::Exit(_) => return conclude(stage, actor, &attempt, Value::Exit),
         }
         last = Some(trap);
@@ -142,7 +150,8 @@ fn ask(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt, trap:
 fn unshare(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: &Attempt) -> Option<Value> {
     let outcome = stage.vm(vm).unshare(actor.cpu, attempt.gpa);
     lab::with(|lab| lab.log(None, || format!("the core answers {outcome:?} for {:#x}", attempt.gpa)));
-    matches!(outcome, Outcome::Exit(_)).then(|| conclude(stage, actor, attempt, Value::Exit))
+    let ends = matches!(outcome, Outcome::Exit(reason) if !matches!(reason, Reason::Stored { .. }));
+    ends.then(|| conclude(stage, actor, attempt, Value::Exit))
 }
 
 /// The hardware has done it.

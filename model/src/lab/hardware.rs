@@ -45,6 +45,36 @@ impl Hardware {
     }
 }
 
+impl Hardware {
+    /// A device reads a frame, once the hypervisor's stores to it are done.
+    #[track_caller]
+    pub fn save(self, frame: Pfn) -> Content {
+        let site = Location::caller();
+        step(page_key(frame), false, site);
+        let content = with(|lab| {
+            lab.reaches(PfnRange::single(frame), site);
+            lab.log(Some(site), || format!("the device reads frame {frame:#x}"));
+            let mut content = lab.world.frame_mut(frame).line().clone();
+            // Words of zero are the fill of nearly every page of a scenario.
+            for (index, _) in content.other_than(0) {
+                let word = lab.machine(|world, pick| world.load(Word::new(frame, index), pick));
+                content.set(index, word);
+            }
+            content
+        });
+        settle();
+        content
+    }
+
+    /// A device has filled a frame.
+    #[track_caller]
+    pub fn fill(self, frame: Pfn, content: &Content) {
+        Self::pages(Location::caller(), PfnRange::single(frame), "the device fills", |lab, _| {
+            lab.world.replace(frame, content.clone());
+        });
+    }
+}
+
 fn each(frames: PfnRange) -> impl Iterator<Item = Pfn> {
     (0..frames.count()).map(move |offset| frames.start().offset(offset))
 }

@@ -272,6 +272,7 @@ impl Scenario {
         scenario.check_registers()?;
         scenario.check_forks()?;
         scenario.check_accesses()?;
+        scenario.check_swap()?;
         Ok(scenario)
     }
 
@@ -323,6 +324,15 @@ impl Scenario {
         Ok(())
     }
 
+    /// What goes out goes somewhere.
+    fn check_swap(&self) -> Result<(), LitmusError> {
+        let swaps = self.steps().any(|step| matches!(step, Step::Out { .. } | Step::SwapOff { .. }));
+        if swaps && self.machine.swap == 0 {
+            return Err(field("machine.swap", 0, "must be at least 1, because a step swaps"));
+        }
+        Ok(())
+    }
+
     /// Frames of read-only memory behind the pool.
     pub fn rom_frames(&self) -> u64 {
         self.objects.iter().filter(|object| object.rom.is_some()).map(|object| object.frames).sum()
@@ -345,7 +355,7 @@ fn check(written: &Written) -> Result<(), LitmusError> {
     if written.machine.format.is_x86() && written.machine.tags {
         return Err(field("machine.tags", true, "must not stand beside npt or ept"));
     }
-    let Config { vmid_bits, physical_bits, ipa_bits, frames, .. } = written.machine;
+    let Config { vmid_bits, physical_bits, ipa_bits, frames, swap, .. } = written.machine;
     // The allocator's bitmap is made of 64-bit words.
     if !(6..=16).contains(&vmid_bits) {
         return Err(field("machine.vmid_bits", vmid_bits, "must be 6 to 16"));
@@ -358,6 +368,9 @@ fn check(written: &Written) -> Result<(), LitmusError> {
     }
     if frames == 0 || frames > MOST_FRAMES {
         return Err(field("machine.frames", frames, format!("must be 1 to {MOST_FRAMES}")));
+    }
+    if swap > MOST_FRAMES {
+        return Err(field("machine.swap", swap, format!("must be at most {MOST_FRAMES}")));
     }
     if written.vms.is_empty() {
         return Err(field("vms", 0, "there must be at least 1"));
@@ -437,6 +450,7 @@ mod tests {
         );
         assert!(with("[[object]]", "[policy]\nread_only_ivac = \"keep\"\n[[object]]").contains("keep"));
         assert!(with("[[object]]", "[policy]\nemulated = \"lost\"\n[[object]]").contains("lost"));
+        assert!(with("load 0x1000 -> r0", "out 0x1000 1").contains("machine.swap 0: must be at least 1"));
         assert!(with("name = \"small\"", "name = \"small\"\nbound = \"all\"").contains("bound all"));
     }
 }

@@ -48,6 +48,8 @@ pub struct Config {
     pub frames: u64,
     /// Taking a frame out of the hypervisor's own mapping may fail.
     pub removals_fail: bool,
+    /// Places of its swap device; none, without one.
+    pub swap: u64,
 }
 
 impl Default for Config {
@@ -62,6 +64,7 @@ impl Default for Config {
             ipa_bits: 36,
             frames: 48,
             removals_fail: false,
+            swap: 0,
         }
     }
 }

@@ -36,6 +36,8 @@
 //! - `snapshot` writes a machine into a file of the store, and is answered when the file is whole; `restore` makes a machine
 //!   from one, and is answered when it runs. What is asked after it waits for that answer.
 //! - `files` lists the store; `remove-file` takes a file out of it, and is answered when the store is changed on the disk.
+//! - `tags-read` tells the allocation tags of pages, `tags-write` gives them others and counts the pages: of at most [`TAGGED_PER_ANSWER`]. Both go as far
+//!   as they can, and are refused if that is not one page.
 //! - `dirty-start` has the machine keep a dirty log, `dirty-get` tells and clears dirty pages, at most [`RUNS_PER_ANSWER`] runs of
 //!   them at a time, and says where the next begin; the pages are to be copied after the answer. What a lost answer named is lost:
 //!   who cannot have that starts the log as `manual`, and clears what it has read by `dirty-clear`. `dirty-harvest` takes from the
@@ -84,9 +86,14 @@ pub const SLOTS_PER_ANSWER: usize = 256;
 pub const POSTED_WRITES: usize = 169;
 /// Most runs of pages in one answer.
 pub const RUNS_PER_ANSWER: usize = 1024;
+
+/// Pages whose tags are told at once.
+pub const TAGGED_PER_ANSWER: u64 = 32;
 /// Version of this protocol. It changes when a reader of the old one would go wrong.
 pub const PROTOCOL: u32 = 1;
 /// Ids are below this.
 pub const ID_LIMIT: u64 = 1 << 53;
 
 const _: () = assert!(CONSOLE_CHUNK.div_ceil(3) * 4 + 1024 < MAX_LINE);
+// A request has them as bytes.
+const _: () = assert!(TAGGED_PER_ANSWER as usize * 256 <= CONSOLE_CHUNK);

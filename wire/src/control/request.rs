@@ -87,6 +87,24 @@ pub enum Op<'a> {
         /// Bytes: whole pages.
         size: u64,
     },
+    /// Reads the allocation tags of pages.
+    ReadTags {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// The first page.
+        gpa: u64,
+        /// Bytes of memory: whole pages, at most [`TAGGED_PER_ANSWER`](super::TAGGED_PER_ANSWER).
+        size: u64,
+    },
+    /// Gives pages these allocation tags.
+    WriteTags {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// The first page.
+        gpa: u64,
+        /// A byte, 0 to 15, for each 16 bytes of memory: of whole pages, as many as are read at once.
+        tags: Bytes<'a>,
+    },
     /// Its vCPUs stop running.
     Pause {
         /// Whose.
@@ -202,6 +220,8 @@ impl<'a> Op<'a> {
             Self::Audit => "audit",
             Self::Probe { .. } => "probe",
             Self::Reclaim { .. } => "reclaim",
+            Self::ReadTags { .. } => "tags-read",
+            Self::WriteTags { .. } => "tags-write",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
             Self::Kill { .. } => "kill",
@@ -239,6 +259,8 @@ impl<'a> Op<'a> {
             | Self::Balloon { vm, .. }
             | Self::Probe { vm, .. }
             | Self::Reclaim { vm, .. }
+            | Self::ReadTags { vm, .. }
+            | Self::WriteTags { vm, .. }
             | Self::Pause { vm }
             | Self::Resume { vm }
             | Self::Kill { vm }
@@ -273,6 +295,12 @@ impl<'a> Op<'a> {
             "audit" => Self::Audit,
             "probe" => Self::Probe { vm: fields.text("vm")?, address: fields.number("address")? },
             "reclaim" => Self::Reclaim { vm: fields.text("vm")?, size: fields.number("size")? },
+            "tags-read" => {
+                Self::ReadTags { vm: fields.text("vm")?, gpa: fields.number("gpa")?, size: fields.number("size")? }
+            }
+            "tags-write" => {
+                Self::WriteTags { vm: fields.text("vm")?, gpa: fields.number("gpa")?, tags: fields.bytes("tags")? }
+            }
             "pause" => Self::Pause { vm: fields.text("vm")? },
             "resume" => Self::Resume { vm: fields.text("vm")? },
             "kill" => Self::Kill { vm: fields.text("vm")? },
@@ -339,6 +367,14 @@ impl Serialize for Request<'_> {
             }
             Op::Probe { address, .. } => map.serialize_entry("address", address)?,
             Op::Balloon { size, .. } | Op::Reclaim { size, .. } => map.serialize_entry("size", size)?,
+            Op::ReadTags { gpa, size, .. } => {
+                map.serialize_entry("gpa", gpa)?;
+                map.serialize_entry("size", size)?;
+            }
+            Op::WriteTags { gpa, tags, .. } => {
+                map.serialize_entry("gpa", gpa)?;
+                map.serialize_entry("tags", tags)?;
+            }
             Op::Fork { name, count, .. } => {
                 map.serialize_entry("name", name)?;
                 if let Some(count) = count {

@@ -8,7 +8,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Audit, Files, PROTOCOL, Pages, Posted, Probe, Stats};
+use super::{Audit, Bytes, Files, PROTOCOL, Pages, Posted, Probe, Stats};
 use crate::Refusal;
 use crate::refusal::shorten;
 
@@ -45,6 +45,8 @@ pub enum Answer<'a> {
     Pages(Pages),
     /// How many pages were cleared, or entries were young.
     Count(u64),
+    /// Tags, one byte for each 16 bytes of memory: of fewer pages than were asked for, if the next one cannot be read.
+    Tags(Bytes<'a>),
     /// How far merging is.
     Merge(MergeStatus),
     /// What an audit found.
@@ -274,6 +276,7 @@ impl Answer<'_> {
             Self::Posted(posted) => Answer::Posted(posted),
             Self::Pages(pages) => Answer::Pages(pages),
             Self::Count(count) => Answer::Count(count),
+            Self::Tags(tags) => Answer::Tags(Bytes(Cow::Owned(tags.0.into_owned()))),
             Self::Merge(status) => Answer::Merge(status),
             Self::Audit(audit) => Answer::Audit(audit),
             Self::Probe(probe) => Answer::Probe(probe),

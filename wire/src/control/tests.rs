@@ -81,6 +81,14 @@ fn requests_look_as_documented() {
         (Op::Dirty { vm: vm(), what: Dirty::Stop }, r#"{"id":7,"op":"dirty-stop","vm":"web"}"#),
         (Op::Balloon { vm: vm(), size: 4096 }, r#"{"id":7,"op":"balloon","vm":"web","size":4096}"#),
         (Op::Reclaim { vm: vm(), size: 8192 }, r#"{"id":7,"op":"reclaim","vm":"web","size":8192}"#),
+        (
+            Op::ReadTags { vm: vm(), gpa: 4096, size: 8192 },
+            r#"{"id":7,"op":"tags-read","vm":"web","gpa":4096,"size":8192}"#,
+        ),
+        (
+            Op::WriteTags { vm: vm(), gpa: 4096, tags: Bytes::from(&[1, 0x80][..]) },
+            r#"{"id":7,"op":"tags-write","vm":"web","gpa":4096,"tags":"AYA="}"#,
+        ),
         (Op::Pause { vm: vm() }, r#"{"id":7,"op":"pause","vm":"web"}"#),
         (Op::Resume { vm: vm() }, r#"{"id":7,"op":"resume","vm":"web"}"#),
         (Op::Audit, r#"{"id":7,"op":"audit"}"#),

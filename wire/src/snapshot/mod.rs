@@ -1,12 +1,12 @@
 //! A snapshot: a virtual machine at one moment, in a file of the [store](crate::store).
 //!
-//! Form, version 1. Numbers are little-endian; every part begins at a block of 4096 bytes and is filled up with zeros:
+//! Form, version 2. Numbers are little-endian; every part begins at a block of 4096 bytes and is filled up with zeros:
 //!
 //! | part | what |
 //! |---|---|
-//! | pages | the bytes of each page that is in the file, one after the other |
+//! | pages | the bytes of each page that is in the file, one after the other; with tags, a block of tags behind each 32 pages, and behind the last |
 //! | state | JSON: configuration, vCPUs, devices |
-//! | index | which page is whose: runs, then the CRC-32 of each page, 4 bytes each |
+//! | index | which page is whose: runs, then the CRC-32 of each page, 4 bytes each; with tags, of its bytes and then its tags |
 //! | trailer | one block |
 //!
 //! A run, in the order of objects, and of frames within an object:
@@ -31,7 +31,11 @@
 //! | 40–43 | CRC-32 of the state |
 //! | 44–47 | CRC-32 of the index |
 //! | 48–55 | number of runs |
-//! | 56– | zero |
+//! | 56–59 | bit 0: the pages have allocation tags (FEAT_MTE2) |
+//! | 60– | zero |
+//!
+//! A block of tags has 128 bytes for each page, in their order: four bits a granule of 16 bytes, the lower granule in the low four.
+//! Pages of disks have zeros there. A file of version 1 is one without tags, in which bytes 56–59 are zero.
 //!
 //! A page that no run of a file names is as the base has it; without a base it reads as zero, or as the disk's image.
 //!
@@ -50,8 +54,13 @@ use crate::store::BLOCK;
 #[cfg(test)]
 mod tests;
 
-/// The version that this code writes and reads.
-pub const VERSION: u32 = 1;
+/// The version that this code writes; it reads version 1 too.
+pub const VERSION: u32 = 2;
+/// Bytes of a page's tags.
+pub const TAGS: usize = 128;
+/// Pages whose tags are in one block.
+pub const TAGGED_PAGES: u64 = BLOCK / TAGS as u64;
+const WITH_TAGS: u32 = 1;
 /// Longest state, in bytes: many times what 8 vCPUs with all devices need.
 pub const MAX_STATE: u64 = 4 << 20;
 const MAGIC: [u8; 8] = *b"ENTSNAPS";
@@ -77,7 +86,7 @@ pub enum SnapshotError {
     #[error("not a snapshot: its last block does not begin with \"ENTSNAPS\"")]
     NotASnapshot,
     /// Another version wrote it.
-    #[error("the snapshot has version {found}, this hypervisor reads version {VERSION}")]
+    #[error("the snapshot has version {found}, this hypervisor reads up to version {VERSION}")]
     BadVersion {
         /// The version it says.
         found: u32,
@@ -115,6 +124,16 @@ fn blocks(bytes: u64) -> u64 {
     bytes.div_ceil(BLOCK)
 }
 
+/// The checksum of a page and its tags, if the file has tags.
+pub fn page_checksum(page: &[u8], tags: Option<&[u8; TAGS]>) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(page);
+    if let Some(tags) = tags {
+        hasher.update(tags);
+    }
+    hasher.finalize()
+}
+
 /// Where everything is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trailer {
@@ -130,6 +149,36 @@ pub struct Trailer {
     pub index_checksum: u32,
     /// Runs in the index.
     pub runs: u64,
+    /// The pages have tags.
+    pub tagged: bool,
+}
+
+/// How the pages of a file lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pages {
+    /// How many there are.
+    pub count: u64,
+    /// They have tags.
+    pub tagged: bool,
+}
+
+impl Pages {
+    /// Blocks of all of them.
+    pub fn blocks(&self) -> u64 {
+        self.count + if self.tagged { self.count.div_ceil(TAGGED_PAGES) } else { 0 }
+    }
+
+    /// The block of page `page`.
+    pub fn block(&self, page: u64) -> u64 {
+        page + if self.tagged { page / TAGGED_PAGES } else { 0 }
+    }
+
+    /// The block that has the tags of page `page`, which is in the file, and their first byte there; `None` if there are none.
+    pub fn tags(&self, page: u64) -> Option<(u64, usize)> {
+        let group = page / TAGGED_PAGES;
+        let behind = self.count.min((group + 1) * TAGGED_PAGES);
+        self.tagged.then_some((behind + group, (page % TAGGED_PAGES) as usize * TAGS))
+    }
 }
 
 impl Trailer {
@@ -144,6 +193,7 @@ impl Trailer {
         block[40..44].copy_from_slice(&self.state_checksum.to_le_bytes());
         block[44..48].copy_from_slice(&self.index_checksum.to_le_bytes());
         block[48..56].copy_from_slice(&self.runs.to_le_bytes());
+        block[56..60].copy_from_slice(&if self.tagged { WITH_TAGS } else { 0 }.to_le_bytes());
         let checksum = crc32fast::hash(&block);
         block[CHECKSUM..CHECKSUM + 4].copy_from_slice(&checksum.to_le_bytes());
         block
@@ -158,12 +208,16 @@ impl Trailer {
             return Err(SnapshotError::NotASnapshot);
         }
         let version = small(block, 8);
-        if version != VERSION {
+        if version == 0 || version > VERSION {
             return Err(SnapshotError::BadVersion { found: version });
         }
         let mut unsealed = *block;
         unsealed[CHECKSUM..CHECKSUM + 4].fill(0);
         check_part("trailer", &unsealed, small(block, CHECKSUM))?;
+        let flags = small(block, 56);
+        if flags > if version == 1 { 0 } else { WITH_TAGS } {
+            return Err(field("flags", flags, format!("must be known in version {version}")));
+        }
         let trailer = Self {
             base: number(block, 16),
             pages: number(block, 24),
@@ -171,27 +225,33 @@ impl Trailer {
             state_checksum: small(block, 40),
             index_checksum: small(block, 44),
             runs: number(block, 48),
+            tagged: flags == WITH_TAGS,
         };
         if trailer.state > MAX_STATE || trailer.pages > file_blocks || trailer.runs > file_blocks * BLOCK / RUN as u64 {
             let value =
                 format_args!("{} pages, {} runs, {} bytes of state", trailer.pages, trailer.runs, trailer.state);
             return Err(field("trailer", value, format!("must fit into the file's {file_blocks} blocks")));
         }
-        let whole = trailer.pages + blocks(trailer.state) + trailer.index_blocks() + 1;
+        let whole = trailer.layout().blocks() + blocks(trailer.state) + trailer.index_blocks() + 1;
         if whole != file_blocks {
             return Err(field("length", file_blocks, format!("must be {whole} blocks, as its trailer says")));
         }
         Ok(trailer)
     }
 
+    /// How the pages lie.
+    pub fn layout(&self) -> Pages {
+        Pages { count: self.pages, tagged: self.tagged }
+    }
+
     /// First block of the state, and its blocks.
     pub fn state_place(&self) -> (u64, u64) {
-        (self.pages, blocks(self.state))
+        (self.layout().blocks(), blocks(self.state))
     }
 
     /// First block of the index, and its blocks.
     pub fn index_place(&self) -> (u64, u64) {
-        (self.pages + blocks(self.state), self.index_blocks())
+        (self.layout().blocks() + blocks(self.state), self.index_blocks())
     }
 
     fn index_bytes(&self) -> u64 {
@@ -229,7 +289,7 @@ pub struct Run {
 pub struct Index {
     /// The runs, in rising order.
     pub runs: Vec<Run>,
-    /// CRC-32 of each page in the file.
+    /// CRC-32 of each page in the file: [`page_checksum`].
     pub checksums: Vec<u32>,
 }
 

@@ -24,6 +24,7 @@ fn sample(picks: &[(u8, bool)]) -> (Index, Trailer) {
         state_checksum: 9,
         index_checksum: crc32fast::hash(&index.encode()),
         runs: index.runs.len() as u64,
+        tagged: picks.len() % 2 == 1,
     };
     (index, trailer)
 }
@@ -65,19 +66,42 @@ proptest! {
     #[test]
     fn any_bytes_are_no_trailer_or_one_that_fits(
         bytes in prop::collection::vec(any::<u8>(), 56),
+        (version, tagged) in prop_oneof![Just((1, 0)), Just((2, 0)), Just((2, 1))],
         file in any::<u64>(),
     ) {
         let mut block = [0; BLOCK as usize];
         block[..56].copy_from_slice(&bytes);
         block[..8].copy_from_slice(b"ENTSNAPS");
-        block[8..16].copy_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0]);
+        block[8..16].copy_from_slice(&[version, 0, 0, 0, 0, 0, 0, 0]);
+        block[56] = tagged;
         let checksum = crc32fast::hash(&block);
         block[12..16].copy_from_slice(&checksum.to_le_bytes());
         let file = file >> 20;
         if let Ok(trailer) = Trailer::decode(&block, file) {
-            prop_assert_eq!(file_blocks(&trailer), file);
+            prop_assert_eq!((file_blocks(&trailer), trailer.tagged), (file, tagged == 1));
         }
     }
+}
+
+/// Each page and each block of tags has a block of its own, and they are all there is before the state.
+#[test]
+fn pages_and_tags_lie_side_by_side() {
+    for count in [0, 1, 31, 32, 33, 64, 65, 100] {
+        let pages = Pages { count, tagged: true };
+        let mut all: Vec<u64> = (0..count).map(|page| pages.block(page)).collect();
+        all.extend((0..count).filter_map(|page| pages.tags(page)).map(|(block, _)| block));
+        all.sort_unstable();
+        all.dedup();
+        assert!(all.iter().copied().eq(0..pages.blocks()), "{count}: {all:?}");
+        let mut places: Vec<_> = (0..count).map(|page| pages.tags(page)).collect();
+        places.dedup();
+        assert_eq!(places.len() as u64, count, "no two share their tags");
+        let plain = Pages { count, tagged: false };
+        assert_eq!((plain.blocks(), plain.block(7), plain.tags(7)), (count, 7, None));
+    }
+    let page = [7; BLOCK as usize];
+    assert_eq!(page_checksum(&page, None), crc32fast::hash(&page));
+    assert_ne!(page_checksum(&page, Some(&[1; TAGS])), page_checksum(&page, Some(&[2; TAGS])));
 }
 
 #[test]
@@ -87,8 +111,14 @@ fn each_damage_has_its_message() {
     let message = |block: &[u8; 4096], blocks| Trailer::decode(block, blocks).expect_err("wrong").to_string();
     assert_eq!(message(&[0; 4096], 1), "not a snapshot: its last block does not begin with \"ENTSNAPS\"");
     let mut newer = block;
-    newer[8] = 2;
-    assert_eq!(message(&newer, blocks), "the snapshot has version 2, this hypervisor reads version 1");
+    newer[8] = 3;
+    assert_eq!(message(&newer, blocks), "the snapshot has version 3, this hypervisor reads up to version 2");
+    let mut flags = block;
+    flags[57] = 1;
+    flags[12..16].fill(0);
+    let checksum = crc32fast::hash(&flags);
+    flags[12..16].copy_from_slice(&checksum.to_le_bytes());
+    assert!(message(&flags, blocks).starts_with("the snapshot's flags = "));
     let mut flipped = block;
     flipped[20] ^= 1;
     assert!(message(&flipped, blocks).starts_with("the snapshot's trailer has the checksum 0x"));

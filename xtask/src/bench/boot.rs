@@ -1,4 +1,5 @@
-//! A Linux boot: as a guest with 2 MiB entries, with 4 KiB entries only, and on the bare machine.
+//! A Linux boot: as a guest with 2 MiB entries, with 4 KiB entries only, and on the bare machine; and as a guest with memory tagging,
+//! against the same without.
 //!
 //! The interval begins with the kernel's own first instruction, whoever runs it: the plugin knows its encoding, and the
 //! last execution at a page's start counts, so a host kernel before the guest's does no harm. It ends with the first
@@ -39,8 +40,9 @@ pub struct Files {
 /// When a machine does not come to its end.
 pub fn measure(bench: &Bench, with_peer: bool) -> Result<Vec<Row>> {
     let files = Files::prepare(bench)?;
-    let (blocks, console) = guest(bench, &files, "boot-2m", LargestEntry::Block2M)?;
-    let (pages, _) = guest(bench, &files, "boot-4k", LargestEntry::Page4K)?;
+    let (blocks, console) = guest(bench, &files, "boot-2m", LargestEntry::Block2M, false)?;
+    let (pages, _) = guest(bench, &files, "boot-4k", LargestEntry::Page4K, false)?;
+    let (tagged, _) = guest(bench, &files, "boot-mte", LargestEntry::Block2M, true)?;
     let tree = machine::file(bench, "guest.dtb");
     image::write_new(&tree, &printed_tree(&console)?)?;
     let bare = bare(bench, &files, &tree)?;
@@ -48,7 +50,9 @@ pub fn measure(bench: &Bench, with_peer: bool) -> Result<Vec<Row>> {
         let peer = with_peer.then(|| peer::boot(bench, &files, &tree, page)).transpose()?;
         Ok(Row::Boot { key, instructions, bare, target, peer })
     };
-    Ok(vec![row("boot_2m", "2m", blocks, 1.02)?, row("boot_4k", "4k", pages, 1.05)?])
+    // Against the same guest without memory tagging.
+    let mte = Row::Boot { key: "boot_mte", instructions: tagged, bare: blocks, target: 1.05, peer: None };
+    Ok(vec![row("boot_2m", "2m", blocks, 1.02)?, row("boot_4k", "4k", pages, 1.05)?, mte])
 }
 
 impl Files {
@@ -80,10 +84,11 @@ pub fn instructions(counts: &Counts) -> Result<u64> {
     Ok(boots.max)
 }
 
-fn guest(bench: &Bench, files: &Files, name: &str, page_size: LargestEntry) -> Result<(u64, String)> {
+fn guest(bench: &Bench, files: &Files, name: &str, page_size: LargestEntry, mte: bool) -> Result<(u64, String)> {
     let vm = WrittenVm {
         memory: GUEST.1.into(),
         cmdline: CMDLINE.to_owned(),
+        mte,
         policies: WrittenPolicies { page_size, ..WrittenPolicies::default() },
         ..bundle::linux("boot", &files.kernel, &files.initrd)
     };

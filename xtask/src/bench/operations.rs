@@ -37,8 +37,12 @@ const PRIVATE: [(&str, u8); 7] = [
 ];
 /// Of a machine with a swap device.
 const SWAPPED: [(&str, u8); 2] = [("major_fault_4k", 21), ("major_fault_again_4k", 22)];
-/// Bytes of that.
-const SWAP: u64 = 512 << 20;
+/// Of a machine with memory tagging: a first touch clears tags, a copy copies them.
+const TAGGED: [(&str, u8); 3] = [("tagged_populated_4k", 2), ("tagged_fresh_4k", 1), ("tagged_cow_4k", 16)];
+/// Of one that has both.
+const TAGGED_SWAPPED: [(&str, u8); 2] = [("tagged_major_fault_4k", 21), ("tagged_major_fault_again_4k", 22)];
+/// Bytes of the device: room for 512 MiB, each page with a sector for its tags.
+const SWAP: u64 = (512 << 20) / 8 * 9;
 const BLOCKS: [(&str, u8); 1] = [("fault_populated_2m", 3)];
 const LOG: [(&str, u8); 2] = [("dirty_log_fault", 12), ("get_dirty_log_1g_16384", 13)];
 const SPLIT: [(&str, u8); 2] = [("dirty_log_split", 14), ("dirty_log_split_page", 15)];
@@ -62,8 +66,8 @@ pub fn arguments(part: Part) -> &'static str {
         Part::Log => "bench=log",
         Part::Split => "bench=split",
         Part::Private => "bench=pages private",
-        Part::Swap => "bench=swap",
-        Part::Pages | Part::Forks | Part::Boot => "bench=pages",
+        Part::Swap | Part::TagsSwap => "bench=swap",
+        Part::Tags | Part::Pages | Part::Forks | Part::Boot => "bench=pages",
     }
 }
 
@@ -83,7 +87,12 @@ pub type Results = Vec<(&'static str, Statistics)>;
 /// # Errors
 /// When the machine does not come to its end, or a phase is missing.
 pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
-    let name = if part == Part::Private { "bench=private" } else { arguments(part) };
+    let name = match part {
+        Part::Private => "bench=private",
+        Part::Tags => "bench=tags",
+        Part::TagsSwap => "bench=tags-swap",
+        part => arguments(part),
+    };
     let blocks = matches!(part, Part::Blocks | Part::Split);
     let page_size = if blocks { LargestEntry::Block2M } else { LargestEntry::Page4K };
     let vm = WrittenVm {
@@ -99,13 +108,14 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
             ..WrittenPolicies::default()
         },
         coalesced_mmio: vec![CoalescedZone { base: COALESCED, size: 0x1000 }],
+        mte: matches!(part, Part::Tags | Part::TagsSwap),
         doorbells: vec![Doorbell { address: DOORBELL, size: 4 }],
         ..WrittenVm::default()
     };
     let packed = machine::pack(bench, name, vm)?;
     let disk = machine::file(bench, &format!("{name}.img"));
     let mut run = Run::new(name, &bench.hypervisor, &packed, DONE);
-    if part == Part::Swap {
+    if matches!(part, Part::Swap | Part::TagsSwap) {
         File::create(&disk)
             .and_then(|file| file.set_len(SWAP))
             .with_context(|| format!("cannot make {}", disk.display()))?;
@@ -116,7 +126,7 @@ pub fn measure(bench: &Bench, part: Part) -> Result<Results> {
     let ours: &[_] = match part {
         Part::Pages => &OURS,
         Part::Blocks => &OURS_OF_BLOCKS,
-        Part::Log | Part::Split | Part::Private | Part::Swap | Part::Forks | Part::Boot => &[],
+        _ => &[],
     };
     results.extend(each(ours, &counts)?);
     Ok(results)
@@ -133,6 +143,8 @@ pub fn phases(part: Part, counts: &Counts) -> Result<Results> {
         Part::Split => each(&SPLIT, counts),
         Part::Private => each(&PRIVATE, counts),
         Part::Swap => each(&SWAPPED, counts),
+        Part::Tags => each(&TAGGED, counts),
+        Part::TagsSwap => each(&TAGGED_SWAPPED, counts),
         Part::Pages | Part::Forks | Part::Boot => each(&PAGES, counts),
     }
 }

@@ -26,8 +26,8 @@ const WITNESS: &str = "witness";
 const MIB: u64 = 1 << 20;
 /// Frames of a MiB.
 const FRAMES: u64 = MIB >> 12;
-/// Bytes of the disk.
-const DISK: u64 = 512 * MIB;
+/// Bytes of the disk: room for 512 MiB, each page with a ninth sector for its tags.
+const DISK: u64 = 512 * MIB / 8 * 9;
 /// Readings that the hypervisor has at once.
 const READINGS: u64 = 64;
 /// Questions until frames that were freed have come back: each is some of the host's work.
@@ -105,6 +105,85 @@ fn start(context: &Context) -> Result<Machine> {
     );
     let device = "virtio-blk-device,drive=swap,serial=entresol-swap";
     builder.qemu(&["-drive", &drive, "-device", device]).boot(vec![vm(GUEST), vm(TWIN), vm(WITNESS)])
+}
+
+/// Guests that keep tags, one of which never changes what it has, one of which always does, and one without tags: their memory leaves as often as
+/// it has come back, read only or written, of copies too. Nothing is lost, no tag either; and nobody finds others' tags in fresh memory.
+pub fn tags_come_back_from_the_disk(context: &Context) -> Result<()> {
+    const MIBS: u64 = 16;
+    let kernel = guests::flat("toucher")?;
+    let vm = |name: &str, mte, merge, arguments: &str| {
+        let vm = program(name, &kernel, &format!("mib={MIBS} {arguments}"));
+        WrittenVm { memory: "64M".to_owned().into(), mte, merge, autostart: Some(false), ..vm }
+    };
+    let vms = vec![
+        vm("still", true, true, "seed=1 tags zero hold"),
+        vm("twin", true, true, "seed=1 tags zero hold"),
+        vm("churns", true, false, "seed=2 tags zero churn"),
+        vm("plain", false, false, "seed=3 zero churn"),
+        vm("late", true, false, "seed=4 tags zero"),
+    ];
+    let builder = Builder::new(context, "tags_come_back_from_the_disk")?;
+    let mut machine = with_swap(builder)?.boot(vms)?;
+    let mut told = Listener::attach(machine.control()?, "still")?;
+    let all = ["still", "twin", "churns", "plain"];
+    for vm in all {
+        told.turn_to(vm)?;
+        told.done(Op::Resume { vm: vm.into() })?;
+        told.hear("VERIFIED")?;
+    }
+    for round in 0..4 {
+        if round == 2 {
+            told.done(Op::Fork { vm: "churns".into(), name: COPY.into(), count: None })?;
+        }
+        let shares = |vm| round >= 2 && ["churns", COPY].contains(&vm);
+        let running = || all.into_iter().chain((round >= 2).then_some(COPY));
+        // What anybody uses who may share it stays.
+        for vm in running() {
+            told.done(Op::Pause { vm: vm.into() })?;
+        }
+        for vm in running() {
+            let left = put_out(&mut told, vm, MIBS)?;
+            // Blocks that a copy shares stay until they are written.
+            ensure!(left > MIBS * FRAMES / 2 || shares(vm), "{left} pages of {vm} left in round {round}");
+        }
+        for vm in running() {
+            told.done(Op::Resume { vm: vm.into() })?;
+        }
+        for vm in running() {
+            told.turn_to(vm)?;
+            // All of what it verifies comes back; one that finds something else ends, and is not to be paused again.
+            let deadline = Instant::now() + ANSWER;
+            while !shares(vm) && told.stats(vm)?.resident_frames < MIBS * FRAMES {
+                ensure!(Instant::now() < deadline, "{vm} does not look at its memory");
+            }
+            for _ in 0..if shares(vm) { 3 } else { 1 } {
+                told.hear("VERIFIED")?;
+            }
+        }
+    }
+    let out = told.stats("still")?;
+    ensure!(out.faults.absent != 0, "it has come back too seldom: {out:?}");
+    for vm in all.into_iter().chain([COPY]) {
+        told.done(Op::Kill { vm: vm.into() })?;
+    }
+    // Frames and places that others' tags were in.
+    told.turn_to("late")?;
+    told.done(Op::Resume { vm: "late".into() })?;
+    told.hear("ALL PASS")?;
+    told.done(Op::Shutdown)?;
+    let log = machine.expect_power_off()?;
+    let counts = log.lines().filter_map(|line| {
+        let (left, unwritten) = line.split_once(" pages have left, ")?;
+        let left = left.rsplit(' ').next()?.parse::<u64>().ok()?;
+        Some((left, unwritten.split(' ').next()?.parse::<u64>().ok()?))
+    });
+    ensure!(
+        counts.clone().any(|(left, unwritten)| left > MIBS * FRAMES / 2 && 10 * unwritten > 9 * left),
+        "what nobody wrote is written again: {:?}",
+        counts.collect::<Vec<_>>()
+    );
+    Ok(())
 }
 
 /// Three guests of 512 MiB, each of which works on 400 MiB, where there are about 800 MiB for all of them: memory is reclaimed unasked,

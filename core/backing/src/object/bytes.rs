@@ -7,8 +7,8 @@
 use core::fmt;
 
 use entresol_addr::{Hpa, PAGE_SHIFT, PAGE_SIZE, Pfn};
-use entresol_machine::Machine;
 use entresol_machine::own::Work;
+use entresol_machine::{Machine, Tags};
 
 use super::{Kind, Object};
 use crate::tree::Look;
@@ -215,6 +215,41 @@ impl Object {
             }
         }
         Ok(())
+    }
+
+    /// The tags of frame `frame`: zero where nothing is, or nothing that has tags; then it stays so. The caller is pinned.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub fn tags<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Tags, AccessError> {
+        self.check_frame(frame)?;
+        match self.look(supply.machine, frame) {
+            Look::Present(grant) if self.is_tagged() => Ok(supply.machine.load_tags(grant.frame(frame))),
+            Look::Stored(slot) => Err(AccessError::Stored { frame, slot }),
+            Look::Present(_) | Look::Vacant => Ok(Tags::ZERO),
+        }
+    }
+
+    /// Gives frame `frame` these tags: a write as any other, see [`Self::write`]. `false`: it has none, and nothing changed.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`]; nothing changed.
+    pub fn set_tags<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, tags: &Tags) -> Result<bool, AccessError> {
+        self.check_frame(frame)?;
+        let grant = self.grant_waiting(supply, frame, true).map_err(|error| AccessError::of(error, frame))?;
+        let tagged = self.is_tagged();
+        if tagged {
+            supply.machine.store_tags(grant.frame(frame), tags);
+        }
+        Ok(tagged)
+    }
+
+    fn check_frame(&self, frame: u64) -> Result<(), AccessError> {
+        let extent = self.frames() << PAGE_SHIFT;
+        let outside = AccessError::Outside { offset: u64::MAX, len: PAGE_SIZE, extent };
+        self.check_bytes(frame.checked_mul(PAGE_SIZE).ok_or(outside)?, PAGE_SIZE as usize)
     }
 
     fn check_bytes(&self, offset: u64, len: usize) -> Result<(), AccessError> {

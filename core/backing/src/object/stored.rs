@@ -7,13 +7,18 @@
 //! nobody writes the frame who was granted it before; whoever keeps the store writes the frame there; [`Out::finish`]; and later, again
 //! with its translations gone, [`Object::discard`].
 //!
+//! Tags go where the bytes go: [`Out::tags`] are written to the place with the page, both or neither, and whoever fills a frame from a
+//! place that has tags ([`Fetch::is_tagged`]) hands them to [`Fetch::filled`]. The frame's tags are valid before a word names it, so no guest
+//! sees others (INV-11, INV-12); as the place keeps them until nobody refers to it, doing so twice is harmless.
+//!
 //! Nothing is locked meanwhile: if the page has come by another way, was punched, or its object is gone, the frame is given
 //! back like any other.
 
 use core::fmt;
 
 use entresol_addr::Pfn;
-use entresol_machine::Machine;
+use entresol_machine::{Machine, Tags};
+use entresol_sync::planted;
 
 use super::{Kind, Object};
 use crate::tree::Look;
@@ -25,6 +30,7 @@ use crate::{GrantError, Order, OutOfMemory, StoreError, StoreId, StoreSlot, Supp
 pub struct Fetch {
     pfn: Pfn,
     slot: StoreSlot,
+    tagged: bool,
     filled: bool,
 }
 
@@ -34,6 +40,7 @@ pub struct Fetch {
 pub struct Out {
     pfn: Pfn,
     slot: StoreSlot,
+    tagged: bool,
 }
 
 impl Out {
@@ -45,6 +52,11 @@ impl Out {
     /// Where it is to be written.
     pub fn slot(&self) -> StoreSlot {
         self.slot
+    }
+
+    /// The tags that are to be written with it, if it has some; nobody changes them, as the bytes.
+    pub fn tags<M: Machine>(&self, machine: &M) -> Option<Tags> {
+        self.tagged.then(|| machine.load_tags(self.pfn))
     }
 
     /// It was written, and reads so from now on; or it was not, and stays in memory.
@@ -99,6 +111,11 @@ pub enum PutError {
         /// What it is.
         kind: Kind,
     },
+    /// Memory with tags comes from a store that has them, and no other memory does.
+    Tags {
+        /// Whether the object has some.
+        object: bool,
+    },
     /// What is stored comes into memory through frames that are mapped: private memory is not stored.
     Private,
     /// The frame was touched already, or lies in a part that is shared or a block.
@@ -116,6 +133,7 @@ impl fmt::Display for PutError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Kind { kind } => write!(f, "object {kind:?}: must be anonymous memory"),
+            Self::Tags { object } => write!(f, "object with tags: {object}: the store's pages must be the same"),
             Self::Private => f.write_str("object: must not be private memory"),
             Self::Occupied { frame } => write!(f, "frame {frame:#x}: must not have been touched"),
             Self::Store(error) => error.fmt(f),
@@ -144,13 +162,18 @@ impl Fetch {
             supply.pool.give(supply.cpu, pfn, Order::PAGE);
             return Ok(None);
         }
-        Ok(Some(Self { pfn, slot, filled: false }))
+        let stores = supply.pool.stores();
+        let tagged = stores.is_tagged(slot);
+        if planted!(ZE4) {
+            stores.release(slot);
+        }
+        Ok(Some(Self { pfn, slot, tagged, filled: false }))
     }
 
     /// The frame that holds the same already, if there is one: it needs no filling. The caller is pinned.
     pub fn cached<M: Machine>(supply: &Supply<'_, M>, slot: StoreSlot) -> Option<Self> {
         let pfn = supply.pool.share_kept(slot)?;
-        Some(Self { pfn, slot, filled: true })
+        Some(Self { pfn, slot, tagged: supply.pool.stores().is_tagged(slot), filled: true })
     }
 
     /// The frame to fill.
@@ -163,9 +186,25 @@ impl Fetch {
         self.slot
     }
 
-    /// The frame holds what the place does, as every CPU reads it.
-    pub fn filled<M: Machine>(&mut self, supply: &Supply<'_, M>) {
+    /// Whether the place has tags beside the page.
+    pub fn is_tagged(&self) -> bool {
+        self.tagged
+    }
+
+    /// The frame holds what the place does, as every CPU reads it, and gets these tags, which are those of the place.
+    ///
+    /// # Panics
+    ///
+    /// If the place has tags and there are none here, or the other way round.
+    pub fn filled<M: Machine>(&mut self, supply: &Supply<'_, M>, tags: Option<&Tags>) {
+        assert_eq!(tags.is_some(), self.tagged, "tags come back with the page that they left with");
         if !self.filled {
+            if let Some(tags) = tags {
+                supply.machine.store_tags(self.pfn, tags);
+            }
+            if planted!(ZE1) {
+                supply.pool.stores().lose_tags(self.slot);
+            }
             // The reference of the one who fetched becomes the frame's.
             let kept = supply.pool.keep(self.pfn, self.slot);
             assert!(kept, "a frame that was just taken is not kept yet");
@@ -193,6 +232,10 @@ impl Object {
         let Kind::Anonymous(_) = self.kind() else { return Err(PutError::Kind { kind: self.kind() }) };
         if self.is_private() {
             return Err(PutError::Private);
+        }
+        let object = self.is_tagged();
+        if supply.pool.stores().is_tagged(slot) != object {
+            return Err(PutError::Tags { object });
         }
         self.check_inside(frame)?;
         self.tree.put_stored(supply, frame, slot)
@@ -231,7 +274,7 @@ impl Object {
         }
         let _structure = self.structure.lock();
         let leaving = self.tree.begin_out(supply, frame, store)?;
-        Ok(leaving.map(|(pfn, slot)| Out { pfn, slot }))
+        Ok(leaving.map(|(pfn, slot)| Out { pfn, slot, tagged: self.is_tagged() }))
     }
 
     /// Frame `frame` leaves memory, if its page is clean and where it was to be written is valid. Whether it left. The caller is as in

@@ -112,7 +112,7 @@ impl Tree {
             if !supply.pool.share_if_held(pfn) {
                 return Ok(None);
             }
-            let slot = supply.pool.stores().take(store).inspect_err(|_| supply.pool.release(pfn))?;
+            let slot = supply.pool.stores().take(store, self.is_tagged()).inspect_err(|_| supply.pool.release(pfn))?;
             self.cleaned.store(true, Ordering::Release);
             if supply.machine.compare_exchange(found.word, raw, raw | CLEAN).is_err() {
                 supply.pool.release(pfn);

@@ -25,7 +25,7 @@ fn bring(vm: &TestVm<'_>, gpa: u64, byte: u8) {
     let absent = vm.absent(&host.epoch.pin(CPU), Gpa::new(gpa)).unwrap();
     let mut fetch = Fetch::new(&host.supply(CPU), absent.slot).unwrap().unwrap();
     host.machine.write(fetch.pfn().base(), &[byte; PAGE_SIZE as usize]);
-    fetch.filled(&host.supply(CPU));
+    fetch.filled(&host.supply(CPU), None);
     let pin = host.epoch.pin(CPU);
     assert!(host.objects.get(&pin, absent.object).unwrap().restore(&host.supply(CPU), absent.frame, &fetch));
     fetch.give_back(&host.supply(CPU));

@@ -54,7 +54,7 @@ impl Device {
             let fetch = Fetch::cached(&supply, absent.slot).unwrap_or_else(|| {
                 let mut fetch = Fetch::new(&supply, absent.slot).unwrap().unwrap();
                 host.machine.write(fetch.pfn().base(), &self.holds[&absent.slot.index()]);
-                fetch.filled(&supply);
+                fetch.filled(&supply, None);
                 fetch
             });
             assert!(host.objects.get(&pin, absent.object).unwrap().restore(&supply, absent.frame, &fetch));

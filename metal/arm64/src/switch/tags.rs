@@ -6,7 +6,7 @@
 //! Sources: Arm DDI 0487 D24.2 (GCR_EL1, RGSR_EL1, TFSR_EL1, TFSRE0_EL1).
 
 /// A vCPU's registers of memory tagging while it is not on a CPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct TagState {
     /// RGSR_EL1: the seed of random tags.
     pub rgsr: u64,

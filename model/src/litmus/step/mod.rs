@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 57] = [
+pub const VERBS: [(&str, &str); 60] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -63,6 +63,12 @@ pub const VERBS: [(&str, &str); 57] = [
     ("harvest CPU", "the owner harvests the ring of the CPU's vCPU: how many entries"),
     ("forge CPU SLOT OFFSET", "the first entry of a ring says something else"),
     ("reset", "the owner resets the dirty rings: how many entries were freed"),
+    (
+        "out GPA PAGES",
+        "pages go out to the swap device, those written first that it does not have: how many left memory",
+    ),
+    ("out-fails GPA PAGES", "the same, and the device fails to write"),
+    ("swap-off", "the swap device is removed: whatever is there comes back first"),
     ("clean-all", "the guest's set/way maintenance, trapped"),
     ("reap", "frames whose grace period is over become free, private ones zeroed"),
     ("lease GPA", "the hypervisor leases the page at GPA"),
@@ -237,6 +243,22 @@ pub enum Step {
         /// What.
         what: RingVerb,
         /// The register for the result.
+        to: Option<String>,
+    },
+    /// Pages go out to the swap device.
+    Out {
+        /// Whose.
+        vm: usize,
+        /// Which.
+        range: GfnRange,
+        /// The device writes anything, and says that it failed.
+        fails: bool,
+        /// The register for how many left memory.
+        to: Option<String>,
+    },
+    /// The swap device is removed.
+    SwapOff {
+        /// The register for 0.
         to: Option<String>,
     },
     /// Set/way maintenance.
@@ -422,6 +444,8 @@ impl Step {
             | Self::Log { to, .. }
             | Self::Ring { to, .. }
             | Self::Post { to, .. }
+            | Self::Out { to, .. }
+            | Self::SwapOff { to }
             | Self::Use { to }
             | Self::Cache { what: CacheVerb::Tell { .. }, to, .. }
             | Self::Drain { to } => to.as_deref(),
@@ -447,6 +471,7 @@ impl Step {
             | Self::Lease { vm, .. }
             | Self::Generation { vm, .. }
             | Self::Cache { vm, .. }
+            | Self::Out { vm, .. }
             | Self::CleanAll { vm } => Some(*vm),
             _ => None,
         }

@@ -204,6 +204,10 @@ impl Said<'_> {
                 let (object, frame, count) = (words.object()?, words.number("FRAME")?, words.number("COUNT")?);
                 Step::Object { object, frame, count, punch: self.verb == "punch" }
             }
+            "out" | "out-fails" => {
+                Step::Out { vm, range: words.range()?, fails: self.verb == "out-fails", to: self.to.clone() }
+            }
+            "swap-off" => Step::SwapOff { to: self.to.clone() },
             "clean-all" => Step::CleanAll { vm },
             "reap" => Step::Reap,
             "lease" => Step::Lease { vm, gpa: words.gpa()? },

@@ -59,6 +59,7 @@ fn mistakes_are_named() {
         ("c: load 0x1000", "name of a virtual machine"),
         ("punch disk 0 1", "name of an object"),
         ("reap -> r1", "has no result"),
+        ("out 0x1000", "PAGES is missing"),
         ("reap now", "must not stand there"),
         ("mmu maybe", "must be on or off"),
         ("log take 0", "must be get, read or clear"),

@@ -57,6 +57,33 @@ macro_rules! access {
     };
 }
 
+/// Where a pointer has its tag (Arm DDI 0487 D10.3).
+const TAG: u32 = 56;
+
+/// The allocation tag of the granule at `address`, on a CPU with FEAT_MTE2.
+pub fn load_tag(address: u64) -> u8 {
+    let address = outside(address, 1);
+    let mut tagged = 0u64;
+    // SAFETY: reads a tag, of no Rust object.
+    unsafe {
+        asm!(".arch_extension memtag", "ldg {tagged}, [{address}]", ".arch_extension nomemtag",
+            tagged = inout(reg) tagged, address = in(reg) address, options(nostack))
+    };
+    (tagged >> TAG) as u8 & 0xf
+}
+
+/// Gives the granule at `address` the low four bits of `tag`, on a CPU with FEAT_MTE2.
+pub fn store_tag(address: u64, tag: u8) {
+    // STG of an address inside a granule is an alignment fault (Arm DDI 0487 C6.2).
+    let address = outside(address & !0xf, 1);
+    let tagged = address | u64::from(tag & 0xf) << TAG;
+    // SAFETY: changes a tag, of no Rust object.
+    unsafe {
+        asm!(".arch_extension memtag", "stg {tagged}, [{address}]", ".arch_extension nomemtag",
+            tagged = in(reg) tagged, address = in(reg) address, options(nostack))
+    };
+}
+
 access!(load32, store32, u32, "ldr", "str", "w");
 access!(load64, store64, u64, "ldr", "str", "x");
 access!(load8, store8, u8, "ldrb", "strb", "w");

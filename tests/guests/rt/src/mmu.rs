@@ -21,10 +21,12 @@ pub enum Kind {
     Device = 2,
     /// Normal, write-through cacheable.
     WriteThrough = 3,
+    /// Normal, write-back cacheable, with allocation tags (FEAT_MTE2).
+    Tagged = 4,
 }
 
 /// MAIR_EL1: attributes in the order of [`Kind`].
-pub const MAIR: u64 = 0xff | 0x44 << 8 | 0xbb << 24;
+pub const MAIR: u64 = 0xff | 0x44 << 8 | 0xbb << 24 | 0xf0 << 32;
 /// TCR_EL1: T0SZ 25 (39 bits), walks inner-shareable write-back, TTBR1 off, 40-bit output (`virt` has no more).
 pub const TCR: u64 = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32;
 /// SCTLR_EL1: MMU, data cache, instruction cache.
@@ -122,6 +124,13 @@ pub fn enable(space: &Space) {
     sysreg_write!("ttbr0_el1", space.root);
     invalidate_tlb();
     sysreg_write!("sctlr_el1", sysreg_read!("sctlr_el1") | ENABLE);
+}
+
+/// Lets loads and stores of tags reach memory (SCTLR_EL1.ATA, Arm DDI 0487 D24.2): without it LDG reads zero and STG does nothing.
+/// Accesses are still not checked. The CPU has FEAT_MTE2.
+pub fn enable_tags() {
+    const ATA: u64 = 1 << 43;
+    sysreg_write!("sctlr_el1", sysreg_read!("sctlr_el1") | ATA);
 }
 
 /// Turns the MMU and the caches off; the image's dirty lines are cleaned first, others are the caller's.

@@ -193,8 +193,8 @@ pub fn guests_share_less_than_they_use(context: &Context) -> Result<()> {
     let kernel = guests::flat("toucher")?;
     let mut vms = Vec::new();
     for (seed, name) in (1..).zip(ALL) {
-        let vm = program(name, &kernel, &format!("mib=400 seed={seed} whole"));
-        vms.push(WrittenVm { memory: "512M".to_owned().into(), autostart: Some(false), ..vm });
+        let vm = program(name, &kernel, &format!("mib=400 seed={seed} whole tags"));
+        vms.push(WrittenVm { memory: "512M".to_owned().into(), mte: true, autostart: Some(false), ..vm });
     }
     vms.push(WrittenVm { autostart: Some(false), ..program(WITNESS, &kernel, "mib=1") });
     let builder = Builder::new(context, "guests_share_less_than_they_use")?.outer("864M", 2);

@@ -17,14 +17,14 @@ use crate::guests;
 const SWAPPER: &str = "swapper";
 /// It needs nothing of the disk.
 const BYSTANDER: &str = "bystander";
-/// Bytes of the disk.
-const DISK: usize = 96 << 20;
+/// Bytes of the disk: a place is nine sectors, with room for tags.
+const DISK: usize = 108 << 20;
 /// Exits of the bystander that are progress: it tells every round.
 const EXITS: u64 = 200;
 /// Times that a disk which is back is tried: QEMU fails what comes while it connects again.
 const TRIES: usize = 100;
 
-/// Whatever the disk does, what is in memory stays and no word is lost: the virtual machine that needs the disk is paused and says so, or
+/// Whatever the disk does, no word is lost, so what cannot be written stays in memory: the virtual machine that needs the disk is paused and says so, or
 /// waits if there is no answer; the other runs; when the disk is right again the paused one goes on.
 pub fn swap_device_fails_and_comes_back(context: &Context) -> Result<()> {
     let kernel = guests::flat("toucher")?;
@@ -65,13 +65,10 @@ impl Test {
         self.disk.set(mode);
         self.told.state(State::Paused, Some("Storage"))?;
         self.bystander_goes_on()?;
-        let there = self.told.stats(SWAPPER)?.resident_frames;
         // Tried again too early it ends the same way.
         self.told.done(Op::Resume { vm: SWAPPER.into() })?;
         self.told.state(State::Paused, Some("Storage"))?;
         self.bystander_goes_on()?;
-        let still = self.told.stats(SWAPPER)?.resident_frames;
-        ensure!(mode == Mode::NoReads || still >= there, "{there} frames were in memory, {still} are");
         ensure!(mode == Mode::Gone || self.disk.failed() > failed, "no request has failed");
         self.disk.set(Mode::Right);
         self.goes_on()

@@ -43,7 +43,7 @@ fn the_core_passes_on_other_machines_too() {
         for (fwb, dic) in [(false, false), (false, true), (true, false)] {
             let machine = Config { fwb, dic, ..scenario.machine };
             let scenario = Scenario { machine, ..scenario.clone() };
-            let plan = Plan { exhaustive: 500, pct: 200, sticky: 200, ..Plan::default() };
+            let plan = Plan { exhaustive: 300, pct: 150, sticky: 150, ..Plan::default() };
             let report = explore(&scenario, Setting::default(), &plan.fitting(&scenario), &|_| {});
             let found = report.failure.map(|failure| format!("{} [{}]", failure.violation, failure.trail));
             assert_eq!(found, None, "{}, fwb {fwb}, dic {dic}", path.display());

@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 fn host_tests() -> Command {
     let mut cargo = workspace::cargo();
     if toolchain::has_subcommand("nextest") {
-        cargo.args(["nextest", "run", "--no-fail-fast", "--status-level", "fail"]);
+        cargo.args(["nextest", "run", "--profile", "whole", "--no-fail-fast", "--status-level", "fail"]);
     } else {
         cargo.args(["test", "--quiet", "--lib", "--bins", "--tests", "--no-fail-fast"]);
     }

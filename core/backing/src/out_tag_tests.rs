@@ -4,83 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::vec;
 use std::vec::Vec;
 
-use entresol_addr::{Hpa, PAGE_SIZE};
 use entresol_machine::{Machine, Tags};
 use proptest::prelude::*;
 
+use crate::out_tests::{Device, FOREIGN};
 use crate::tests::Host;
 use crate::*;
 
 /// Two nodes and a tail.
 const FRAMES: u64 = 2 * 512 + 20;
-/// The byte of a page where `fork_tests` writes.
-const AT: u64 = 5;
-
-/// What the host's frames have before anybody clears them.
-const FOREIGN: Tags = Tags([0x7777_7777_7777_7777; Tags::WORDS]);
-
-/// A swap device: the byte at [`AT`] and the tags of each place.
-struct Device {
-    store: StoreId,
-    holds: BTreeMap<u64, (u8, Option<Tags>)>,
-    /// Writes on their way.
-    writing: Vec<Out>,
-}
-
-impl Device {
-    fn new(host: &Host, places: u64) -> Self {
-        let store = host.pool.stores().open_counted(places).unwrap();
-        Self { store, holds: BTreeMap::new(), writing: Vec::new() }
-    }
-
-    fn begin(&mut self, host: &Host, handle: ObjectHandle, frame: u64) -> Result<bool, OutError> {
-        let out = host.on(handle, |object, supply| object.begin_out(supply, frame, self.store))?;
-        let begun = out.is_some();
-        self.writing.extend(out);
-        Ok(begun)
-    }
-
-    fn finish(&mut self, host: &Host, place: usize, written: bool) {
-        let out = self.writing.swap_remove(place);
-        let mut byte = [0];
-        host.machine.read(Hpa::new(out.pfn().base().get() + AT), &mut byte);
-        // What fails may have written anything.
-        let held = if written { (byte[0], out.tags(&host.machine)) } else { (0xdd, Some(FOREIGN)) };
-        self.holds.insert(out.slot().index(), held);
-        out.finish(&host.supply(0), written);
-    }
-
-    fn bring(&self, host: &Host, handle: ObjectHandle, frame: u64) {
-        host.on(handle, |object, supply| {
-            let Some(slot) = object.stored_at(&host.machine, frame) else { return };
-            let fetch = Fetch::cached(supply, slot).unwrap_or_else(|| {
-                let mut fetch = Fetch::new(supply, slot).unwrap().unwrap();
-                let (byte, tags) = self.holds[&slot.index()];
-                let mut page = vec![0; PAGE_SIZE as usize];
-                page[AT as usize] = byte;
-                host.machine.write(fetch.pfn().base(), &page);
-                assert_eq!(fetch.is_tagged(), object.is_tagged(), "a place has tags iff the object has");
-                host.machine.store_tags(fetch.pfn(), &FOREIGN);
-                fetch.filled(supply, tags.as_ref());
-                fetch
-            });
-            assert!(object.restore(supply, frame, &fetch));
-            fetch.give_back(supply);
-        });
-    }
-
-    /// Out as a whole; whether it left.
-    fn put_out(&mut self, host: &Host, handle: ObjectHandle, frame: u64) -> bool {
-        if self.begin(host, handle, frame) == Ok(true) {
-            self.finish(host, self.writing.len() - 1, true);
-        }
-        host.on(handle, |object, supply| object.discard(supply, frame))
-    }
-
-    fn taken(&self, host: &Host) -> u64 {
-        host.pool.stores().taken(self.store).unwrap()
-    }
-}
 
 fn tagged(host: &Host, policy: Policy) -> ObjectHandle {
     host.objects.create(&host.supply(0), Spec::Anonymous { frames: FRAMES, policy, tagged: true }).unwrap()

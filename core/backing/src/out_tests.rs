@@ -5,7 +5,7 @@ use std::vec;
 use std::vec::Vec;
 
 use entresol_addr::{PAGE_SIZE, PageSize, Pfn};
-use entresol_machine::Machine;
+use entresol_machine::{Machine, Tags};
 use proptest::prelude::*;
 
 use crate::tests::Host;
@@ -45,43 +45,50 @@ fn a_limit_is_kept() {
     assert_eq!(room(child), Some(510));
 }
 
-/// A swap device: what each of its places holds at [`AT`].
-struct Device {
-    store: StoreId,
-    holds: BTreeMap<u64, u8>,
+/// What the host's frames have before anybody clears them.
+pub(crate) const FOREIGN: Tags = Tags([0x7777_7777_7777_7777; Tags::WORDS]);
+
+/// A swap device: the byte at [`AT`] and the tags of each place.
+pub(crate) struct Device {
+    pub(crate) store: StoreId,
+    pub(crate) holds: BTreeMap<u64, (u8, Option<Tags>)>,
     /// Writes on their way.
-    writing: Vec<Out>,
+    pub(crate) writing: Vec<Out>,
 }
 
 impl Device {
-    fn new(host: &Host, slots: u64) -> Self {
-        let store = host.pool.stores().open_counted(slots).unwrap();
+    pub(crate) fn new(host: &Host, places: u64) -> Self {
+        let store = host.pool.stores().open_counted(places).unwrap();
         Self { store, holds: BTreeMap::new(), writing: Vec::new() }
     }
 
-    fn begin(&mut self, host: &Host, handle: ObjectHandle, frame: u64) -> Result<bool, OutError> {
+    pub(crate) fn begin(&mut self, host: &Host, handle: ObjectHandle, frame: u64) -> Result<bool, OutError> {
         let out = host.on(handle, |object, supply| object.begin_out(supply, frame, self.store))?;
         let begun = out.is_some();
         self.writing.extend(out);
         Ok(begun)
     }
 
-    fn finish(&mut self, host: &Host, place: usize, written: bool) {
+    pub(crate) fn finish(&mut self, host: &Host, place: usize, written: bool) {
         let out = self.writing.swap_remove(place);
         // What fails may have written anything.
-        self.holds.insert(out.slot().index(), if written { at(host, out.pfn()) } else { 0xdd });
+        let held = if written { (at(host, out.pfn()), out.tags(&host.machine)) } else { (0xdd, Some(FOREIGN)) };
+        self.holds.insert(out.slot().index(), held);
         out.finish(&host.supply(0), written);
     }
 
-    fn bring(&self, host: &Host, handle: ObjectHandle, frame: u64) {
+    pub(crate) fn bring(&self, host: &Host, handle: ObjectHandle, frame: u64) {
         host.on(handle, |object, supply| {
             let Some(slot) = object.stored_at(&host.machine, frame) else { return };
             let fetch = Fetch::cached(supply, slot).unwrap_or_else(|| {
                 let mut fetch = Fetch::new(supply, slot).unwrap().unwrap();
+                let (byte, tags) = self.holds[&slot.index()];
                 let mut page = vec![0; PAGE_SIZE as usize];
-                page[AT as usize] = self.holds[&slot.index()];
+                page[AT as usize] = byte;
                 host.machine.write(fetch.pfn().base(), &page);
-                fetch.filled(supply, None);
+                assert_eq!(fetch.is_tagged(), object.is_tagged(), "a place has tags iff the object has");
+                host.machine.store_tags(fetch.pfn(), &FOREIGN);
+                fetch.filled(supply, tags.as_ref());
                 fetch
             });
             assert!(object.restore(supply, frame, &fetch));
@@ -89,12 +96,16 @@ impl Device {
         });
     }
 
-    /// Out as a whole: begun, written, discarded.
-    fn put_out(&mut self, host: &Host, handle: ObjectHandle, frame: u64) -> bool {
-        if self.begin(host, handle, frame).unwrap() {
+    /// Out as a whole; whether it left.
+    pub(crate) fn put_out(&mut self, host: &Host, handle: ObjectHandle, frame: u64) -> bool {
+        if self.begin(host, handle, frame) == Ok(true) {
             self.finish(host, self.writing.len() - 1, true);
         }
         discard(host, handle, frame)
+    }
+
+    pub(crate) fn taken(&self, host: &Host) -> u64 {
+        host.pool.stores().taken(self.store).unwrap()
     }
 }
 
@@ -184,7 +195,7 @@ fn relatives_share_a_page_that_is_out_and_one_frame_when_it_is_back() {
     assert!(discard(&host, parent, 3) && discard(&host, child, 3), "nothing to write for either");
     assert_eq!(host.pool.stores().taken(device.store), Some(1));
     assert!(host.differing(parent, child).iter().eq([&4]));
-    device.holds.insert(0, 7);
+    device.holds.insert(0, (7, None));
     device.bring(&host, child, 3);
     device.bring(&host, parent, 3);
     assert_eq!((host.byte(parent, 3), pfn(parent)), (7, pfn(child)));

@@ -13,6 +13,8 @@
 //! found nothing that may leave ([`memory_came`]). In the second case the first who finds none again is told so, and is paused by its
 //! caller; that is one guest less that wants some.
 //!
+//! Who may have no more frames (`memory.max`) waits the same way for room of its own ([`room_came`]). A reading that is on its way is not stopped by that.
+//!
 //! When a reading fails that a guest wants, every virtual machine that shows a page of it is paused ([`Pause::Storage`]). Nothing is remembered of
 //! the failure: let run again, it asks anew. A virtual machine that ends leaves its readings as they are: nobody has the
 //! page then, and the frame is given back.

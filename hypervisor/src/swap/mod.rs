@@ -95,8 +95,9 @@ enum Why {
 /// What the owner asked for.
 struct Wish {
     number: usize,
-    /// Pages that left since, and those of them that the disk had already.
+    /// Pages that left since.
     gone: u64,
+    /// Those of them that the disk had already.
     unwritten: u64,
     /// A page could not be written.
     failed: bool,

@@ -14,6 +14,8 @@
 //! The boot CPU then starts at [`layout::Layout::entry`] with X0 = [`layout::Layout::dtb`], X1–X3 = 0, at EL1 with the MMU
 //! off and everything masked (Linux, Documentation/arch/arm64/booting.rst).
 //!
+//! An x86-64 guest's world is another, and has a room of its own: [`x86`].
+//!
 //! Invariants: no input panics or allocates without bound: an inflater takes about 48 KiB, a device tree at most
 //! [`fdt::MAX_SIZE`]; a failed allocation is an error (D8). Everything placed lies inside the VM's memory and nothing overlaps.
 //!
@@ -30,6 +32,7 @@ pub mod kernel;
 pub mod layout;
 pub mod virt;
 pub mod window;
+pub mod x86;
 
 use core::fmt;
 use entresol_addr::Gpa;

@@ -1,9 +1,10 @@
-//! ELF programs for AArch64 (System V ABI, "Object Files" and "Program Loading"; ELF for the Arm 64-bit Architecture, AAELF64).
+//! ELF programs (System V ABI, "Object Files" and "Program Loading"; ELF for the Arm 64-bit Architecture, AAELF64).
 //!
-//! Purpose: the loadable segments by physical address, and the entry as a physical address. Sections are not looked at.
+//! Purpose: the loadable segments by physical address, and the entry of an AArch64 program as a physical address; where another
+//! architecture's begins is for its own protocol to say. Sections are not looked at.
 //!
-//! Invariants: in a parsed [`Elf`] every segment's file part lies inside the contents, no segment wraps, no two overlap in
-//! memory, and the entry lies inside one.
+//! Invariants: in a [`Program`] every segment's file part lies inside the contents, no segment wraps, no two overlap in
+//! memory; in a parsed [`Elf`] the entry lies inside one.
 
 use arrayvec::ArrayVec;
 
@@ -17,7 +18,8 @@ const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const CLASS_64: u8 = 2;
 const LITTLE_ENDIAN: u8 = 1;
-const EM_AARCH64: u16 = 183;
+/// e_machine, and the rule that says so.
+const AARCH64: (u16, &str) = (183, "183, AArch64");
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 const PT_LOAD: u32 = 1;
@@ -57,43 +59,86 @@ const fn invalid(field: &'static str, value: u64, rule: &'static str) -> KernelE
     KernelError::Field(Invalid { field, value, rule })
 }
 
-impl Elf {
-    /// The program that begins with `head` and has `size` bytes, if it begins with ELF's magic.
+/// A program header, as far as anybody asks.
+pub(crate) struct ProgramHeader {
+    /// p_type.
+    pub kind: u32,
+    /// p_offset.
+    pub offset: u64,
+    /// p_filesz.
+    pub file_size: u64,
+    virtual_address: u64,
+    address: u64,
+    memory_size: u64,
+}
+
+/// What every architecture's programs say alike.
+pub(crate) struct Program<'a> {
+    /// Loadable segments, in the order of the program headers.
+    pub segments: ArrayVec<Segment, MAX_SEGMENTS>,
+    movable: bool,
+    virtual_entry: u64,
+    table: &'a [u8],
+}
+
+impl<'a> Program<'a> {
+    /// The program that begins with `head` and has `size` bytes, if it begins with ELF's magic. `machine` is the e_machine that
+    /// it must have, and the rule that says so.
     ///
     /// # Errors
     ///
     /// Another machine's program, or one whose headers are cut off or contradict themselves.
-    pub(super) fn parse(head: &[u8], size: u64) -> Result<Option<Self>, KernelError> {
+    pub fn read(head: &'a [u8], size: u64, machine: (u16, &'static str)) -> Result<Option<Self>, KernelError> {
         if !head.starts_with(b"\x7fELF") {
             return Ok(None);
         }
         let Some(header) = head.get(..HEADER) else {
             return Err(KernelError::Truncated { what: "ELF header", need: HEADER as u64, have: head.len() as u64 });
         };
-        let movable = kind(header)?;
+        let movable = kind(header, machine)?;
         let table = program_headers(header, head, size)?;
-        let mut segments = ArrayVec::new();
-        let virtual_entry = field64(header, 24);
-        let mut entry = None;
-        for raw in table.chunks_exact(PROGRAM_HEADER) {
-            if le32(raw, 0) != Some(PT_LOAD) {
-                continue;
-            }
-            let (segment, address) = loadable(raw, size)?;
-            if segment.memory_size == 0 {
-                continue;
-            }
-            push(&mut segments, segment)?;
-            let inside = virtual_entry.wrapping_sub(address);
-            if inside < segment.memory_size {
-                entry = Some(segment.address + inside);
+        let mut program = Self { segments: ArrayVec::new(), movable, virtual_entry: field64(header, 24), table };
+        for header in program.headers().filter(|header| header.kind == PT_LOAD) {
+            let segment = loadable(&header, size)?;
+            if segment.memory_size != 0 {
+                push(&mut program.segments, segment)?;
             }
         }
-        if segments.is_empty() {
-            return Err(KernelError::NotAKernel("an ELF file with nothing to load"));
+        if program.segments.is_empty() {
+            return Err(invalid("number of loadable ELF segments", 0, "at least 1"));
         }
-        match entry {
-            Some(entry) => Ok(Some(Self { segments, entry, movable })),
+        Ok(Some(program))
+    }
+
+    /// All program headers.
+    pub fn headers(&self) -> impl Iterator<Item = ProgramHeader> + use<'a> {
+        self.table.chunks_exact(PROGRAM_HEADER).map(|raw| ProgramHeader {
+            kind: le32(raw, 0).unwrap_or_default(),
+            offset: field64(raw, 8),
+            virtual_address: field64(raw, 16),
+            address: field64(raw, 24),
+            file_size: field64(raw, 32),
+            memory_size: field64(raw, 40),
+        })
+    }
+}
+
+impl Elf {
+    /// The AArch64 program that begins with `head` and has `size` bytes, if it begins with ELF's magic.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::read`], and an entry outside the program.
+    pub(super) fn parse(head: &[u8], size: u64) -> Result<Option<Self>, KernelError> {
+        let Some(program) = Program::read(head, size, AARCH64)? else { return Ok(None) };
+        let Program { movable, virtual_entry, .. } = program;
+        let loaded = program.headers().filter(|header| header.kind == PT_LOAD);
+        let entry = loaded.filter_map(|header| {
+            let inside = virtual_entry.wrapping_sub(header.virtual_address);
+            (inside < header.memory_size).then(|| header.address + inside)
+        });
+        match entry.last() {
+            Some(entry) => Ok(Some(Self { segments: program.segments, entry, movable })),
             None => Err(invalid("ELF e_entry", virtual_entry, "inside a loadable segment")),
         }
     }
@@ -110,7 +155,7 @@ fn push(segments: &mut ArrayVec<Segment, MAX_SEGMENTS>, segment: Segment) -> Res
 }
 
 /// Checks e_ident, e_type and e_machine; whether the program can move.
-fn kind(header: &[u8]) -> Result<bool, KernelError> {
+fn kind(header: &[u8], (wanted, rule): (u16, &'static str)) -> Result<bool, KernelError> {
     if header[4] != CLASS_64 {
         return Err(invalid("ELF EI_CLASS", header[4].into(), "2, 64-bit"));
     }
@@ -118,8 +163,8 @@ fn kind(header: &[u8]) -> Result<bool, KernelError> {
         return Err(invalid("ELF EI_DATA", header[5].into(), "1, little-endian"));
     }
     let machine = le16(header, 18).unwrap_or_default();
-    if machine != EM_AARCH64 {
-        return Err(invalid("ELF e_machine", machine.into(), "183, AArch64"));
+    if machine != wanted {
+        return Err(invalid("ELF e_machine", machine.into(), rule));
     }
     match le16(header, 16).unwrap_or_default() {
         ET_EXEC => Ok(false),
@@ -147,14 +192,10 @@ fn program_headers<'a>(header: &[u8], head: &'a [u8], size: u64) -> Result<&'a [
     ))
 }
 
-/// A PT_LOAD header: the segment, and its virtual address.
-fn loadable(raw: &[u8], size: u64) -> Result<(Segment, u64), KernelError> {
-    let segment = Segment {
-        offset: field64(raw, 8),
-        address: field64(raw, 24),
-        file_size: field64(raw, 32),
-        memory_size: field64(raw, 40),
-    };
+/// The segment of a PT_LOAD header.
+fn loadable(header: &ProgramHeader, size: u64) -> Result<Segment, KernelError> {
+    let ProgramHeader { offset, address, file_size, memory_size, .. } = *header;
+    let segment = Segment { offset, file_size, address, memory_size };
     if segment.file_size > segment.memory_size {
         return Err(invalid("ELF p_filesz", segment.file_size, "at most p_memsz"));
     }
@@ -162,7 +203,7 @@ fn loadable(raw: &[u8], size: u64) -> Result<(Segment, u64), KernelError> {
         return Err(invalid("ELF p_memsz", segment.memory_size, "such that p_paddr + p_memsz fits in 64 bits"));
     }
     match segment.offset.checked_add(segment.file_size) {
-        Some(end) if end <= size => Ok((segment, field64(raw, 16))),
+        Some(end) if end <= size => Ok(segment),
         _ => {
             let need = segment.offset.saturating_add(segment.file_size);
             Err(KernelError::Truncated { what: "ELF segment", need, have: size })

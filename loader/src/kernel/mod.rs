@@ -14,6 +14,7 @@ mod image;
 
 use core::ops::{ControlFlow, Range};
 
+pub(crate) use elf::Program;
 pub use elf::{Elf, MAX_SEGMENTS, Segment};
 pub use gzip::GzipError;
 pub use image::Image;
@@ -291,15 +292,31 @@ fn scatter<M: Memory>(segments: &[Segment], offset: u64, bytes: &[u8], memory: &
     Ok(())
 }
 
-fn le32(bytes: &[u8], at: usize) -> Option<u32> {
+/// `size` bytes of a file from `offset`, which are its `what`.
+///
+/// # Errors
+///
+/// [`KernelError::Truncated`].
+pub(crate) fn contents<'f>(
+    file: &'f [u8],
+    offset: u64,
+    size: u64,
+    what: &'static str,
+) -> Result<&'f [u8], KernelError> {
+    let need = offset.saturating_add(size);
+    let cut_off = KernelError::Truncated { what, need, have: file.len() as u64 };
+    if need > file.len() as u64 { Err(cut_off) } else { Ok(&file[offset as usize..need as usize]) }
+}
+
+pub(crate) fn le32(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..)?.first_chunk().map(|raw| u32::from_le_bytes(*raw))
 }
 
-fn le64(bytes: &[u8], at: usize) -> Option<u64> {
+pub(crate) fn le64(bytes: &[u8], at: usize) -> Option<u64> {
     bytes.get(at..)?.first_chunk().map(|raw| u64::from_le_bytes(*raw))
 }
 
-fn le16(bytes: &[u8], at: usize) -> Option<u16> {
+pub(crate) fn le16(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..)?.first_chunk().map(|raw| u16::from_le_bytes(*raw))
 }
 

@@ -143,7 +143,7 @@ fn elf_fields_have_their_rules() {
         (18, 62, "ELF e_machine is 0x3e; it must be 183, AArch64"),
         (16, 1, "ELF e_type is 0x1"),
         (54, 32, "ELF e_phentsize is 0x20"),
-        (56, 0, "not a kernel: an ELF file with nothing to load"),
+        (56, 0, "number of loadable ELF segments is 0x0; it must be at least 1"),
         (27, 0xff, "ELF e_entry is 0xff000000"),
         (64 + 40, 99, "ELF p_filesz is 0x64; it must be at most p_memsz"),
     ] {

@@ -129,7 +129,7 @@ impl Header {
             return Err(invalid("setup header kernel_alignment", alignment.into(), rule));
         }
         let preferred = le64(file, at::PREF_ADDRESS).unwrap_or_default();
-        if preferred < map::EXTENDED_BASE || preferred >= map::LOW_END {
+        if !(map::EXTENDED_BASE..map::LOW_END).contains(&preferred) {
             return Err(invalid("setup header pref_address", preferred, "from 1 MiB to 3 GiB"));
         }
         Ok(Self {

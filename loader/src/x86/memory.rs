@@ -53,7 +53,7 @@ impl Memory {
     ///
     /// A size that is no multiple of 2 MiB, zero, or more than 64 TiB.
     pub fn of(size: u64) -> Result<Self, Invalid> {
-        if size < LEAST || size > MOST || !size.is_multiple_of(PageSize::Size2M.bytes()) {
+        if !(LEAST..=MOST).contains(&size) || !size.is_multiple_of(PageSize::Size2M.bytes()) {
             let rule = "a multiple of 2 MiB, from 2 MiB to 64 TiB";
             return Err(Invalid { field: "memory", value: size, rule });
         }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use entresol_addr::Gpa;
 use entresol_loader::kernel::{self, Hint};
-use entresol_loader::{Ram, layout, virt};
+use entresol_loader::{Ram, layout, virt, x86};
 use entresol_wire::Refusal;
 use entresol_wire::bundle::BundleError;
 use entresol_wire::config::{Config, KernelFormat, Role, Vm, Written, format_size};
@@ -144,12 +144,20 @@ fn bootable(loaded: &Loaded, index: usize, vm: &Vm<String>) -> Result<(), Config
         // It takes no memory, and any bytes may be code.
         KernelFormat::Firmware => return Ok(()),
     };
+    let initrd = vm.initrd.as_deref().map(bytes).unwrap_or_default();
+    // The kernel's own format says which architecture its machine has.
+    if hint == Hint::Auto && x86::is_kernel(bytes(&vm.kernel)) {
+        let machine = x86::Machine { memory: vm.memory, vcpus: vm.vcpus as u8, virtio: 0, cmdline: &vm.cmdline };
+        return match x86::boot(&machine, bytes(&vm.kernel), initrd) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(refused(error.to_string())),
+        };
+    }
     let kernel = kernel::recognise(bytes(&vm.kernel), hint).map_err(|error| refused(error.to_string()))?;
     let ram = Ram { base: Gpa::new(virt::RAM_BASE), size: vm.memory };
-    let initrd = vm.initrd.as_deref().map_or(0, |name| bytes(name).len() as u64);
     // Trees start and memory ends at 2 MiB boundaries, and no tree is larger: one that is small stands for all.
     let smallest_tree = 1;
-    layout::layout(ram, &kernel, initrd, smallest_tree)
+    layout::layout(ram, &kernel, initrd.len() as u64, smallest_tree)
         .map_err(|error| refused(format!("must fit into vms[{index}].memory = {}: {error}", format_size(vm.memory))))?;
     Ok(())
 }

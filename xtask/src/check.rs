@@ -60,7 +60,7 @@ pub fn run() -> Result<()> {
     }
     toolchain::ensure_component("fmt", "rustfmt")?;
     toolchain::ensure_component("clippy", "clippy")?;
-    toolchain::ensure_targets(&[toolchain::METAL_TARGET])?;
+    toolchain::ensure_targets(&[toolchain::METAL_TARGET, toolchain::METAL_X86_TARGET])?;
     for (rule, mut command) in compiler::commands() {
         let passed = crate::workspace::run(&mut command).is_ok();
         report(rule, passed);

@@ -47,6 +47,16 @@ pub fn qemu_only() -> Result<Qemu> {
     qemu::ensure_qemu(&cache)
 }
 
+/// QEMU of x86-64 machines alone.
+///
+/// # Errors
+/// As [`everything`].
+pub fn qemu_x86() -> Result<Qemu> {
+    let cache = workspace::cache_dir()?;
+    let _lock = lock(&cache)?;
+    qemu::ensure_qemu_x86(&cache)
+}
+
 /// A browser without a window, for the test of the lab's pages.
 ///
 /// # Errors

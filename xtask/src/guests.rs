@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::fetch::toolchain::{self, METAL_TARGET};
+use crate::fetch::toolchain::{self, METAL_TARGET, METAL_X86_TARGET};
 use crate::image;
 use crate::progress::Step;
 use crate::workspace;
@@ -33,6 +33,14 @@ pub fn flat(name: &str) -> Result<PathBuf> {
 /// When it does not build.
 pub fn elf(name: &str) -> Result<PathBuf> {
     build("tests/guests", METAL_TARGET, name)
+}
+
+/// The guest `name` of x86-64, built: an ELF file with a PVH entry.
+///
+/// # Errors
+/// When it does not build.
+pub fn x86(name: &str) -> Result<PathBuf> {
+    build("tests/guests/x86", METAL_X86_TARGET, name)
 }
 
 /// The program `name` for arm64 Linux, built.

@@ -15,7 +15,7 @@ use object::read::elf::{ElfFile64, ProgramHeader};
 use object::read::pe::PeFile64;
 use object::{LittleEndian, Object, elf, pe};
 
-use crate::fetch::toolchain::{self, METAL_TARGET};
+use crate::fetch::toolchain::{self, METAL_TARGET, METAL_X86_TARGET};
 use crate::progress::Step;
 use crate::workspace;
 
@@ -82,6 +82,38 @@ pub fn build(features: &[&str]) -> Result<Image> {
     let raw = workspace::output_dir()?.join("hypervisor.img");
     write_new(&raw, &image)?;
     Ok(Image { elf, raw })
+}
+
+/// Flags of what is compiled for the bare x86-64 machine: linked where a PVH loader puts it, frame pointers for backtraces.
+pub fn rustflags_x86() -> Vec<String> {
+    let script = workspace::root().join("metal/x86/link.ld");
+    let mut flags = Vec::new();
+    for codegen in ["relocation-model=static", "force-frame-pointers=yes"] {
+        flags.extend(["-C".to_owned(), codegen.to_owned()]);
+    }
+    for argument in ["-zmax-page-size=4096".to_owned(), format!("-T{}", script.display())] {
+        flags.extend(["-C".to_owned(), format!("link-arg={argument}")]);
+    }
+    flags
+}
+
+/// Cargo with the bare x86-64 machine's target and flags, for `build` and `clippy` alike.
+pub fn cargo_x86(subcommand: &str) -> std::process::Command {
+    let mut cargo = workspace::cargo();
+    cargo.args([subcommand, "--target", METAL_X86_TARGET, "--package", "entresol-hypervisor-x86"]);
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags_x86().join("\x1f")).env_remove("RUSTFLAGS");
+    cargo
+}
+
+/// Builds the hypervisor for x86-64: an ELF file that a PVH loader starts.
+///
+/// # Errors
+/// When it does not compile.
+pub fn build_x86() -> Result<PathBuf> {
+    toolchain::ensure_targets(&[METAL_X86_TARGET])?;
+    let _step = Step::start("building the hypervisor for x86-64");
+    workspace::output(cargo_x86("build").args(["--profile", "metal", "--quiet"]))?;
+    Ok(workspace::target_dir().join(METAL_X86_TARGET).join("metal/entresol-hypervisor-x86"))
 }
 
 /// Writes a file under its name only when it is whole: a machine that reads the old one goes on reading it.

@@ -20,6 +20,7 @@ mod guests;
 mod image;
 mod initrd;
 mod outer;
+mod outer_x86;
 mod progress;
 mod run;
 mod system;
@@ -88,6 +89,7 @@ fn fetch_now() -> Result<ExitCode> {
     let (qemu, guest) = fetch::everything()?;
     let (major, minor) = qemu.version();
     println!("QEMU {major}.{minor}: {}", workspace::shown(&qemu.command()));
+    println!("QEMU for x86-64: {}", workspace::shown(&fetch::qemu_x86()?.command()));
     println!("guest kernel: {}", guest.kernel()?.display());
     println!("U-Boot: {}", guest.u_boot().display());
     println!("EDK2: {}", guest.edk2().display());

@@ -34,6 +34,7 @@ mod store;
 mod swap;
 mod swap_device;
 pub mod transcript;
+mod x86;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -295,6 +296,16 @@ pub const TESTS: &[SystemTest] = &[
         run: boot::bare_linux_boots_to_shell,
     },
     SystemTest {
+        name: "x86_guest_works_its_memory",
+        about: "x86-64: a first guest under SVM and nested paging: memory, ports, CPUID, registers, dirty log, power-off",
+        run: x86::x86_guest_works_its_memory,
+    },
+    SystemTest {
+        name: "x86_refuses_by_name",
+        about: "x86-64: no SVM, no bundle, and what a configuration asks for that is not there, each with its reason",
+        run: x86::x86_refuses_by_name,
+    },
+    SystemTest {
         name: "mmio_of_every_kind",
         about: "pairs, writeback, SIMD, byte order, page boundaries, aborts on devices: decoded and emulated",
         run: mmio::mmio_of_every_kind,
@@ -363,6 +374,13 @@ pub struct Context {
     /// Logs, images and bundles of tests, each in a folder of the test's name.
     pub work: PathBuf,
     hypervisor: OnceLock<Result<Image, String>>,
+    x86: OnceLock<Result<X86, String>>,
+}
+
+/// What tests of x86-64 need besides.
+pub struct X86 {
+    pub qemu: Qemu,
+    pub hypervisor: PathBuf,
 }
 
 impl Context {
@@ -373,6 +391,16 @@ impl Context {
     pub fn hypervisor(&self) -> Result<&Image> {
         let built = self.hypervisor.get_or_init(|| image::build(&[]).map_err(|error| format!("{error:#}")));
         built.as_ref().map_err(|error| anyhow!("{error}"))
+    }
+
+    /// QEMU and the hypervisor of x86-64, when the first test asks for them.
+    ///
+    /// # Errors
+    /// When one cannot be had: the same error for every test.
+    pub fn x86(&self) -> Result<&X86> {
+        let made = || Ok(X86 { qemu: fetch::qemu_x86()?, hypervisor: image::build_x86()? });
+        let made = self.x86.get_or_init(|| made().map_err(|error: anyhow::Error| format!("{error:#}")));
+        made.as_ref().map_err(|error| anyhow!("{error}"))
     }
 }
 
@@ -386,7 +414,7 @@ pub fn run(wanted: &[String]) -> Result<(usize, usize)> {
     ensure!(!queue.is_empty(), "no system test is named {}; see cargo xtask test --list", wanted.join(" or "));
     let (qemu, guest) = fetch::everything()?;
     let work = workspace::output_dir()?.join("system");
-    let context = Context { qemu, guest, work, hypervisor: OnceLock::new() };
+    let context = Context { qemu, guest, work, hypervisor: OnceLock::new(), x86: OnceLock::new() };
     let (queue, tally) = (Mutex::new(queue), Mutex::new((0, 0)));
     thread::scope(|scope| {
         for _ in 0..AT_ONCE {

@@ -144,6 +144,16 @@ struct Placed<'f> {
     cmdline_size: u64,
 }
 
+/// Whether `file` is a kernel of this architecture, by its first bytes: a bzImage, or an ELF file of x86-64. [`boot`] says whether it
+/// can be started.
+pub fn is_kernel(file: &[u8]) -> bool {
+    const MAGIC: &[u8] = b"\x7fELF\x02\x01";
+    /// e_machine.
+    const MACHINE: core::ops::Range<usize> = 18..20;
+    let machine = file.get(MACHINE).filter(|_| file.starts_with(MAGIC));
+    bzimage::is_one(file) || machine == Some(&pvh::MACHINE.0.to_le_bytes())
+}
+
 /// Decides what is where for a guest with `kernel` and, if it is not empty, the RAM disk `initrd`.
 ///
 /// # Errors

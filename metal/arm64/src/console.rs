@@ -14,11 +14,11 @@
 use core::fmt::{self, Write};
 use core::ptr;
 
+use entresol_metal_common::line::Line;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::boot::BootInfo;
-use crate::line::Line;
 
 /// Data.
 const DR: u64 = 0x00;

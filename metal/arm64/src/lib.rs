@@ -49,9 +49,7 @@ extern crate std;
 pub mod boot;
 #[cfg(target_os = "none")]
 mod bytes;
-mod line;
 pub mod operand;
-mod pool;
 
 #[cfg(target_os = "none")]
 #[macro_use]

@@ -20,12 +20,12 @@ use core::arch::asm;
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
 use entresol_machine::own::{RemoveError, Work};
 use entresol_machine::{Features, Machine, Tags, TlbOp, Vmid, Word};
+use entresol_metal_common::pool::{self, Pool};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::features::{self, Feature};
 use crate::operand::{self, Step};
 use crate::own::{self, Window};
-use crate::pool::{self, Pool};
 use crate::tags;
 
 /// Frames above which all instruction caches are invalidated instead of lines.

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::fetch::toolchain::METAL_TARGET;
+use crate::fetch::toolchain::{METAL_TARGET, METAL_X86_TARGET};
 use crate::guests::LINUX_TARGET;
 use crate::{image, workspace};
 
@@ -21,7 +21,13 @@ pub fn commands() -> Vec<(&'static str, Command)> {
     metal.args(["--package", "entresol-metal-arm64", "--quiet", "--", "-D", "warnings"]);
     commands.push(("clippy, metal", metal));
 
-    for (folder, target) in [("tests/guests", METAL_TARGET), ("tests/guests/linux", LINUX_TARGET)] {
+    let mut metal = image::cargo_x86("clippy");
+    metal.args(["--package", "entresol-metal-x86", "--quiet", "--", "-D", "warnings"]);
+    commands.push(("clippy, metal of x86-64", metal));
+
+    let guests =
+        [("tests/guests", METAL_TARGET), ("tests/guests/linux", LINUX_TARGET), ("tests/guests/x86", METAL_X86_TARGET)];
+    for (folder, target) in guests {
         let folder = workspace::root().join(folder);
         let mut format = workspace::cargo();
         format.current_dir(&folder).args(["fmt", "--all", "--check"]);

@@ -12,9 +12,27 @@ use anyhow::{Context, Result, bail, ensure};
 use super::foreign;
 
 const OLDEST: (u32, u32) = (10, 0);
-const PROGRAM: &str = "qemu-system-aarch64";
-/// Raised when what the folder holds changes, so that an older xtask's folder is not taken for ours.
-const FOLDER: &str = "qemu-1";
+
+/// One of QEMU's programs, and where it comes from.
+struct Program {
+    name: &'static str,
+    /// Debian's package.
+    package: &'static str,
+    /// Below the cache. Raised when what the folder holds changes, so that an older xtask's folder is not taken for ours.
+    folder: &'static str,
+    /// Where the program finds its firmware, in that folder.
+    data: &'static [&'static str],
+}
+
+const ARM64: Program =
+    Program { name: "qemu-system-aarch64", package: "qemu-system-arm", folder: "qemu-1", data: &["usr/share/qemu"] };
+
+const X86_64: Program = Program {
+    name: "qemu-system-x86_64",
+    package: "qemu-system-x86",
+    folder: "qemu-x86-1",
+    data: &["usr/share/qemu", "usr/share/seabios"],
+};
 
 /// How to start QEMU: a program and the arguments that come first.
 #[derive(Clone, Debug)]
@@ -52,41 +70,52 @@ impl Qemu {
     }
 }
 
-/// A QEMU that is new enough, fetched when it has to be.
+/// A QEMU of arm64 machines that is new enough, fetched when it has to be.
 ///
 /// # Errors
 /// When there is none and none can be fetched: the error says what to type.
 pub fn ensure_qemu(cache: &Path) -> Result<Qemu> {
-    if let Ok(system) = Qemu::ask(PathBuf::from(PROGRAM), Vec::new())
+    ensure_program(cache, &ARM64)
+}
+
+/// The same of x86-64 machines.
+///
+/// # Errors
+/// As [`ensure_qemu`].
+pub fn ensure_qemu_x86(cache: &Path) -> Result<Qemu> {
+    ensure_program(cache, &X86_64)
+}
+
+fn ensure_program(cache: &Path, program: &Program) -> Result<Qemu> {
+    if let Ok(system) = Qemu::ask(PathBuf::from(program.name), Vec::new())
         && system.version >= OLDEST
     {
         return Ok(system);
     }
-    let folder = cache.join(FOLDER);
+    let folder = cache.join(program.folder);
     if !folder.is_dir() {
-        foreign::fetch(cache, &folder, "qemu-system-arm", "QEMU")?;
+        foreign::fetch(cache, &folder, program.package, "QEMU")?;
     }
-    let qemu = unpacked(&folder)
+    let qemu = unpacked(&folder, program)
         .with_context(|| format!("the fetched QEMU does not start: remove {} and try again", folder.display()))?;
     let (major, minor) = OLDEST;
     ensure!(
         qemu.version >= OLDEST,
-        "Debian's mirror has QEMU {}.{}, {major}.{minor} is needed: install a newer {PROGRAM} by hand",
+        "Debian's mirror has QEMU {}.{}, {major}.{minor} is needed: install a newer {} by hand",
         qemu.version.0,
-        qemu.version.1
+        qemu.version.1,
+        program.name
     );
     Ok(qemu)
 }
 
-fn unpacked(folder: &Path) -> Result<Qemu> {
+fn unpacked(folder: &Path, program: &Program) -> Result<Qemu> {
     let (loader, libraries) = foreign::loader(folder)?;
-    let first = vec![
-        "--library-path".into(),
-        libraries,
-        folder.join("usr/bin").join(PROGRAM).into_os_string(),
-        "-L".into(),
-        folder.join("usr/share/qemu").into_os_string(),
-    ];
+    let mut first =
+        vec!["--library-path".into(), libraries, folder.join("usr/bin").join(program.name).into_os_string()];
+    for data in program.data {
+        first.extend(["-L".into(), folder.join(data).into_os_string()]);
+    }
     Qemu::ask(loader, first)
 }
 
@@ -116,6 +145,6 @@ mod tests {
     #[test]
     fn a_folder_without_qemu_is_an_error_and_not_a_panic() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(unpacked(dir.path()).is_err());
+        assert!([ARM64, X86_64].iter().all(|program| unpacked(dir.path(), program).is_err()));
     }
 }

@@ -11,6 +11,9 @@ use crate::workspace;
 /// The hypervisor's own target: no FP or SIMD register is touched.
 pub const METAL_TARGET: &str = "aarch64-unknown-none-softfloat";
 
+/// The same for x86-64: no x87, MMX or SSE register is touched.
+pub const METAL_X86_TARGET: &str = "x86_64-unknown-none";
+
 /// Adds the targets that are missing.
 ///
 /// # Errors

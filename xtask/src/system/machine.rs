@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin};
+use std::process::{Child, ChildStdin, Command};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -18,6 +18,7 @@ use crate::bundle;
 use crate::image;
 use crate::initrd::{self, Initrd};
 use crate::outer::Outer;
+use crate::outer_x86::OuterX86;
 use crate::workspace;
 
 /// The hypervisor answers from an interrupt; a host that is busy may take its time.
@@ -112,6 +113,23 @@ impl<'a> Builder<'a> {
         Machine::start(self, outer)
     }
 
+    /// Starts the hypervisor of x86-64 with these virtual machines on a processor that QEMU calls `cpu`.
+    ///
+    /// # Errors
+    /// As [`Builder::boot`].
+    pub fn boot_x86(self, cpu: &str, vms: Vec<WrittenVm>) -> Result<Machine> {
+        let loaded = bundle::check(bundle::written(&self.outer_memory, 1, vms))?;
+        let packed = self.folder.join("bundle.img");
+        bundle::pack(&loaded, &packed)?;
+        let (memory, x86) = (loaded.config().outer.memory, self.context.x86()?);
+        let outer =
+            OuterX86 { cpu: cpu.to_owned(), memory, extra: self.extra, ..OuterX86::new(&x86.hypervisor, &packed) };
+        let sockets = tempfile::tempdir().context("cannot make a folder")?;
+        // There is no control channel: nobody connects.
+        let socket = sockets.path().join("ctl.sock");
+        Machine::spawn(self.folder, outer.command(&x86.qemu), socket, sockets)
+    }
+
     /// Starts a kernel on the bare machine, without the hypervisor.
     ///
     /// # Errors
@@ -139,9 +157,13 @@ impl Machine {
         let sockets = tempfile::tempdir().context("cannot make a folder for the control channel")?;
         let socket = sockets.path().join("ctl.sock");
         let outer = Outer { control: Some(socket.clone()), store: builder.store, extra: builder.extra, ..outer };
-        let mut command = outer.command(&builder.context.qemu);
-        let log = builder.folder.join("console.log");
-        fs::write(builder.folder.join("command"), workspace::shown(&command)).context("cannot note the command")?;
+        let command = outer.command(&builder.context.qemu);
+        Self::spawn(builder.folder, command, socket, sockets)
+    }
+
+    fn spawn(folder: PathBuf, mut command: Command, socket: PathBuf, sockets: tempfile::TempDir) -> Result<Self> {
+        let log = folder.join("console.log");
+        fs::write(folder.join("command"), workspace::shown(&command)).context("cannot note the command")?;
         let mut child = command.spawn().context("cannot start QEMU")?;
         let pipes = (child.stdin.take(), child.stdout.take());
         let (Some(input), Some(output)) = pipes else { bail!("QEMU has no standard streams") };

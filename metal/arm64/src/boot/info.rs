@@ -9,50 +9,15 @@ use core::fmt;
 use dtoolkit::error::{FdtParseError, PropertyError, StandardError};
 use dtoolkit::fdt::{Fdt, FdtNode};
 use dtoolkit::{Node, Property};
+pub use entresol_metal_common::memory::{MAX_REGIONS, Region};
 
 /// The most CPUs that are used; what a device tree lists beyond is refused.
 pub const MAX_CPUS: usize = entresol_sync::epoch::MAX_CPUS;
-/// The most ranges of RAM, and of memory that is reserved.
-pub const MAX_REGIONS: usize = 16;
 /// The most virtio-mmio slots.
 pub const MAX_VIRTIO: usize = 32;
 
 /// MPIDR_EL1's affinity fields: Aff3 39:32, Aff2–Aff0 23:0 (Arm DDI 0487 D24.2.118).
 pub const AFFINITY: u64 = 0xff_00ff_ffff;
-
-/// A range of physical addresses in bytes. It never wraps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Region {
-    /// First byte.
-    pub start: u64,
-    /// One past the last byte.
-    pub end: u64,
-}
-
-impl Region {
-    /// `start .. start + size`, or `None` if that wraps.
-    pub const fn sized(start: u64, size: u64) -> Option<Self> {
-        match start.checked_add(size) {
-            Some(end) => Some(Self { start, end }),
-            None => None,
-        }
-    }
-
-    /// Length in bytes.
-    pub const fn size(self) -> u64 {
-        self.end - self.start
-    }
-
-    /// Whether all of `other` lies inside.
-    pub const fn covers(self, other: Self) -> bool {
-        self.start <= other.start && other.end <= self.end
-    }
-
-    /// Whether `address` lies inside.
-    pub const fn contains(self, address: u64) -> bool {
-        self.start <= address && address < self.end
-    }
-}
 
 /// A device with one register block and one interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

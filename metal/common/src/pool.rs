@@ -31,6 +31,12 @@ impl Range {
 /// The frames that the core may ask for.
 pub struct Pool([Range; RANGES]);
 
+impl Default for Pool {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Pool {
     /// No frames.
     pub const fn new() -> Self {

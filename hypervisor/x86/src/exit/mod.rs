@@ -1,0 +1,109 @@
+//! Why a guest left, and what is done about it.
+//!
+//! | room | exits |
+//! |---|---|
+//! | [`memory`] | nested page faults |
+//! | [`ports`] | IN and OUT |
+//! | [`identity`] | CPUID, RDMSR, WRMSR |
+//! | [`service`] | VMMCALL |
+//!
+//! An instruction that left is answered whole: either its effect is there and the guest goes on behind it, or it gets an
+//! exception, or the machine ends.
+//!
+//! Known holes: where the processor does not save the next instruction's address, the length is that of the instruction without
+//! prefixes: a guest that puts some before CPUID goes on in the middle of it. It harms itself only.
+
+pub mod identity;
+mod memory;
+mod ports;
+mod service;
+
+use entresol_arch_x86::exit::Exit;
+use entresol_metal_x86::features;
+use entresol_metal_x86::switch::Guest;
+use entresol_metal_x86::switch::vmcb::{INJECT_ERROR_CODE, INJECT_EXCEPTION};
+
+use crate::vm::{Crash, End, Vm};
+pub use identity::EFER_SVME;
+
+/// What comes after an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// The guest goes on.
+    Again,
+    /// It does not.
+    End(End),
+}
+
+/// SVM's own instructions, of which CPUID says that there are none (APM appendix C).
+const INVLPGA: u64 = 0x7a;
+const VMRUN: u64 = 0x80;
+const VMLOAD: u64 = 0x82;
+const SKINIT: u64 = 0x86;
+
+/// Exceptions (APM 8.2).
+pub const UNDEFINED: u64 = 6;
+pub const GENERAL_PROTECTION: u64 = 13;
+
+/// Answers the exit that the vCPU came back with.
+#[inline]
+pub fn handle(cpu: usize, vm: &mut Vm) -> Next {
+    match vm.vcpu.guest.exit() {
+        Exit::Memory(fault) => memory::fault(cpu, vm, fault),
+        Exit::Io(io) => ports::access(vm, io),
+        other => rare(cpu, vm, other),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
+    let guest = &mut *vm.vcpu.guest;
+    match exit {
+        Exit::Cpuid => identity::cpuid(guest),
+        Exit::ReadMsr => identity::read_register(guest),
+        Exit::WriteMsr => identity::write_register(guest),
+        Exit::Hypercall => service::call(cpu, vm),
+        // Caches are coherent, and devices see them: there is nothing to write back, and nothing may be thrown away.
+        Exit::WriteBackCaches | Exit::InvalidateCaches => skip(guest, 2),
+        // Nothing can wake it. One that waits with interrupts off would wait for ever on any machine.
+        Exit::Halt => Next::End(End::Crash(Crash::Halted)),
+        Exit::Shutdown => Next::End(End::Crash(Crash::TripleFault)),
+        Exit::InvalidState => Next::End(End::Crash(Crash::InvalidState)),
+        // Of the machine's own. It is kept pending, and nobody has asked for any.
+        Exit::Interrupt => Next::Again,
+        Exit::NonMaskable => panic!("a non-maskable interrupt of the machine"),
+        Exit::Exception { vector, error, .. } => panic!("the machine's exception {vector}, error code {error:#x}"),
+        Exit::Other(INVLPGA | VMRUN | VMLOAD..=SKINIT) | Exit::Monitor | Exit::MonitorWait | Exit::SetExtended => {
+            inject(guest, UNDEFINED, None)
+        }
+        other => Next::End(End::Crash(Crash::Unexpected(other))),
+    }
+}
+
+/// The guest goes on behind its instruction of `length` bytes.
+#[inline]
+pub fn skip(guest: &mut Guest, length: u64) -> Next {
+    let next = guest.control().next_rip;
+    if features::get().next_rip && next != 0 {
+        return go_on(guest, next);
+    }
+    let rip = guest.state().rip.wrapping_add(length);
+    go_on(guest, rip)
+}
+
+/// The guest goes on at `rip`: out of an interrupt shadow, with the trap that its own single step wants left to the processor.
+#[inline]
+pub fn go_on(guest: &mut Guest, rip: u64) -> Next {
+    guest.state().rip = rip;
+    guest.control().interrupt_shadow = 0;
+    Next::Again
+}
+
+/// The guest gets an exception where it is.
+#[cold]
+pub fn inject(guest: &mut Guest, vector: u64, error: Option<u32>) -> Next {
+    let code = error.map_or(0, |error| INJECT_ERROR_CODE | u64::from(error) << 32);
+    guest.control().event_injection = vector | INJECT_EXCEPTION | code;
+    Next::Again
+}

@@ -1,0 +1,54 @@
+//! The one host of this machine: frames, objects, VMIDs, grace periods.
+
+use alloc::vec::Vec;
+
+use entresol_addr::{Pfn, PfnRange};
+use entresol_backing::{FrameMeta, FramePool, Objects};
+use entresol_metal_x86::Metal;
+use entresol_mmu::{Host, OutOfHeap};
+use entresol_sync::Once;
+
+/// Objects that may exist at once.
+const OBJECTS: usize = 64;
+
+static HOST: Once<Host<Metal>> = Once::new();
+
+/// The host.
+///
+/// # Panics
+///
+/// Before [`init`].
+pub fn get() -> &'static Host<Metal> {
+    HOST.get().expect("the host is made before anything uses it")
+}
+
+/// Bytes of heap that [`init`] takes for each frame of memory.
+pub const HEAP_PER_FRAME: u64 = size_of::<FrameMeta>() as u64;
+
+/// From the first to the last frame of `ranges`.
+fn span(ranges: &[PfnRange]) -> Option<PfnRange> {
+    let first = ranges.iter().map(|range| range.start().get()).min()?;
+    let end = ranges.iter().map(|range| range.end().get()).max()?;
+    PfnRange::new(Pfn::new(first), end - first)
+}
+
+/// Makes the host out of the free memory `ranges`, for `cpus` CPUs.
+///
+/// # Errors
+///
+/// [`OutOfHeap`]: the heap is smaller than what the frames' records need.
+pub fn init(ranges: &[PfnRange], cpus: usize) -> Result<(), OutOfHeap> {
+    let (first, count) = span(ranges).map_or((Pfn::new(0), 0), |span| (span.start(), span.count() as usize));
+    let mut meta = Vec::new();
+    meta.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
+    meta.resize_with(count, FrameMeta::new);
+    let pool = FramePool::new(first, meta.into_boxed_slice(), cpus).map_err(|_| OutOfHeap)?;
+    for range in ranges {
+        pool.add(*range).expect("free memory is listed once, and the pool describes all of it");
+    }
+    Metal::set_pool(ranges);
+    let objects = Objects::with_capacity(OBJECTS).map_err(|_| OutOfHeap)?;
+    let host = Host::new(Metal, pool, objects)?;
+    HOST.call_once(|| host);
+    Ok(())
+}

@@ -1,0 +1,29 @@
+//! What the CPU does all day: enter the guest, answer why it came back.
+//!
+//! Invariants: nothing here allocates. The CPU is pinned to the grace period only inside `exit`, never across an entry.
+
+use entresol_metal_x86::{cpu, switch};
+
+use crate::exit::{self, Next};
+use crate::vm::{End, Vm};
+
+/// Runs a virtual machine until it ends.
+pub fn to_its_end(vm: &mut Vm) -> End {
+    let cpu = cpu::index();
+    vm.load(cpu);
+    let end = enter_until_it_ends(cpu, vm);
+    vm.put(cpu);
+    end
+}
+
+#[inline(never)]
+fn enter_until_it_ends(cpu: usize, vm: &mut Vm) -> End {
+    loop {
+        // SAFETY: `load` made the hardware hold its state; its nested tables are the core's, no port is passed through, and of the
+        // model-specific registers only those that the processor keeps for it.
+        unsafe { switch::enter(&mut vm.vcpu.guest) };
+        if let Next::End(end) = exit::handle(cpu, vm) {
+            return end;
+        }
+    }
+}

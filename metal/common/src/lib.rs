@@ -1,0 +1,21 @@
+//! What every bare machine needs that is no instruction: how RAM is divided, which frames the core may ask for, and the
+//! unfinished line of a console.
+//!
+//! Purpose: `metal/*` share it, so that what is checked there on the way to hardware is one piece of code, tested on any host.
+//!
+//! | room | question |
+//! |---|---|
+//! | [`memory`] | what of the machine's RAM is heap, and what frames? |
+//! | [`pool`] | may the core ask for this frame? |
+//! | [`line`] | what does an interrupted line say? |
+//!
+//! Invariants: nothing here allocates, and nothing touches a device.
+#![no_std]
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+extern crate std;
+
+pub mod line;
+pub mod memory;
+pub mod pool;

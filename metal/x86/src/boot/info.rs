@@ -1,0 +1,239 @@
+//! What is in the machine: the loader's `hvm_start_info`, read once.
+//!
+//! Sources: Xen, public/arch-x86/hvm/start_info.h (the layout; version 1, which has a memory map).
+//!
+//! Protocol: [`parse`] allocates nothing and returns values only. It reads through a closure, so that a host can test it.
+//!
+//! Known holes: memory below 1 MiB is left alone, whatever the map says of it.
+
+use core::fmt;
+
+use arrayvec::ArrayVec;
+use entresol_metal_common::memory::{MAX_FREE, MAX_REGIONS, Region, pages_around, without};
+
+const MAGIC: u32 = 0x336e_c578;
+/// The first version with a memory map.
+const WITH_MAP: u32 = 1;
+/// Bytes of `hvm_start_info`, of a module and of an entry of the memory map.
+const START_INFO: usize = 56;
+const MODULE: usize = 32;
+const MAP_ENTRY: usize = 24;
+/// An entry of the map that is RAM.
+const RAM: u32 = 1;
+/// Entries of a map, more than which no firmware writes.
+const MOST_ENTRIES: u32 = 128;
+/// What is below belongs to firmware and to starting CPUs.
+const FIRST_MIB: u64 = 1 << 20;
+
+/// The machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootInfo {
+    /// All RAM from 1 MiB on, by address, disjoint, in whole pages.
+    pub ram: ArrayVec<Region, MAX_REGIONS>,
+    /// The hypervisor's image with its data and the stacks of the CPUs that exist.
+    pub image: Region,
+    /// The loader's first module: the bundle.
+    pub bundle: Option<Region>,
+    /// ACPI's root system description pointer, if the loader knows it.
+    pub rsdp: Option<u64>,
+}
+
+/// Why what the loader says cannot carry the hypervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InfoError {
+    /// Not an `hvm_start_info`.
+    Magic(u32),
+    /// A version without a memory map.
+    Version(u32),
+    /// The memory map has no entry, or more than we believe.
+    Entries(u32),
+    /// A module that wraps.
+    Module {
+        /// Its first byte.
+        start: u64,
+        /// Its size.
+        size: u64,
+    },
+    /// More ranges of RAM than we have room for.
+    TooManyRanges,
+    /// No RAM from 1 MiB on.
+    NoRam,
+}
+
+impl fmt::Display for InfoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Magic(found) => write!(f, "EBX points to no hvm_start_info: magic {found:#x}, not {MAGIC:#x}"),
+            Self::Version(found) => write!(f, "hvm_start_info: version {found}: must be at least {WITH_MAP}"),
+            Self::Entries(found) => write!(f, "hvm_start_info: memmap_entries {found}: must be 1 to {MOST_ENTRIES}"),
+            Self::Module { start, size } => {
+                write!(f, "hvm_start_info: a module of {size:#x} bytes at {start:#x} wraps")
+            }
+            Self::TooManyRanges => write!(f, "the memory map has more than {MAX_REGIONS} ranges of RAM"),
+            Self::NoRam => write!(f, "the memory map has no RAM above 1 MiB"),
+        }
+    }
+}
+
+/// Reads the structure at `address` through `read`, which fills bytes from physical memory; `image` is where we are.
+///
+/// # Errors
+///
+/// [`InfoError`].
+pub fn parse(address: u64, image: Region, mut read: impl FnMut(u64, &mut [u8])) -> Result<BootInfo, InfoError> {
+    let mut start = [0; START_INFO];
+    read(address, &mut start);
+    let (magic, version, modules) = (u32_at(&start, 0), u32_at(&start, 4), u32_at(&start, 12));
+    if magic != MAGIC {
+        return Err(InfoError::Magic(magic));
+    }
+    if version < WITH_MAP {
+        return Err(InfoError::Version(version));
+    }
+    let (map, entries) = (u64_at(&start, 40), u32_at(&start, 48));
+    if !(1..=MOST_ENTRIES).contains(&entries) {
+        return Err(InfoError::Entries(entries));
+    }
+    let bundle = if modules == 0 { None } else { Some(module(u64_at(&start, 16), &mut read)?) };
+    let rsdp = Some(u64_at(&start, 32)).filter(|rsdp| *rsdp != 0);
+    let ram = ram(map, entries, &mut read)?;
+    Ok(BootInfo { ram, image, bundle, rsdp })
+}
+
+fn module(address: u64, read: &mut impl FnMut(u64, &mut [u8])) -> Result<Region, InfoError> {
+    let mut bytes = [0; MODULE];
+    read(address, &mut bytes);
+    let (start, size) = (u64_at(&bytes, 0), u64_at(&bytes, 8));
+    Region::sized(start, size).ok_or(InfoError::Module { start, size })
+}
+
+/// RAM without whatever else the map says of the same bytes: firmware's maps overlap now and then.
+fn ram(
+    map: u64,
+    entries: u32,
+    read: &mut impl FnMut(u64, &mut [u8]),
+) -> Result<ArrayVec<Region, MAX_REGIONS>, InfoError> {
+    let mut entry = |index: u32| {
+        let mut bytes = [0; MAP_ENTRY];
+        read(map.wrapping_add(u64::from(index) * MAP_ENTRY as u64), &mut bytes);
+        Some((Region::sized(u64_at(&bytes, 0), u64_at(&bytes, 8))?, u32_at(&bytes, 16)))
+    };
+    let mut ram = ArrayVec::<Region, MAX_REGIONS>::new();
+    for (region, _) in (0..entries).filter_map(&mut entry).filter(|(_, kind)| *kind == RAM) {
+        let start = region.start.max(FIRST_MIB).next_multiple_of(4096);
+        let whole = Region { start, end: region.end & !4095 };
+        if whole.start < whole.end {
+            ram.try_push(whole).map_err(|_| InfoError::TooManyRanges)?;
+        }
+    }
+    ram.sort_unstable_by_key(|region| region.start);
+    let mut parts: ArrayVec<Region, MAX_FREE> = ram.into_iter().collect();
+    for (region, _) in (0..entries).filter_map(&mut entry).filter(|(_, kind)| *kind != RAM) {
+        if parts.len() * 2 > MAX_FREE {
+            return Err(InfoError::TooManyRanges);
+        }
+        parts = without(&parts, pages_around(region));
+    }
+    let ram = disjoint(&parts)?;
+    if ram.is_empty() { Err(InfoError::NoRam) } else { Ok(ram) }
+}
+
+/// Ranges sorted by their start, with what overlaps or touches put together.
+fn disjoint(parts: &[Region]) -> Result<ArrayVec<Region, MAX_REGIONS>, InfoError> {
+    let mut ram = ArrayVec::<Region, MAX_REGIONS>::new();
+    for part in parts {
+        match ram.last_mut() {
+            Some(last) if part.start <= last.end => last.end = last.end.max(part.end),
+            _ => ram.try_push(*part).map_err(|_| InfoError::TooManyRanges)?,
+        }
+    }
+    Ok(ram)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_le_bytes)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec;
+    use std::vec::Vec;
+
+    const IMAGE: Region = Region { start: 0x10_0000, end: 0x20_0000 };
+
+    /// Physical memory with a start info at 0x100, a module list at 0x200 and a map at 0x300.
+    fn memory(map: &[(u64, u64, u32)], module: Option<(u64, u64)>) -> Vec<u8> {
+        let mut memory = vec![0; 0x1000];
+        let mut put = |at: usize, bytes: &[u8]| memory[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x100, &MAGIC.to_le_bytes());
+        put(0x104, &1u32.to_le_bytes());
+        put(0x10c, &u32::from(module.is_some()).to_le_bytes());
+        put(0x110, &0x200u64.to_le_bytes());
+        put(0x120, &0xf_5000u64.to_le_bytes());
+        put(0x128, &0x300u64.to_le_bytes());
+        put(0x130, &(map.len() as u32).to_le_bytes());
+        if let Some((start, size)) = module {
+            put(0x200, &start.to_le_bytes());
+            put(0x208, &size.to_le_bytes());
+        }
+        for (index, (start, size, kind)) in map.iter().enumerate() {
+            put(0x300 + index * 24, &start.to_le_bytes());
+            put(0x308 + index * 24, &size.to_le_bytes());
+            put(0x310 + index * 24, &kind.to_le_bytes());
+        }
+        memory
+    }
+
+    fn parsed(memory: &[u8]) -> Result<BootInfo, InfoError> {
+        parse(0x100, IMAGE, |at, to| {
+            for (index, byte) in to.iter_mut().enumerate() {
+                *byte = memory.get(at as usize + index).copied().unwrap_or(0);
+            }
+        })
+    }
+
+    #[test]
+    fn what_the_loader_says_is_read() {
+        let map =
+            [(0, 0x9_fc00, 1), (0x9_fc00, 0x400, 2), (0x10_0000, 0x7fe_0000 - 0x10_0000, 1), (1 << 32, 1 << 30, 1)];
+        let info = parsed(&memory(&map, Some((0x700_0000, 0x1234)))).unwrap();
+        let ram = [Region { start: 0x10_0000, end: 0x7fe_0000 }, Region { start: 1 << 32, end: (1 << 32) + (1 << 30) }];
+        assert_eq!(info.ram[..], ram);
+        assert_eq!(info.bundle, Some(Region { start: 0x700_0000, end: 0x700_1234 }));
+        assert_eq!((info.image, info.rsdp), (IMAGE, Some(0xf_5000)));
+        assert_eq!(parsed(&memory(&map, None)).unwrap().bundle, None);
+    }
+
+    #[test]
+    fn ram_is_what_nothing_else_claims_in_whole_pages() {
+        let map = [(0x30_0000, 0x10_0000, 1), (0x10_0800, 0x20_0000, 1), (0x20_0fff, 2, 4), (u64::MAX, 9, 2)];
+        let ram = [Region { start: 0x10_1000, end: 0x20_0000 }, Region { start: 0x20_2000, end: 0x40_0000 }];
+        assert_eq!(parsed(&memory(&map, None)).unwrap().ram[..], ram);
+    }
+
+    #[test]
+    fn what_cannot_carry_us_is_refused_by_name() {
+        let good = memory(&[(0x10_0000, 0x10_0000, 1)], None);
+        let changed = |at: usize, value: u32| {
+            let mut bad = good.clone();
+            bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            parsed(&bad).unwrap_err()
+        };
+        assert_eq!(changed(0x100, 7), InfoError::Magic(7));
+        assert_eq!(changed(0x104, 0), InfoError::Version(0));
+        assert_eq!(changed(0x130, 0), InfoError::Entries(0));
+        assert_eq!(changed(0x130, 1 << 20), InfoError::Entries(1 << 20));
+        assert_eq!(changed(0x310, 2), InfoError::NoRam);
+        let wraps = parsed(&memory(&[(0x10_0000, 0x10_0000, 1)], Some((u64::MAX, 2)))).unwrap_err();
+        assert!(wraps.to_string().contains("a module of 0x2 bytes"), "{wraps}");
+        let many: Vec<_> = (0..MAX_REGIONS as u64 + 1).map(|n| (0x10_0000 + n * 0x2000, 0x1000, 1)).collect();
+        assert_eq!(parsed(&memory(&many, None)).unwrap_err(), InfoError::TooManyRanges);
+    }
+
+    use std::string::ToString;
+}

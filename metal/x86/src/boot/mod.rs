@@ -1,0 +1,26 @@
+//! From the loader's jump to `entresol_main`.
+//!
+//! Purpose: the image is an ELF file that is started by the PVH boot protocol (Xen's "x86/HVM direct boot ABI"): by QEMU's
+//! `-kernel`, with the bundle as `-initrd`.
+//!
+//! Protocol:
+//!
+//! 1. `head` clears what must be zero, takes a stack, and enters long mode on tables of its own.
+//! 2. `entresol_boot` reads the loader's `hvm_start_info` into a [`BootInfo`] and the machine's ACPI tables into what
+//!    `power` needs, asks the processor for what we use, and changes to tables on which nothing is both writable and executable.
+//! 3. `entresol_main` runs on the boot CPU.
+//!
+//! A machine that cannot carry the hypervisor is refused with one line on its console that begins with `PANIC`.
+
+mod info;
+pub mod memory;
+
+pub use entresol_metal_common::memory::Region;
+pub use info::{BootInfo, InfoError, parse};
+
+#[cfg(target_os = "none")]
+mod head;
+#[cfg(target_os = "none")]
+mod start;
+#[cfg(target_os = "none")]
+pub use start::entresol_boot;

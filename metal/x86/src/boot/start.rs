@@ -1,0 +1,65 @@
+//! From the start code to `entresol_main`: on the start code's tables first, then on ours.
+
+use core::cell::UnsafeCell;
+use core::mem::MaybeUninit;
+
+use entresol_metal_common::memory::Region;
+
+use super::info::{self, BootInfo};
+use crate::{console, cpu, exception, features, paging, power};
+
+unsafe extern "Rust" {
+    fn entresol_main(info: &'static BootInfo) -> !;
+}
+
+unsafe extern "C" {
+    static __image_start: u8;
+    static __stacks_start: u8;
+}
+
+struct InfoCell(UnsafeCell<MaybeUninit<BootInfo>>);
+
+// SAFETY: written once by the boot CPU before another CPU is started, read-only after.
+unsafe impl Sync for InfoCell {}
+
+static INFO: InfoCell = InfoCell(UnsafeCell::new(MaybeUninit::uninit()));
+
+/// First Rust code of the boot CPU. Called by the start code only: the first 4 GiB are mapped where they are, one CPU,
+/// `start_info` as the loader gave it.
+#[unsafe(no_mangle)]
+pub extern "C" fn entresol_boot(start_info: u64) -> ! {
+    console::early_init();
+    cpu::init_self();
+    exception::install();
+    let info = info::parse(start_info, image(), read_physical).unwrap_or_else(|error| panic!("{error}"));
+    // SAFETY: one CPU, no reference to the cell exists yet.
+    let info = unsafe { (*INFO.0.get()).write(info) };
+    match info.rsdp {
+        // SAFETY: the loader names it; ACPI's tables lie below 4 GiB and are mapped.
+        Some(rsdp) => unsafe { power::init(rsdp) },
+        None => panic!("hvm_start_info: rsdp_paddr = 0: the machine must have ACPI tables"),
+    }
+    features::init().unwrap_or_else(|missing| panic!("{missing}"));
+    // SAFETY: the tables map the image, the stacks and RAM where they are. Only the boot CPU runs.
+    unsafe { paging::load(paging::build(info)) };
+    console::init();
+    cpu::enable_svm();
+    crate::switch::init_cpu();
+    // SAFETY: the hypervisor defines it with this type, as the crate's documentation demands.
+    unsafe { entresol_main(info) }
+}
+
+/// The image with the stack area of the boot CPU; areas beyond are RAM like any other.
+fn image() -> Region {
+    let stacks = &raw const __stacks_start as u64;
+    Region { start: &raw const __image_start as u64, end: stacks + (cpu::count() * cpu::STACK_STRIDE) as u64 }
+}
+
+/// Reads what the loader wrote below 4 GiB, and zero elsewhere: nothing of it can be there.
+fn read_physical(address: u64, to: &mut [u8]) {
+    let inside = address != 0 && address.checked_add(to.len() as u64).is_some_and(|end| end <= 1 << 32);
+    for (offset, byte) in to.iter_mut().enumerate() {
+        // SAFETY: mapped by the start code's tables; nobody writes there while the boot CPU reads.
+        *byte = if inside { unsafe { core::ptr::read_volatile((address as usize + offset) as *const u8) } } else { 0 };
+    }
+}

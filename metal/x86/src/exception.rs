@@ -1,0 +1,268 @@
+//! Our interrupt descriptor table, and the end of a hypervisor that trapped itself.
+//!
+//! Purpose: RFLAGS.IF is clear while the hypervisor runs, so all that comes is an exception of its own, an NMI or a machine check:
+//! a bug, or broken hardware. It is reported with everything that helps to find it, on a stack of its own, since a stack overflow is
+//! one of them.
+//!
+//! Protocol of the fatal path: the gate switches to an interrupt stack, the stub saves all registers in a [`Frame`] there and calls
+//! [`entresol_fatal`]. The first CPU that fails reports; others that fail meanwhile stop. The report begins with `PANIC`, ends with
+//! `END OF PANIC`, and the machine is turned off, so that whoever started it does not wait for ever.
+//!
+//! The image is linked where it runs, so addresses in a backtrace are those of the ELF file.
+//!
+//! Sources: APM 4.8.4 (gates), 8.2 (vectors), 8.9 (the 64-bit stack frame).
+//!
+//! Known holes: an exception between the loading of a guest's segment bases and their return, which no instruction there raises,
+//! would find the guest's GS.
+
+use core::arch::global_asm;
+use core::cell::UnsafeCell;
+use core::fmt;
+use core::panic::PanicInfo;
+
+use entresol_sync::atomic::{AtomicUsize, Ordering};
+use x86_64::VirtAddr;
+use x86_64::instructions::tables::lidt;
+use x86_64::registers::control::Cr2;
+use x86_64::registers::segmentation::{CS, Segment};
+use x86_64::structures::DescriptorTablePointer;
+
+use crate::console::Emergency;
+use crate::cpu::{self, IST_EXCEPTION, IST_MACHINE_CHECK, IST_NMI, StackArea};
+use crate::power;
+
+/// Vectors that exceptions have.
+const VECTORS: usize = 32;
+const NMI: usize = 2;
+const PAGE_FAULT: u64 = 14;
+const MACHINE_CHECK: usize = 18;
+/// Bytes of a stub.
+const STUB: usize = 16;
+
+/// What the CPU was doing.
+#[repr(C)]
+struct Frame {
+    /// R15 first, RAX last.
+    general: [u64; 15],
+    vector: u64,
+    error: u64,
+    rip: u64,
+    cs: u64,
+    rflags: u64,
+    rsp: u64,
+    ss: u64,
+}
+
+/// Their names, as the frame has them.
+const NAMES: [&str; 15] =
+    ["r15", "r14", "r13", "r12", "r11", "r10", "r9", "r8", "rdi", "rsi", "rbp", "rbx", "rdx", "rcx", "rax"];
+/// RBP among them.
+const FRAME_POINTER: usize = 10;
+
+global_asm!(
+    r#"
+    .text
+    // One stub for each vector. Those of 8, 10 to 14, 17, 21, 29 and 30 find an error code on the stack.
+    .balign 16
+    .global entresol_stubs
+entresol_stubs:
+    .set    vector, 0
+    .rept   32
+    .balign 16
+    .if (0x60227d00 >> vector) & 1
+    .else
+    push    0
+    .endif
+    push    vector
+    jmp     entresol_save_fatal
+    .set    vector, vector + 1
+    .endr
+
+    .balign 16
+entresol_save_fatal:
+    push    rax
+    push    rcx
+    push    rdx
+    push    rbx
+    push    rbp
+    push    rsi
+    push    rdi
+    push    r8
+    push    r9
+    push    r10
+    push    r11
+    push    r12
+    push    r13
+    push    r14
+    push    r15
+    cld
+    mov     rdi, rsp
+    xor     ebp, ebp
+    call    entresol_fatal              // does not return
+    "#
+);
+
+unsafe extern "C" {
+    static entresol_stubs: u8;
+}
+
+/// A gate of the table.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Gate {
+    offset_low: u16,
+    selector: u16,
+    stack: u8,
+    kind: u8,
+    offset_middle: u16,
+    offset_high: u32,
+    reserved: u32,
+}
+
+const _: () = assert!(size_of::<Gate>() == 16, "APM figure 4-24");
+
+impl Gate {
+    const ABSENT: Self =
+        Self { offset_low: 0, selector: 0, stack: 0, kind: 0, offset_middle: 0, offset_high: 0, reserved: 0 };
+
+    /// Present, an interrupt gate, to `handler` on interrupt stack `stack`.
+    fn to(handler: u64, selector: u16, stack: u8) -> Self {
+        const INTERRUPT: u8 = 1 << 7 | 0xe;
+        Self {
+            offset_low: handler as u16,
+            selector,
+            // 0 would mean no switch.
+            stack: stack + 1,
+            kind: INTERRUPT,
+            offset_middle: (handler >> 16) as u16,
+            offset_high: (handler >> 32) as u32,
+            reserved: 0,
+        }
+    }
+}
+
+struct Table(UnsafeCell<[Gate; VECTORS]>);
+
+// SAFETY: written by the boot CPU before anybody uses it, read by processors after.
+unsafe impl Sync for Table {}
+
+static TABLE: Table = Table(UnsafeCell::new([Gate::ABSENT; VECTORS]));
+
+/// Makes exceptions of this CPU come here. Its task state segment is loaded.
+pub(crate) fn install() {
+    let stubs = &raw const entresol_stubs as u64;
+    let gate = |vector: usize| {
+        let stack = match vector {
+            NMI => IST_NMI,
+            MACHINE_CHECK => IST_MACHINE_CHECK,
+            _ => IST_EXCEPTION,
+        };
+        Gate::to(stubs + (vector * STUB) as u64, CS::get_reg().0, stack)
+    };
+    // SAFETY: the boot CPU, once, before any other runs.
+    unsafe { *TABLE.0.get() = core::array::from_fn(gate) };
+    let limit = (VECTORS * size_of::<Gate>() - 1) as u16;
+    // SAFETY: the table is a static, and every gate of it leads to a stub.
+    unsafe { lidt(&DescriptorTablePointer { limit, base: VirtAddr::from_ptr(TABLE.0.get()) }) };
+}
+
+/// Nobody reports yet.
+const NOBODY: usize = usize::MAX;
+
+/// Frames of a backtrace that are printed.
+const MOST_FRAMES: usize = 48;
+
+/// The CPU that reports.
+static REPORTER: AtomicUsize = AtomicUsize::new(NOBODY);
+
+/// An exception of our own.
+#[unsafe(no_mangle)]
+extern "C" fn entresol_fatal(frame: &Frame) -> ! {
+    report(format_args!("{frame}"), Trace { first: frame.rip, frame_pointer: frame.general[FRAME_POINTER] })
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    let (frame_pointer, here): (u64, u64);
+    // SAFETY: reads two registers.
+    unsafe {
+        core::arch::asm!("mov {}, rbp", "lea {}, [rip]", out(reg) frame_pointer, out(reg) here, options(nomem, nostack));
+    }
+    report(format_args!("{info}"), Trace { first: here, frame_pointer })
+}
+
+fn report(what: fmt::Arguments<'_>, trace: Trace) -> ! {
+    let cpu = cpu::index();
+    match REPORTER.compare_exchange(NOBODY, cpu, Ordering::AcqRel, Ordering::Acquire) {
+        Ok(_) => {}
+        Err(reporter) if reporter == cpu => {
+            Emergency::print(format_args!("\nPANIC inside a panic on CPU {cpu}\n"));
+            power::off()
+        }
+        Err(_) => cpu::halt(),
+    }
+    Emergency::print(format_args!("\nPANIC on CPU {cpu}: {what}\n"));
+    for (depth, address) in trace.enumerate() {
+        if depth == MOST_FRAMES {
+            Emergency::print(format_args!("  ...\n"));
+            break;
+        }
+        Emergency::print(format_args!("  #{depth:<2} {address:#010x}\n"));
+    }
+    Emergency::print(format_args!("END OF PANIC\n"));
+    power::off()
+}
+
+impl fmt::Display for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { vector, error, rip, cs, rflags, rsp, ss, .. } = self;
+        let address = if *vector == PAGE_FAULT { Cr2::read_raw() } else { 0 };
+        write!(f, "exception {vector}, error code {error:#x}, CR2 {address:#x}{}", explain(*vector, address))?;
+        write!(f, "\n  rip {rip:#018x} rsp {rsp:#018x}  rflags {rflags:#x} cs {cs:#x} ss {ss:#x}")?;
+        for (number, (name, value)) in NAMES.iter().zip(self.general).rev().enumerate() {
+            let separator = if number % 4 == 0 { "\n " } else { "" };
+            write!(f, "{separator} {name:<3} {value:#018x}")?;
+        }
+        Ok(())
+    }
+}
+
+fn explain(vector: u64, address: u64) -> &'static str {
+    let below = |cpu| {
+        let area = StackArea::of(cpu);
+        (address < area.main.start && address >= area.emergency.end)
+            || (address < area.emergency.start && address >= area.emergency.start - 4096)
+    };
+    let overflow = vector == PAGE_FAULT && (0..cpu::count()).any(below);
+    if overflow { " (stack overflow: a guard page)" } else { "" }
+}
+
+/// Return addresses, from frame to frame (System V ABI, AMD64 supplement 3.2.2).
+struct Trace {
+    first: u64,
+    frame_pointer: u64,
+}
+
+impl Iterator for Trace {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        let address = core::mem::take(&mut self.first);
+        if address == 0 {
+            return None;
+        }
+        let fp = self.frame_pointer;
+        let own = |cpu: usize| {
+            let area = StackArea::of(cpu);
+            [area.main, area.emergency].iter().any(|part| part.contains(fp) && part.contains(fp.saturating_add(15)))
+        };
+        if fp.is_multiple_of(8) && (0..cpu::count()).any(own) {
+            // SAFETY: both words lie inside a mapped stack.
+            let [next, back] = unsafe { core::ptr::read(fp as *const [u64; 2]) };
+            // Frames grow towards higher addresses; anything else is the end, or nonsense.
+            self.frame_pointer = if next > fp { next } else { 0 };
+            self.first = back.saturating_sub(1);
+        }
+        Some(address)
+    }
+}

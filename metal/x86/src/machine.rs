@@ -1,0 +1,250 @@
+//! [`Metal`]: the core's machine, on instructions.
+//!
+//! Purpose: words, pages and TLBs. Frames are reached through the identity map. Caches are coherent for data and instructions (APM
+//! 7.3, 7.6.1), so there is nothing to clean and nothing to invalidate but translations, which is [`crate::flush`]'s.
+//!
+//! Protocol: [`Metal::set_pool`] names the frames that the core may ask for, before any other method is called and before other
+//! CPUs use it; every method refuses others with a panic, so that no mistake of the core reaches the hypervisor's own memory.
+//!
+//! Page contents are moved by assembly only: a guest may write the same memory at the same time, which is no data race for
+//! instructions, but would be for Rust.
+//!
+//! Known holes: frames never leave the hypervisor's own mapping ([`Machine::can_unmap_own`]).
+
+use core::arch::asm;
+
+use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
+use entresol_machine::own::{RemoveError, Work};
+use entresol_machine::{Features, Machine, Tags, TlbOp, Word};
+use entresol_metal_common::pool::{self, Pool};
+use entresol_sync::atomic::{AtomicU64, Ordering, fence};
+
+use crate::flush::Flushes;
+use crate::{cpu, features};
+
+static POOL: Pool = Pool::new();
+/// Translations of guests.
+pub(crate) static FLUSHES: Flushes<{ cpu::MAX_CPUS }> = Flushes::new();
+
+/// This machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Metal;
+
+impl Metal {
+    /// Ranges of frames that [`Self::set_pool`] takes at most.
+    pub const POOL_RANGES: usize = pool::RANGES;
+
+    /// Names the frames that the methods may touch, largest range first. Once, before other CPUs use any method.
+    ///
+    /// # Panics
+    ///
+    /// If there are more than [`Self::POOL_RANGES`].
+    pub fn set_pool(ranges: &[PfnRange]) {
+        POOL.set(ranges);
+    }
+
+    /// The address of `frames`, which lie in the pool.
+    #[inline]
+    fn own(frames: PfnRange) -> u64 {
+        POOL.check(frames);
+        frames.start().base().get()
+    }
+
+    #[inline]
+    fn word(word: Word) -> *mut u64 {
+        Self::own(PfnRange::single(word.frame()));
+        word.address().get() as *mut u64
+    }
+
+    /// The frames of `bytes` bytes at `address`.
+    #[inline]
+    fn around(address: Hpa, bytes: usize) -> PfnRange {
+        let frames = (address.page_offset() + bytes as u64).div_ceil(PAGE_SIZE);
+        PfnRange::new(address.frame(), frames).expect("bytes of the machine do not wrap")
+    }
+}
+
+// SAFETY: every method checks its frames against the pool, which no Rust reference points into (1); words are accessed as atomics,
+// and walks of this architecture are coherent with stores (2); `complete` waits until no CPU is inside a guest with translations
+// from before (3); features are constant (4).
+unsafe impl Machine for Metal {
+    fn features(&self) -> Features {
+        Features {
+            forced_write_back: true,
+            coherent_icache: true,
+            physical_bits: features::get().physical_bits,
+            // Names of virtual machines, not the processor's: it has one identifier for all of them (`flush`).
+            vmid_bits: 16,
+            tags: false,
+        }
+    }
+
+    #[inline]
+    fn load(&self, word: Word) -> u64 {
+        // SAFETY: a word of the pool, aligned, and only ever accessed as an atomic.
+        unsafe { AtomicU64::from_ptr(Self::word(word)) }.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    fn store(&self, word: Word, value: u64) {
+        // SAFETY: as for `load`.
+        unsafe { AtomicU64::from_ptr(Self::word(word)) }.store(value, Ordering::Release);
+    }
+
+    #[inline(always)]
+    fn compare_exchange(&self, word: Word, current: u64, new: u64) -> Result<u64, u64> {
+        // SAFETY: as for `load`.
+        let cell = unsafe { AtomicU64::from_ptr(Self::word(word)) };
+        cell.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    #[inline]
+    fn store_row(&self, frame: Pfn, first: u16, count: u16, mut value: impl FnMut(u16) -> u64) {
+        let row = Self::word(Word::new(frame, first));
+        assert!(first + count <= Word::PER_FRAME, "a row ends with its frame");
+        for index in 0..count {
+            // SAFETY: words of one frame of the pool, aligned, and only ever accessed as atomics.
+            unsafe { AtomicU64::from_ptr(row.add(index.into())) }.store(value(first + index), Ordering::Relaxed);
+        }
+    }
+
+    /// Stores are seen by walks in program order (APM 7.2); the compiler keeps it too.
+    #[inline]
+    fn published(&self) {
+        core::sync::atomic::compiler_fence(Ordering::SeqCst);
+    }
+
+    #[inline]
+    fn zero(&self, frames: PfnRange) {
+        zero(Self::own(frames), frames.count() * PAGE_SIZE);
+    }
+
+    #[inline]
+    fn copy(&self, from: Pfn, to: Pfn, count: u64) {
+        let range = |start| PfnRange::new(start, count).expect("frames of the machine do not wrap");
+        assert!(!range(from).overlaps(range(to)), "copy of {count} frames from {from:?} to {to:?} overlaps");
+        move_words(Self::own(range(from)), Self::own(range(to)), count * PAGE_SIZE);
+    }
+
+    fn clear_tags(&self, _frames: PfnRange) {}
+
+    fn copy_tags(&self, _from: Pfn, _to: Pfn, _count: u64) {}
+
+    fn load_tags(&self, _frame: Pfn) -> Tags {
+        Tags::ZERO
+    }
+
+    fn store_tags(&self, _frame: Pfn, _tags: &Tags) {}
+
+    #[inline]
+    fn read(&self, from: Hpa, to: &mut [u8]) {
+        if !to.is_empty() {
+            Self::own(Self::around(from, to.len()));
+            move_bytes(from.get(), to.as_mut_ptr() as u64, to.len() as u64);
+        }
+    }
+
+    #[inline]
+    fn write(&self, to: Hpa, from: &[u8]) {
+        if !from.is_empty() {
+            Self::own(Self::around(to, from.len()));
+            move_bytes(from.as_ptr() as u64, to.get(), from.len() as u64);
+        }
+    }
+
+    fn clean_invalidate_to_poc(&self, frames: PfnRange) {
+        POOL.check(frames);
+    }
+
+    fn invalidate_icache(&self, frames: PfnRange) {
+        POOL.check(frames);
+    }
+
+    #[inline]
+    fn tlb(&self, op: TlbOp) {
+        match op {
+            TlbOp::Ipa { .. } | TlbOp::Range { .. } | TlbOp::Vmid(_) | TlbOp::All => FLUSHES.ask(),
+            TlbOp::Own(frames) => panic!("{frames:x?} never left the own mapping"),
+        }
+    }
+
+    fn can_unmap_own(&self) -> bool {
+        false
+    }
+
+    fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError> {
+        POOL.check(frames);
+        Err(RemoveError::Unsplittable { pfn: frames.start() })
+    }
+
+    fn map_own(&self, frames: PfnRange) {
+        panic!("{frames:x?} never left the own mapping");
+    }
+
+    fn is_mapped_own(&self, frame: Pfn) -> bool {
+        POOL.covers(PfnRange::single(frame))
+    }
+
+    /// The identity map has every frame, so it is the window.
+    fn through_window(&self, frame: Pfn, work: Work<'_>) {
+        let window = Self::own(PfnRange::single(frame));
+        let inside = |at: u16, len: usize| {
+            assert!(u64::from(at) + len as u64 <= PAGE_SIZE, "{len} bytes at {at:#x} leave the window");
+            u64::from(at)
+        };
+        match work {
+            Work::Read { at, to } => move_bytes(window + inside(at, to.len()), to.as_mut_ptr() as u64, to.len() as u64),
+            Work::Write { at, from } => {
+                move_bytes(from.as_ptr() as u64, window + inside(at, from.len()), from.len() as u64);
+            }
+            Work::Zero => zero(window, PAGE_SIZE),
+            Work::Copy { from } => move_words(Self::own(PfnRange::single(from)), window, PAGE_SIZE),
+        }
+    }
+
+    #[inline]
+    fn complete(&self) {
+        fence(Ordering::SeqCst);
+        // There is one CPU, and it is not inside.
+        FLUSHES.complete(cpu::index(), |cpu| panic!("CPU {cpu} was never started"));
+    }
+}
+
+/// Zeroes whole frames.
+#[inline]
+fn zero(address: u64, bytes: u64) {
+    // SAFETY: frames of the pool, into which no Rust reference points; RFLAGS.DF is clear as the ABI has it.
+    unsafe {
+        asm!(
+            "rep stosq",
+            inout("rcx") bytes / 8 => _, inout("rdi") address => _, in("rax") 0u64,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
+/// Moves whole frames.
+#[inline]
+fn move_words(from: u64, to: u64, bytes: u64) {
+    // SAFETY: frames of the pool that do not overlap, into which no Rust reference points.
+    unsafe {
+        asm!(
+            "rep movsq",
+            inout("rcx") bytes / 8 => _, inout("rsi") from => _, inout("rdi") to => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
+/// Moves bytes between a buffer and frames of the pool.
+#[inline]
+fn move_bytes(from: u64, to: u64, bytes: u64) {
+    // SAFETY: one side is a buffer of the caller's, whole and its own; the other lies in the pool, into which no Rust reference points.
+    unsafe {
+        asm!(
+            "rep movsb",
+            inout("rcx") bytes => _, inout("rsi") from => _, inout("rdi") to => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}

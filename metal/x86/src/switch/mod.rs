@@ -1,0 +1,207 @@
+//! Entering a guest and coming back: AMD's SVM (APM chapter 15).
+//!
+//! Purpose: [`enter`] is the whole of what happens at every exit. The processor loads and saves what is in the [`Vmcb`]; the
+//! general registers but RAX and RSP are moved here.
+//!
+//! Protocol: a vCPU is a [`Guest`], whose VMCB its owner fills in. GIF is clear from before the guest's state is loaded until ours is
+//! back (15.17), so no NMI finds the guest's segment bases. VMLOAD and VMSAVE move what VMRUN leaves alone (15.5.2): FS, GS, TR,
+//! LDTR with their hidden state, KernelGSBase, STAR, LSTAR, CSTAR, SFMASK and SYSENTER's; ours were saved once
+//! and never change.
+//!
+//! x87 and SSE registers stay in hardware: the hypervisor has none, so they are moved only when another vCPU comes to the CPU
+//! ([`fp`]).
+//!
+//! Sources: APM 15.5 (VMRUN), 15.16 (TLB control), 15.17 (global interrupt flag).
+
+pub mod fp;
+pub mod permissions;
+pub mod vmcb;
+
+use core::arch::global_asm;
+use core::cell::UnsafeCell;
+use core::mem::offset_of;
+
+use entresol_arch_x86::exit::Exit;
+use entresol_arch_x86::svm;
+
+use crate::flush::Tenant;
+use crate::machine::FLUSHES;
+use crate::{cpu, features};
+pub use fp::FpState;
+pub use permissions::{IoPermissions, MsrPermissions};
+pub use vmcb::{Control, Intercepts, SaveArea, Segment, Vmcb};
+
+/// A guest's general registers but RAX and RSP, which are in its VMCB, in the order of their numbers.
+#[repr(C)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registers {
+    /// RCX.
+    pub rcx: u64,
+    /// RDX.
+    pub rdx: u64,
+    /// RBX.
+    pub rbx: u64,
+    /// RBP.
+    pub rbp: u64,
+    /// RSI.
+    pub rsi: u64,
+    /// RDI.
+    pub rdi: u64,
+    /// R8 to R15.
+    pub r: [u64; 8],
+}
+
+/// What of a vCPU the processor works on. It stays where it is: the VMCB is named by its address.
+pub struct Guest {
+    vmcb: Vmcb,
+    /// General registers.
+    pub registers: Registers,
+    tenant: Tenant,
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Guest {
+    /// All zero: the processor refuses it as it is.
+    pub fn new() -> Self {
+        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), tenant: FLUSHES.tenant() }
+    }
+
+    /// What the processor is told, and tells.
+    #[inline]
+    pub fn control(&mut self) -> &mut Control {
+        &mut self.vmcb.control
+    }
+
+    /// The guest's state.
+    #[inline]
+    pub fn state(&mut self) -> &mut SaveArea {
+        &mut self.vmcb.save
+    }
+
+    /// Why it came back last.
+    #[inline]
+    pub fn exit(&self) -> Exit {
+        let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
+        svm::decode(exit_code, exit_info_1, exit_info_2, features::get().decode_assists)
+    }
+
+    /// General register `number` (0 RAX to 15), whole.
+    pub fn general(&mut self, number: u8) -> &mut u64 {
+        match number & 15 {
+            0 => &mut self.vmcb.save.rax,
+            1 => &mut self.registers.rcx,
+            2 => &mut self.registers.rdx,
+            3 => &mut self.registers.rbx,
+            4 => &mut self.vmcb.save.rsp,
+            5 => &mut self.registers.rbp,
+            6 => &mut self.registers.rsi,
+            7 => &mut self.registers.rdi,
+            high => &mut self.registers.r[usize::from(high) - 8],
+        }
+    }
+}
+
+/// Our own state that VMRUN does not keep, as VMSAVE left it.
+struct HostState(UnsafeCell<Vmcb>);
+
+// SAFETY: written by VMSAVE of the one CPU before it enters a guest, read by its VMLOAD after.
+unsafe impl Sync for HostState {}
+
+static HOST: HostState = HostState(UnsafeCell::new(Vmcb::ZERO));
+
+const _: () = assert!(cpu::MAX_CPUS == 1, "each CPU needs a host state of its own");
+const _: () = assert!(offset_of!(Registers, rdi) == 40 && offset_of!(Registers, r) == 48, "as the assembly has them");
+
+global_asm!(
+    r#"
+    .text
+    .balign 64
+    .global entresol_enter
+entresol_enter:                         // rdi = VMCB, rsi = registers, rdx = the host's VMCB
+    push    rbp
+    mov     rbp, rsp
+    push    rbx
+    push    r12
+    push    r13
+    push    r14
+    push    r15
+    push    rdx
+    push    rsi
+    clgi
+    mov     rax, rdi
+    vmload  rax
+    mov     rcx, [rsi]
+    mov     rdx, [rsi + 8]
+    mov     rbx, [rsi + 16]
+    mov     rbp, [rsi + 24]
+    mov     rdi, [rsi + 40]
+    mov     r8,  [rsi + 48]
+    mov     r9,  [rsi + 56]
+    mov     r10, [rsi + 64]
+    mov     r11, [rsi + 72]
+    mov     r12, [rsi + 80]
+    mov     r13, [rsi + 88]
+    mov     r14, [rsi + 96]
+    mov     r15, [rsi + 104]
+    mov     rsi, [rsi + 32]
+    vmrun   rax
+    vmsave  rax                         // VMRUN gave our RAX back: the VMCB
+    pop     rax                         // registers
+    mov     [rax], rcx
+    mov     [rax + 8], rdx
+    mov     [rax + 16], rbx
+    mov     [rax + 24], rbp
+    mov     [rax + 32], rsi
+    mov     [rax + 40], rdi
+    mov     [rax + 48], r8
+    mov     [rax + 56], r9
+    mov     [rax + 64], r10
+    mov     [rax + 72], r11
+    mov     [rax + 80], r12
+    mov     [rax + 88], r13
+    mov     [rax + 96], r14
+    mov     [rax + 104], r15
+    pop     rax
+    vmload  rax
+    stgi
+    pop     r15
+    pop     r14
+    pop     r13
+    pop     r12
+    pop     rbx
+    pop     rbp
+    ret
+    "#
+);
+
+unsafe extern "C" {
+    fn entresol_enter(vmcb: *mut Vmcb, registers: *mut Registers, host: *mut Vmcb);
+}
+
+/// Saves what VMRUN does not keep of our own state, and lets x87 and SSE registers be moved. On each CPU, once, before it enters a
+/// guest.
+pub(crate) fn init_cpu() {
+    fp::init_cpu();
+    // SAFETY: VMSAVE writes a page that is a VMCB, which nobody else uses yet.
+    unsafe { core::arch::asm!("vmsave rax", in("rax") HOST.0.get(), options(nostack, preserves_flags)) };
+}
+
+/// Runs the guest until it comes back; [`Guest::exit`] says why.
+///
+/// # Safety
+///
+/// Its VMCB's nested tables, permission maps and intercepts keep the guest away from all that it does not own, and its x87 and SSE
+/// registers are loaded.
+#[inline]
+pub unsafe fn enter(guest: &mut Guest) {
+    let cpu = cpu::index();
+    guest.vmcb.control.tlb_control = if FLUSHES.enter(cpu, &mut guest.tenant) { vmcb::FLUSH_ALL } else { 0 };
+    // SAFETY: the assembly keeps the C calling convention, and writes VMCB and registers only; the caller answers for the guest.
+    unsafe { entresol_enter(&raw mut guest.vmcb, &raw mut guest.registers, HOST.0.get()) };
+    FLUSHES.leave(cpu);
+}

@@ -1,0 +1,180 @@
+//! What a first guest of x86-64 sees: memory that is zero until it is written, ports, its processor, the hypervisor's services.
+//!
+//! Command line: `mib=N` memory to work on (16), from 16 MiB on.
+#![no_std]
+#![no_main]
+
+use core::arch::asm;
+use core::arch::x86_64::__cpuid;
+
+use guest_x86_rt::{Machine, call, guest, in8, in32, println, trap};
+
+guest!(main);
+
+const PAGE: u64 = 4096;
+const START: u64 = 16 << 20;
+/// What a page is written with: its own address, turned around.
+const fn pattern(page: u64) -> u64 {
+    !page.rotate_left(7)
+}
+
+const NOTHING: u32 = 0xc600_0000;
+const ZAP: u32 = 0xc600_0001;
+const DIRTY: u32 = 0xc600_0010;
+const UNKNOWN: u32 = 0xc600_00ff;
+const INVALID: u64 = -2i64 as u64;
+const NOT_SUPPORTED: u64 = -1i64 as u64;
+
+const UNDEFINED: u64 = 6;
+const GENERAL_PROTECTION: u64 = 13;
+
+fn main(machine: &Machine) {
+    let mib = machine.argument("mib").and_then(|text| text.parse().ok()).unwrap_or(16);
+    let end = START + (mib << 20);
+    let services = machine.argument("services").is_some();
+    let mut tally = Tally::default();
+    tally.check("memory is zero, then what was written", memory(START, end));
+    tally.check("ports without a device read as ones", in8(0x5555) == 0xff && in32(0x5554) == u32::MAX);
+    tally.check("the processor hides what it cannot do here", processor());
+    tally.check("a register that does not exist is refused", refused_register());
+    tally.check("EFER keeps what it must", efer());
+    tally.check("SVM's own instructions are undefined", undefined_instruction());
+    if services {
+        tally.check("services answer, and refuse bad arguments", services_answer());
+        tally.check("memory outlives its entries", outlives(START, end));
+        tally.check("the log names each page that was written, once", log(START, end));
+    } else {
+        tally.check("services do not exist", no_services());
+    }
+    tally.end();
+}
+
+#[derive(Default)]
+struct Tally {
+    checks: u32,
+    failed: u32,
+}
+
+impl Tally {
+    fn check(&mut self, name: &str, good: bool) {
+        self.checks += 1;
+        self.failed += u32::from(!good);
+        println!("{} {name}", if good { "PASS" } else { "FAIL" });
+    }
+
+    fn end(&self) {
+        match self.failed {
+            0 => println!("ALL PASS {}", self.checks),
+            failed => println!("FAILED {failed} of {}", self.checks),
+        }
+    }
+}
+
+fn load(at: u64) -> u64 {
+    // SAFETY: memory of the guest's that nothing else uses.
+    unsafe { (at as *const u64).read_volatile() }
+}
+
+fn store(at: u64, value: u64) {
+    // SAFETY: as above.
+    unsafe { (at as *mut u64).write_volatile(value) };
+}
+
+fn pages(start: u64, end: u64) -> impl Iterator<Item = u64> {
+    (start..end).step_by(PAGE as usize)
+}
+
+fn memory(start: u64, end: u64) -> bool {
+    let zero = pages(start, end).all(|page| load(page) == 0 && load(page + PAGE - 8) == 0);
+    pages(start, end).for_each(|page| store(page, pattern(page)));
+    zero && intact(start, end)
+}
+
+fn intact(start: u64, end: u64) -> bool {
+    pages(start, end).all(|page| load(page) == pattern(page) && load(page + 8) == 0)
+}
+
+fn processor() -> bool {
+    let (basic, extended) = (__cpuid(1), __cpuid(0x8000_0001));
+    let hypervisor = basic.ecx >> 31 & 1 == 1;
+    let (xsave, svm, long) = (basic.ecx >> 26 & 1, extended.ecx >> 2 & 1, extended.edx >> 29 & 1);
+    hypervisor && (xsave, svm, long) == (0, 0, 1) && __cpuid(0x8000_000a).ebx == 0
+}
+
+fn refused_register() -> bool {
+    let (mut low, mut high) = (0u32, 0u32);
+    trap::around(|resume| {
+        // SAFETY: a register that does not exist; the exception goes on behind the instruction.
+        unsafe {
+            asm!(
+                "lea {at}, [rip + 2f]", "mov [{resume}], {at}", "rdmsr", "2:",
+                at = out(reg) _, resume = in(reg) resume, in("ecx") 0xdead_0000u32,
+                inout("eax") low, inout("edx") high, options(nostack)
+            );
+        }
+    }) == Some(GENERAL_PROTECTION)
+        && (low, high) == (0, 0)
+}
+
+fn undefined_instruction() -> bool {
+    trap::around(|resume| {
+        // SAFETY: a guest may not have it; the exception goes on behind the instruction.
+        unsafe {
+            asm!(
+                "lea {at}, [rip + 2f]", "mov [{resume}], {at}", "vmload rax", "2:",
+                at = out(reg) _, resume = in(reg) resume, in("rax") 0u64, options(nostack)
+            );
+        }
+    }) == Some(UNDEFINED)
+}
+
+fn no_services() -> bool {
+    trap::around(|resume| {
+        // SAFETY: as above.
+        unsafe {
+            asm!(
+                "lea {at}, [rip + 2f]", "mov [{resume}], {at}", "vmmcall", "2:",
+                at = out(reg) _, resume = in(reg) resume, in("eax") NOTHING, options(nostack)
+            );
+        }
+    }) == Some(UNDEFINED)
+}
+
+/// EFER: long mode is active, SVME is not seen, and a store without a change is taken.
+fn efer() -> bool {
+    const EFER: u32 = 0xc000_0080;
+    let (low, high): (u32, u32);
+    // SAFETY: the same value is written back.
+    unsafe {
+        asm!("rdmsr", "wrmsr", in("ecx") EFER, out("eax") low, out("edx") high, options(nostack));
+    }
+    low & (1 << 8 | 1 << 10) == 1 << 8 | 1 << 10 && low & 1 << 12 == 0 && high == 0
+}
+
+fn services_answer() -> bool {
+    call(NOTHING, 0, 0) == 0
+        && call(UNKNOWN, 0, 0) == NOT_SUPPORTED
+        && call(ZAP, 1, PAGE) == INVALID
+        && call(ZAP, 0, !(PAGE - 1)) == INVALID
+        && call(DIRTY, 2, 0) == INVALID
+        && call(DIRTY, 9, 0) == INVALID
+}
+
+fn outlives(start: u64, end: u64) -> bool {
+    call(ZAP, start, end - start) == 0 && intact(start, end)
+}
+
+/// Under the log, twice: what was written is named, and nothing of it a second time.
+fn log(start: u64, end: u64) -> bool {
+    let third = || pages(start, end).step_by(3);
+    if call(DIRTY, 1, 0) != 0 || call(DIRTY, 2, 0) == INVALID {
+        return false;
+    }
+    third().for_each(|page| store(page, pattern(page)));
+    let named = call(DIRTY, 2, 0);
+    let again = call(DIRTY, 2, 0);
+    // The stack is written between two calls.
+    let few = 8;
+    let all = third().count() as u64;
+    (all..all + few).contains(&named) && again < few && call(DIRTY, 0, 0) == 0 && intact(start, end)
+}

@@ -1,0 +1,49 @@
+//! The hypervisor on x86-64: QEMU's TCG with SVM.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
+
+use super::Context;
+use super::machine::Builder;
+use crate::bundle;
+use crate::guests;
+use crate::outer_x86::EPYC;
+
+fn vm(kernel: PathBuf, page_size: LargestEntry, services: bool) -> WrittenVm {
+    let cmdline = if services { "mib=32 services" } else { "mib=32" };
+    let policies = WrittenPolicies { page_size, services, ..WrittenPolicies::default() };
+    WrittenVm { memory: "128M".into(), policies, ..bundle::program("first", &kernel, cmdline) }
+}
+
+/// With 4 KiB entries and with blocks, with services and without.
+pub fn x86_guest_works_its_memory(context: &Context) -> Result<()> {
+    for (page_size, services) in [(LargestEntry::Page4K, true), (LargestEntry::Block2M, false)] {
+        let builder = Builder::new(context, "x86_guest_works_its_memory")?.outer("1G", 1);
+        let mut machine = builder.boot_x86(EPYC, vec![vm(guests::x86("guest-x86-first")?, page_size, services)])?;
+        machine.expect("ALL PASS")?;
+        let log = machine.expect_power_off()?;
+        ensure!(log.contains("vm first: powered off"), "the hypervisor did not see the guest's end");
+    }
+    Ok(())
+}
+
+/// A processor without SVM, and a configuration that asks for more than there is.
+pub fn x86_refuses_by_name(context: &Context) -> Result<()> {
+    let kernel = guests::x86("guest-x86-first")?;
+    let good = vm(kernel, LargestEntry::Page4K, false);
+    let without_svm = format!("{EPYC},svm=off");
+    for (cpu, vms, reason) in [
+        (without_svm.as_str(), vec![good.clone()], "this CPU has no SVM"),
+        (EPYC, vec![WrittenVm { vcpus: Some(2), ..good.clone() }], "vm first: vcpus (more than one)"),
+        (EPYC, vec![WrittenVm { balloon: true, ..good.clone() }], "vm first: balloon: x86-64 does not have it"),
+        (EPYC, vec![good.clone(), WrittenVm { name: "second".into(), ..good }], "vms: 2 of them"),
+    ] {
+        let builder = Builder::new(context, "x86_refuses_by_name")?.outer("1G", 1);
+        let mut machine = builder.boot_x86(cpu, vms)?;
+        machine.expect(reason)?;
+        machine.expect("END OF PANIC")?;
+    }
+    Ok(())
+}

@@ -50,7 +50,6 @@ mod distributor;
 mod error;
 mod frame;
 mod inject;
-mod kick;
 mod lr;
 mod redistributor;
 mod saved;
@@ -68,16 +67,14 @@ use entresol_sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use bank::{Bank, Groups};
 use spis::Spis;
 
+pub use crate::kick::{Kick, MAX_VCPUS};
 pub use error::GicError;
 pub use inject::{Flush, SyncFlag};
-pub use kick::Kick;
 pub use lr::{Group, Hcr, ListRegister, ListRegisters, MAX_LIST_REGISTERS, State, Vmcr};
 pub use redistributor::REDISTRIBUTOR_SIZE;
 pub use saved::Saved;
 pub use sgi::SgiRegister;
 
-/// The most vCPUs of one interrupt controller.
-pub const MAX_VCPUS: usize = 8;
 /// The first SPI's INTID.
 pub const FIRST_SPI: u32 = 32;
 /// The most SPIs: whole words of 32 below the special INTIDs 1020–1023.

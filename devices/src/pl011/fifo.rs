@@ -5,17 +5,17 @@ use serde::{Deserialize, Serialize};
 use crate::saved::{BadState, check};
 
 /// Depth with FIFOs on, at the revision that we show.
-pub(super) const DEPTH: usize = 16;
+pub(crate) const DEPTH: usize = 16;
 
 /// A break in a received character's error bits (UARTDR, 3.3.1).
-pub(super) const BREAK: u16 = 1 << 10;
+pub(crate) const BREAK: u16 = 1 << 10;
 /// An overrun in a received character's error bits: something before it was lost.
-pub(super) const OVERRUN: u16 = 1 << 11;
+pub(crate) const OVERRUN: u16 = 1 << 11;
 
 /// Received characters, oldest first. Each is a byte and the error bits of UARTDR above it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Fifo {
+pub(crate) struct Fifo {
     slots: [u16; DEPTH],
     head: usize,
     len: usize,
@@ -23,30 +23,30 @@ pub(super) struct Fifo {
 }
 
 impl Fifo {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { slots: [0; DEPTH], head: 0, len: 0, overrun: false }
     }
 
     /// Whether a FIFO that was read may be used.
-    pub(super) fn check(&self) -> Result<(), BadState> {
+    pub(crate) fn check(&self) -> Result<(), BadState> {
         check(self.head < DEPTH && self.len <= DEPTH, "serial.receive", "must have at most 16 characters in 16 places")
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Room for characters if the FIFO is `depth` deep now. What was queued before it became shallower stays.
-    pub(super) fn room(&self, depth: usize) -> usize {
+    pub(crate) fn room(&self, depth: usize) -> usize {
         depth.min(DEPTH).saturating_sub(self.len)
     }
 
     /// Queues a character; `false` if it was lost for want of room, which the next one that fits will carry.
-    pub(super) fn push(&mut self, character: u16, depth: usize) -> bool {
+    pub(crate) fn push(&mut self, character: u16, depth: usize) -> bool {
         if self.room(depth) == 0 {
             self.overrun = true;
             return false;
@@ -57,8 +57,13 @@ impl Fifo {
         true
     }
 
+    /// The oldest character, which stays.
+    pub(crate) fn front(&self) -> Option<u16> {
+        (self.len != 0).then(|| self.slots[self.head])
+    }
+
     /// The oldest character.
-    pub(super) fn pop(&mut self) -> Option<u16> {
+    pub(crate) fn pop(&mut self) -> Option<u16> {
         if self.len == 0 {
             return None;
         }
@@ -71,7 +76,7 @@ impl Fifo {
 
 /// Characters at which the receive interrupt comes, from UARTIFLS bits 5:3 (3.3.9). Reserved encodings count as the
 /// highest.
-pub(super) fn receive_trigger(ifls: u32) -> usize {
+pub(crate) fn receive_trigger(ifls: u32) -> usize {
     match (ifls >> 3) & 7 {
         0 => DEPTH / 8,
         1 => DEPTH / 4,

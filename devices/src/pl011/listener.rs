@@ -47,7 +47,7 @@ enum Driver {
 /// What the guest's use of the registers has shown.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     driver: Driver,
     /// The FIFO was seen empty since interrupts were last cleared or the UART set up.
     seen_empty: bool,
@@ -56,17 +56,17 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { driver: Driver::Absent, seen_empty: false, polls: 0 }
     }
 
     /// Whether the guest takes input; `hears`: it would interrupt.
-    pub(super) fn listens(&self, hears: bool) -> bool {
+    pub(crate) fn listens(&self, hears: bool) -> bool {
         self.is_ready(hears) || self.polls >= POLLS
     }
 
     /// How many of `bytes` a guest that listens is given at once.
-    pub(super) fn portion(&self, hears: bool, bytes: &[u8]) -> usize {
+    pub(crate) fn portion(&self, hears: bool, bytes: &[u8]) -> usize {
         if self.is_ready(hears) {
             return bytes.len();
         }
@@ -74,30 +74,30 @@ impl Listener {
     }
 
     /// The guest was given `byte`.
-    pub(super) fn given(&mut self, byte: u8) {
+    pub(crate) fn given(&mut self, byte: u8) {
         if ends_line(byte) {
             self.polls = 0;
         }
     }
 
     /// A load of UARTFR saw RXFE.
-    pub(super) fn polled(&mut self) {
+    pub(crate) fn polled(&mut self) {
         self.seen_empty = true;
         self.polls = self.polls.saturating_add(1).min(POLLS);
     }
 
     /// A store to UARTDR.
-    pub(super) fn sent(&mut self) {
+    pub(crate) fn sent(&mut self) {
         self.polls = 0;
     }
 
     /// A store to UARTICR.
-    pub(super) fn cleared(&mut self) {
+    pub(crate) fn cleared(&mut self) {
         self.seen_empty = false;
     }
 
     /// A store to UARTLCR_H, UARTIFLS or UARTCR; `unmasked`: a receive interrupt is let through.
-    pub(super) fn set_up(&mut self, unmasked: bool) {
+    pub(crate) fn set_up(&mut self, unmasked: bool) {
         self.polls = 0;
         self.seen_empty = false;
         self.driver = match self.driver {
@@ -108,7 +108,7 @@ impl Listener {
     }
 
     /// A store to UARTIMSC; `unmasked`: it lets a receive interrupt through; `hears`: and the UART is on.
-    pub(super) fn set_mask(&mut self, unmasked: bool, hears: bool) {
+    pub(crate) fn set_mask(&mut self, unmasked: bool, hears: bool) {
         self.polls = 0;
         self.driver = match self.driver {
             Driver::Ready => Driver::Ready,
@@ -119,7 +119,7 @@ impl Listener {
     }
 
     /// A tick; `hears`: input would interrupt.
-    pub(super) fn tick(&mut self, hears: bool) {
+    pub(crate) fn tick(&mut self, hears: bool) {
         if let Driver::SettingUp(ticks) = self.driver
             && hears
         {

@@ -27,7 +27,7 @@
 //! Known holes: no baud timing; no modem on the line, so CTS, DSR, DCD and RI read as zero outside loopback; and those of
 //! [`listener`].
 
-mod fifo;
+pub(crate) mod fifo;
 pub mod listener;
 mod registers;
 #[cfg(test)]

@@ -2,7 +2,8 @@
 
 use core::ops::{BitOr, BitOrAssign};
 
-use super::MAX_VCPUS;
+/// The most vCPUs of one virtual machine.
+pub const MAX_VCPUS: usize = 8;
 
 /// A set of vCPUs whose deliverable interrupts may have changed. Wake the blocked, interrupt the running.
 ///
@@ -17,7 +18,7 @@ impl Kick {
     /// Nobody.
     pub const NONE: Self = Self(0);
 
-    pub(super) const fn one(vcpu: usize) -> Self {
+    pub(crate) const fn one(vcpu: usize) -> Self {
         Self(1 << vcpu)
     }
 
@@ -26,7 +27,7 @@ impl Kick {
         Self(((1u16 << vcpus) - 1) as u8)
     }
 
-    pub(super) const fn without(self, vcpu: usize) -> Self {
+    pub(crate) const fn without(self, vcpu: usize) -> Self {
         Self(self.0 & !(1 << vcpu))
     }
 

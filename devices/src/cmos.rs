@@ -180,7 +180,7 @@ impl State {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.b & B_BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.b & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {

@@ -20,6 +20,7 @@
 
 extern crate alloc;
 
+pub mod apic;
 pub mod bus;
 pub mod cmos;
 pub mod flash;

@@ -166,7 +166,7 @@ impl Pit {
     /// A load from port 61h at `now`.
     pub fn read_gate(&self, now: u64) -> u8 {
         let state = self.state.lock();
-        let refresh = if now / REFRESH_HALF % 2 == 0 { 0 } else { gate::REFRESH };
+        let refresh = if (now / REFRESH_HALF).is_multiple_of(2) { 0 } else { gate::REFRESH };
         let output = if state.counters[GATED].output(now) { gate::OUTPUT } else { 0 };
         state.gate | refresh | output
     }

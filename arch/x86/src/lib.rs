@@ -13,6 +13,8 @@
 //! | [`mmio`] | how does an entry say "there is no memory here"? |
 //! | [`paging`] | what do the guest's own tables translate an address to? |
 //! | [`shadow`] | which shadow tables show them, and in which words? |
+//! | [`cpuid`], [`msr`] | what does the guest see of its processor? |
+//! | [`pvclock`] | how does it tell the time by its TSC? |
 //!
 //! Invariants: no function here panics, whatever registers, entries or addresses it is given; a guest chooses most of them.
 //!
@@ -21,12 +23,15 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod cpuid;
 pub mod ept;
 pub mod exit;
 pub mod fault;
 pub mod mmio;
+pub mod msr;
 pub mod npt;
 pub mod paging;
+pub mod pvclock;
 pub mod shadow;
 pub mod svm;
 pub mod vmx;

@@ -190,7 +190,7 @@ mod tests {
             let scale = Scale::of(hertz).unwrap();
             assert!(scale.mul >= 1 << 31, "all 32 bits are used");
             let hour = scale.nanoseconds(hertz * 3600);
-            assert!(hour.abs_diff(3600 * SECOND) <= 3600 * SECOND >> 31, "{hertz}: {hour}");
+            assert!(hour.abs_diff(3600 * SECOND) <= (3600 * SECOND) >> 31, "{hertz}: {hour}");
         }
         assert_eq!(Scale::of(SECOND), Some(Scale { mul: 1 << 31, shift: 1 }));
         assert_eq!([0, 999].map(Scale::of), [None; 2]);

@@ -37,6 +37,15 @@ pub struct Ctl {
     pub command: Command,
 }
 
+/// What `entresol ctl swap` can do.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum Swap {
+    /// Bring back all that is on it, for all who share it, and use it no more; says how much was read
+    Off,
+    /// Use it again; says how much it has room for
+    On,
+}
+
 /// What `entresol ctl` can do.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
@@ -101,6 +110,12 @@ pub enum Command {
         /// Bytes, or a size like 64M
         #[arg(value_name = "SIZE", value_parser = number)]
         size: u64,
+    },
+    /// Stop or begin to use the swap device
+    Swap {
+        /// What to do
+        #[command(subcommand)]
+        what: Swap,
     },
     /// Read or write allocation tags of a virtual machine with `mte = true`
     Tags {
@@ -303,6 +318,18 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
             let op = Op::Reclaim { vm: vm.into(), size };
             match client.call(op.clone())? {
                 Answer::Count(left) => out.answer(&Answer::Count(left), || format!("{} left\n", format_size(left)))?,
+                other => return Err(unexpected(&op, &other).into()),
+            }
+        }
+        Command::Swap { what } => {
+            let (op, means) = match what {
+                Swap::Off => (Op::SwapOff, "came back"),
+                Swap::On => (Op::SwapOn, "of room"),
+            };
+            match client.call(op.clone())? {
+                Answer::Count(bytes) => {
+                    out.answer(&Answer::Count(bytes), || format!("{} {means}\n", format_size(bytes)))?;
+                }
                 other => return Err(unexpected(&op, &other).into()),
             }
         }

@@ -235,11 +235,17 @@ pub fn want(vm: &Vm, gpa: Gpa) -> Wanted {
 pub fn want_frame(object: ObjectHandle, frame: u64, slot: StoreSlot, whose: Whose) -> Wanted {
     let page = Page { object, frame };
     let host = host::get();
+    if is_brought(page, slot) {
+        return Wanted::Now;
+    }
     let mut table = TABLE.lock();
     if let Some(ticket) = table.join(slot, page, whose) {
         return Wanted::Later(ticket);
     }
-    let Some(work) = table.keeper(slot.store()) else { return Wanted::Lost };
+    let Some(work) = table.keeper(slot.store()) else {
+        // The last keeper went when nobody had a page there any more.
+        return if place_of(object, frame) == Some(slot) { Wanted::Lost } else { Wanted::Now };
+    };
     let Some(place) = table.entries.iter().position(Option::is_none) else {
         return table.any().map_or(Wanted::Now, Wanted::Later);
     };
@@ -258,6 +264,18 @@ pub fn want_frame(object: ObjectHandle, frame: u64, slot: StoreSlot, whose: Whos
     Wanted::Later(Ticket::new(place, number))
 }
 
+/// Gives the page the frame that has the same already, of a relative's that came back before. Whether there is one.
+fn is_brought(page: Page, slot: StoreSlot) -> bool {
+    let host = host::get();
+    let supply = host.supply(cpu::index());
+    let pin = host.epoch.pin(cpu::index());
+    let Some(fetch) = Fetch::cached(&supply, slot) else { return false };
+    let restored =
+        host.objects.get(&pin, page.object).is_some_and(|object| object.restore(&supply, page.frame, &fetch));
+    fetch.give_back(&supply);
+    restored
+}
+
 /// Whether the reading is still on its way. Asked under the scheduler's lock.
 pub fn is_pending(ticket: Ticket) -> bool {
     match ticket.place() {
@@ -273,6 +291,11 @@ pub fn reclaim_by(work: Work) {
     MEMORY.lock().keeper = Some(work);
 }
 
+/// Nobody reclaims frames any more. Who waits for some has still to be told ([`memory_came`], [`room_came`]).
+pub fn stop_reclaim() {
+    MEMORY.lock().keeper = None;
+}
+
 /// There is no frame for `vm`, or it may have no more: the end of the wait for one.
 ///
 /// # Errors
@@ -283,11 +306,11 @@ pub fn frames_for(vm: &Vm) -> Result<Ticket, Pause> {
         return frames();
     }
     let memory = MEMORY.lock();
-    let work = memory.keeper.ok_or(Pause::OutOfMemory)?;
     let mut short = vm.short.0.lock();
     if let Some(lack) = short.lack.take() {
         return Err(lack);
     }
+    let work = memory.keeper.ok_or(Pause::OutOfMemory)?;
     short.wanted = true;
     let ticket = Ticket::new(ROOM, memory.rooms);
     drop((short, memory));
@@ -320,10 +343,10 @@ pub fn room_came(vm: &Vm, lack: Option<Pause>) {
 /// There is no frame: the end of the wait for one.
 fn frames() -> Result<Ticket, Pause> {
     let mut memory = MEMORY.lock();
-    let work = memory.keeper.ok_or(Pause::OutOfMemory)?;
     if let Some(lack) = memory.lack.take() {
         return Err(lack);
     }
+    let work = memory.keeper.ok_or(Pause::OutOfMemory)?;
     memory.wanted = true;
     let ticket = Ticket::new(FRAMES, memory.round);
     drop(memory);

@@ -33,6 +33,7 @@ mod stolen;
 mod store;
 mod swap;
 mod swap_device;
+mod swap_removal;
 pub mod transcript;
 mod x86;
 
@@ -129,6 +130,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "swap_device_fails_and_comes_back",
         about: "reads fail, writes fail or are cut off, the disk is silent or gone: nothing is lost, others run, who needs it goes on after",
         run: swap_device::swap_device_fails_and_comes_back,
+    },
+    SystemTest {
+        name: "swap_device_is_removed_and_used_again",
+        about: "the swap device is taken out of use: all that is on it comes back, for all who share it, or the device stays",
+        run: swap_removal::swap_device_is_removed_and_used_again,
     },
     SystemTest {
         name: "tags_come_back_from_the_disk",

@@ -110,6 +110,11 @@ fn every_command_asks_what_it_should() {
     let reclaimed = ctl(&fake, &["reclaim", "web", "4K"]);
     assert_eq!((reclaimed.status.code(), &*String::from_utf8_lossy(&reclaimed.stdout)), (Some(0), "4K left\n"));
     assert_eq!([fake.said(), fake.said()], ["hello", "reclaim 4096"]);
+    let off = ctl(&fake, &["swap", "off"]);
+    assert_eq!((off.status.code(), &*String::from_utf8_lossy(&off.stdout)), (Some(0), "8K came back\n"));
+    let on = ctl(&fake, &["swap", "on"]);
+    assert_eq!((on.status.code(), on.stdout.len(), text(&on.stderr).contains("no disk")), (Some(1), 0, true));
+    assert_eq!([fake.said(), fake.said(), fake.said(), fake.said()], ["hello", "swap-off", "hello", "swap-on"]);
     for arguments in [&["fork", "web", "copy"][..], &["fork", "web", "copy", "--count", "3"]] {
         assert_eq!(ctl(&fake, arguments).status.code(), Some(0));
         assert_eq!([fake.said(), fake.said()], ["hello", "fork"]);

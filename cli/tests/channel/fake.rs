@@ -185,6 +185,8 @@ impl Guest {
                 );
             }
             Op::Reclaim { size, .. } => self.respond(id, Ok(Answer::Count(*size))),
+            Op::SwapOff => self.respond(id, Ok(Answer::Count(8192))),
+            Op::SwapOn => self.respond(id, Err(Error::new(Code::StoreFailed, "no disk"))),
             Op::Young { size, .. } => self.respond(id, Ok(Answer::Count(*size >> 12))),
             Op::Dirty { what: Dirty::Get(from), .. } => self.respond(id, Ok(Answer::Pages(dirty_pages(*from)))),
             Op::Dirty { what: Dirty::Clear { bits, .. }, .. } => {

@@ -74,8 +74,9 @@ pub use audit::{Audit, audit};
 use entresol_machine::Machine;
 pub use grant::{Grant, GrantError, Memory};
 pub use object::{
-    AccessError, ConvertError, CreateError, DestroyError, Differences, Fetch, ForkError, Frozen, Kind, MAX_OBJECTS,
-    Object, ObjectHandle, Objects, Out, OutError, Policy, PopulateError, PunchError, PutError, Reach, Spec, TableError,
+    AccessError, ConvertError, CreateError, DestroyError, Differences, Fetch, ForkError, Found, Frozen, Kind,
+    MAX_OBJECTS, Object, ObjectHandle, Objects, Out, OutError, Policy, PopulateError, PunchError, PutError, Reach,
+    Search, Spec, TableError,
 };
 pub use pool::{AddError, FrameMeta, FramePool, Lease, LeaseError, Order};
 pub use store::{MAX_STORES, StoreError, StoreId, StoreSlot, Stores};

@@ -104,6 +104,19 @@ impl Device {
         discard(host, handle, frame)
     }
 
+    /// What a search finds, `steps` steps at a time.
+    pub(crate) fn search(&self, host: &Host, steps: usize) -> Vec<(ObjectHandle, u64, StoreSlot)> {
+        let (mut search, mut all) = (Search::default(), Vec::new());
+        loop {
+            let pin = host.epoch.pin(0);
+            match search.next(&host.objects, &pin, &host.machine, self.store, steps) {
+                Found::Page { object, frame, slot } => all.push((object, frame, slot)),
+                Found::Nothing => {}
+                Found::End => return all,
+            }
+        }
+    }
+
     pub(crate) fn taken(&self, host: &Host) -> u64 {
         host.pool.stores().taken(self.store).unwrap()
     }
@@ -283,6 +296,7 @@ proptest! {
         policy in prop_oneof![Just(Policy::Pages), Just(Policy::Blocks)],
         slots in prop_oneof![Just(3u64), Just(64)],
         acts in prop::collection::vec(any_act(), 1..120),
+        steps in 1usize..40,
     ) {
         let host = Host::new(6 * 512);
         let mut device = Device::new(&host, slots);
@@ -339,17 +353,37 @@ proptest! {
         while !device.writing.is_empty() {
             device.finish(&host, 0, true);
         }
+        let mut expected = Vec::new();
+        let mut sorted = handles.clone();
+        sorted.sort_by_key(|handle| handle.raw() as u16);
+        for handle in sorted {
+            let stored = |frame| host.on(handle, |object, _| object.stored_at(&host.machine, frame));
+            expected.extend((0..FRAMES).filter_map(|frame| Some((handle, frame, stored(frame)?))));
+        }
+        let found = device.search(&host, steps);
+        prop_assert_eq!(&found, &expected);
+        for (handle, frame, _) in found {
+            device.bring(&host, handle, frame);
+        }
+        prop_assert_eq!(device.search(&host, steps), []);
         for member in &family {
             for frame in (0..4).chain(500..550) {
-                device.bring(&host, member.handle, frame);
                 prop_assert_eq!(host.byte(member.handle, frame), member.expected(frame), "frame {}", frame);
             }
         }
         host.assert_exact_family(&handles);
+        host.settle();
+        {
+            let _pin = host.epoch.pin(0);
+            prop_assert_eq!(host.pool.stop_keeping_for(device.store, 0, u64::MAX), None);
+        }
+        prop_assert_eq!(host.pool.stores().taken(device.store), Some(0));
+        prop_assert_eq!(host.pool.stores().close(device.store), Ok(()));
+        for member in &family {
+            prop_assert!((0..FRAMES).all(|frame| host.byte(member.handle, frame) == member.expected(frame)));
+        }
         handles.into_iter().for_each(|handle| host.destroy(handle));
         host.settle();
         prop_assert_eq!(host.pool.free_frames(), host.pool.total_frames());
-        prop_assert_eq!(host.pool.stores().taken(device.store), Some(0));
-        prop_assert_eq!(host.pool.stores().close(device.store), Ok(()));
     }
 }

@@ -49,6 +49,9 @@ impl From<Answer<'static>> for Outcome {
     }
 }
 
+const NO_SWAP: &str = "the machine has no disk entresol-swap, or does not use it";
+const SWAP_LEAVES: &str = "the disk entresol-swap is being removed";
+
 /// Carries `op` out.
 ///
 /// # Errors
@@ -69,6 +72,8 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Audit => Answer::Audit(private::audit()).into(),
         Op::Probe { vm, address } => Answer::Probe(private::probe(&*alive(vm)?, *address)?).into(),
         Op::Reclaim { vm, size } => Outcome::Later(reclaim(vm, *size)?),
+        Op::SwapOff => Outcome::Later(swap_off()?),
+        Op::SwapOn => Answer::Count(swap::add().map_err(|what| Error::new(Code::StoreFailed, what))?).into(),
         Op::ReadTags { vm, gpa, size } => Outcome::Later(tags::read(alive(vm)?, *gpa, *size)?),
         Op::WriteTags { vm, gpa, tags: told } => Outcome::Later(tags::write(alive(vm)?, *gpa, &told.0)?),
         Op::Pause { vm } => pause(vm)?.into(),
@@ -270,11 +275,21 @@ fn reclaim(name: &str, size: u64) -> Result<Later, Error> {
     let vm = alive(name)?;
     let (number, _) = row(name)?;
     swap::reclaim(number, &vm, size).map_err(|refusal| match refusal {
-        swap::Refusal::NoDisk => Error::new(Code::StoreFailed, "the machine has no disk entresol-swap"),
+        swap::Refusal::NoDisk => Error::new(Code::StoreFailed, NO_SWAP),
+        swap::Refusal::Removing => Error::new(Code::StoreFailed, SWAP_LEAVES),
         swap::Refusal::Size => {
             let size = alloc::format!("{size}");
             Error::refused(Code::BadField, Refusal::text("size", &size, "must be whole pages, and at least one"))
         }
+    })
+}
+
+/// Answered when the disk is not used any more.
+fn swap_off() -> Result<Later, Error> {
+    swap::remove().map_err(|stays| match stays {
+        swap::Stays::NoDisk => Error::new(Code::StoreFailed, NO_SWAP),
+        swap::Stays::Removing => Error::new(Code::StoreFailed, SWAP_LEAVES),
+        swap::Stays::Limit(refusal) => Error::refused(Code::WrongState, refusal),
     })
 }
 

@@ -47,14 +47,17 @@ impl Swap {
                 log::warn!("swap: {error}");
             }
             match pending {
-                Pending::In(reading) => match (done.result, self.spare.last()) {
-                    (Ok(()), Some(buffer)) => fill(reading, buffer),
-                    _ => reading.failed(),
-                },
+                Pending::In(reading) => {
+                    match (done.result, self.spare.last()) {
+                        (Ok(()), Some(buffer)) => fill(reading, buffer),
+                        _ => reading.failed(),
+                    }
+                    self.has_read(place, done.result.is_ok());
+                }
                 Pending::Out(Leaving { out, page }) => {
                     out.finish(&host::get().supply(cpu::index()), done.result.is_ok());
                     match done.result {
-                        Ok(()) if !written.is_full() => written.push(page),
+                        Ok(()) if !written.is_full() && self.removal.is_none() => written.push(page),
                         // It leaves when the hand comes again.
                         Ok(()) => {}
                         Err(_) => self.give_up(page.number),
@@ -114,7 +117,10 @@ impl Swap {
             log::warn!("swap: {}", refused.error);
             self.spare.extend(refused.request.buffer);
             match pending {
-                Pending::In(reading) => reading.failed(),
+                Pending::In(reading) => {
+                    reading.failed();
+                    self.has_read(tag, false);
+                }
                 Pending::Out(leaving) => {
                     leaving.out.finish(&host::get().supply(cpu::index()), false);
                     self.give_up(leaving.page.number);

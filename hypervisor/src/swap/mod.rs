@@ -9,6 +9,7 @@
 //! | [`hand`] | which pages of a virtual machine leave |
 //! | [`pressure`] | when memory is reclaimed unasked, and whose |
 //! | [`device`] | requests to the disk, and what has become of them |
+//! | [`removal`] | the disk is taken out of use |
 //!
 //! Protocol, all of it host's work: the owner asks for so much of a virtual machine's memory ([`reclaim`]), and is told how much left when there is no
 //! more, or the disk has failed. The newest wish for a virtual machine counts; who wished before is told what has left until then.
@@ -22,6 +23,7 @@
 mod device;
 mod hand;
 mod pressure;
+mod removal;
 
 use arrayvec::ArrayVec;
 use entresol_addr::{PAGE_SHIFT, PAGE_SIZE, Pfn};
@@ -33,6 +35,7 @@ use entresol_wire::control::{Answer, Code, Error};
 
 use self::device::{Leaving, Pending};
 use self::pressure::Round;
+use self::removal::Removal;
 use crate::block::{self, Buffer, DEPTH, Disk, SECTOR};
 use crate::control::Later;
 use crate::host_work::{self, Work};
@@ -40,6 +43,7 @@ use crate::vm::{Pause, Vm};
 use crate::{host, paging};
 
 pub use self::pressure::look_at_pressure;
+pub use self::removal::{Refusal as Stays, remove};
 
 /// Frames that the hand looks at in one step.
 const WINDOW: u64 = 8;
@@ -122,6 +126,8 @@ struct Swap {
     looked_at: u64,
     /// Frames for nodes.
     put_by: ArrayVec<Pfn, PUT_BY>,
+    /// It is to be used no more.
+    removal: Option<Removal>,
 }
 
 static SWAP: Mutex<Option<Swap>> = Mutex::new(None);
@@ -129,31 +135,52 @@ static SWAP: Mutex<Option<Swap>> = Mutex::new(None);
 /// Why no memory is reclaimed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// The machine has no disk for it.
+    /// The machine has no disk for it, or does not use it.
     NoDisk,
+    /// The disk is being removed.
+    Removing,
     /// Less than a page, or no whole pages.
     Size,
 }
 
 /// Begins to use the disk, if there is one.
 pub fn init() {
-    let Some(disk) = block::find(Work::Swap) else { return };
-    match start(disk) {
-        Ok(slots) => log::info!("swap: {} MiB", slots >> 8),
-        Err(what) => log::error!("swap: not used: {what}"),
+    if block::find(Work::Swap).is_some()
+        && let Err(what) = add()
+    {
+        log::error!("swap: {what}");
     }
+}
+
+/// The disk is used, from now on. Returns bytes that it has room for.
+///
+/// # Errors
+///
+/// Why it is not; nothing changed.
+pub fn add() -> Result<u64, &'static str> {
+    let disk = block::find(Work::Swap).ok_or("the machine has no disk entresol-swap")?;
+    if SWAP.lock().is_some() {
+        return Err("the disk entresol-swap is in use");
+    }
+    let slots = start(disk)?;
+    log::info!("swap: {} MiB", slots >> 8);
+    Ok(slots << PAGE_SHIFT)
 }
 
 fn start(disk: &'static Disk) -> Result<u64, &'static str> {
     let mut spare = ArrayVec::new();
     for _ in 0..DEPTH {
-        spare.push(Buffer::take(BUFFER).map_err(|_| "no frames for its buffers")?);
+        spare.push(Buffer::take(BUFFER).map_err(|_| "there are no frames for the buffers of the disk entresol-swap")?);
     }
     let slots = disk.sectors() / SECTORS;
     let stores = host::get().pool.stores();
-    let store =
-        stores.open_counted(slots).map_err(|_| "it has no place for a page, or the heap none for its records")?;
-    paging::keep(store, Work::Swap).map_err(|_| "there are too many stores")?;
+    let store = stores
+        .open_counted(slots)
+        .map_err(|_| "the disk entresol-swap has no place for a page, or the heap none for its records")?;
+    if paging::keep(store, Work::Swap).is_err() {
+        stores.close(store).map_err(|_| "a store that was just opened is in use")?;
+        return Err("there are too many stores");
+    }
     let pending = [const { None }; DEPTH];
     let mut swap = Swap {
         disk,
@@ -168,6 +195,7 @@ fn start(disk: &'static Disk) -> Result<u64, &'static str> {
         spent: [None; MAX_VMS],
         looked_at: 0,
         put_by: ArrayVec::new(),
+        removal: None,
     };
     swap.put_frames_by();
     *SWAP.lock() = Some(swap);
@@ -183,6 +211,9 @@ fn start(disk: &'static Disk) -> Result<u64, &'static str> {
 pub fn reclaim(number: usize, vm: &Vm, bytes: u64) -> Result<Later, Refusal> {
     let mut swap = SWAP.lock();
     let swap = swap.as_mut().ok_or(Refusal::NoDisk)?;
+    if swap.is_leaving_use() {
+        return Err(Refusal::Removing);
+    }
     if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) {
         return Err(Refusal::Size);
     }
@@ -198,10 +229,18 @@ pub fn reclaim(number: usize, vm: &Vm, bytes: u64) -> Result<Later, Refusal> {
 
 /// Takes what the disk has done, and gives it what is to do.
 pub fn serve() {
-    let mut swap = SWAP.lock();
-    let Some(swap) = swap.as_mut() else { return };
+    let mut state = SWAP.lock();
+    let Some(swap) = state.as_mut() else { return };
     swap.collect();
     swap.read();
+    if swap.is_leaving_use() {
+        if swap.empty()
+            && let Some(swap) = state.take()
+        {
+            swap.finish();
+        }
+        return;
+    }
     swap.make_room();
     swap.relieve();
     swap.work();

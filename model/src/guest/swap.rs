@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use entresol_addr::{GfnRange, Gpa};
-use entresol_backing::{Fetch, ObjectHandle, Out, StoreId, StoreSlot};
+use entresol_backing::{Fetch, Found, ObjectHandle, Out, Search, StoreId, StoreSlot};
 use entresol_machine::Tags;
 use entresol_machine::model::Modelled;
 use entresol_mmu::{Absent, CopyError, Frames, Shown, begin_out, discard};
@@ -242,26 +242,33 @@ pub fn remove(stage: &Stage<'_>, cpu: usize) -> Value {
 fn empty(stage: &Stage<'_>, cpu: usize, swap: &Swap) -> bool {
     let (host, stores) = (stage.host, stage.host.pool.stores());
     for (number, object) in (0..stage.kinds.len()).filter_map(|number| Some((number, stage.object(number)?))) {
-        let stored = |frame| {
-            let pin = host.epoch.pin(cpu);
-            host.objects.get(&pin, object)?.stored_at(&host.machine, frame)
-        };
         let frames = {
             let pin = host.epoch.pin(cpu);
             host.objects.get(&pin, object).map_or(0, |object| object.frames())
         };
-        for frame in 0..frames {
-            // Sharers that brought it each for itself have it in two frames that are not known any more to hold the same.
-            lab::with(|lab| lab.written.changed(number, frame));
-            while let Some(slot) = stored(frame) {
-                if fetch(stage, cpu, object, frame, slot) == Brought::OutOfMemory {
-                    return false;
-                }
-                // As soon as it may be.
-                if stores.close(swap.store).is_ok() {
-                    return true;
-                }
+        // Sharers that brought it each for itself have it in two frames that are not known any more to hold the same.
+        (0..frames).for_each(|frame| lab::with(|lab| lab.written.changed(number, frame)));
+    }
+    let (mut search, mut is_last) = (Search::default(), true);
+    loop {
+        let found = {
+            let pin = host.epoch.pin(cpu);
+            search.next(&host.objects, &pin, &host.machine, swap.store, usize::MAX)
+        };
+        let Found::Page { object, frame, slot } = found else {
+            if is_last {
+                break;
             }
+            (search, is_last) = (Search::default(), true);
+            continue;
+        };
+        is_last = false;
+        if fetch(stage, cpu, object, frame, slot) == Brought::OutOfMemory {
+            return false;
+        }
+        // As soon as it may be.
+        if stores.close(swap.store).is_ok() {
+            return true;
         }
     }
     let mut next = Some(0);

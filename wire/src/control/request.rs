@@ -87,6 +87,10 @@ pub enum Op<'a> {
         /// Bytes: whole pages.
         size: u64,
     },
+    /// The swap device is not to be used any more. Answered when all that was there is back, with the bytes that were read.
+    SwapOff,
+    /// It is to be used again. Answered with the bytes that it has room for.
+    SwapOn,
     /// Reads the allocation tags of pages.
     ReadTags {
         /// Whose.
@@ -220,6 +224,8 @@ impl<'a> Op<'a> {
             Self::Audit => "audit",
             Self::Probe { .. } => "probe",
             Self::Reclaim { .. } => "reclaim",
+            Self::SwapOff => "swap-off",
+            Self::SwapOn => "swap-on",
             Self::ReadTags { .. } => "tags-read",
             Self::WriteTags { .. } => "tags-write",
             Self::Pause { .. } => "pause",
@@ -247,6 +253,8 @@ impl<'a> Op<'a> {
             | Self::Ps
             | Self::Merge { .. }
             | Self::Audit
+            | Self::SwapOff
+            | Self::SwapOn
             | Self::Detach
             | Self::Restore { .. }
             | Self::Files
@@ -295,6 +303,8 @@ impl<'a> Op<'a> {
             "audit" => Self::Audit,
             "probe" => Self::Probe { vm: fields.text("vm")?, address: fields.number("address")? },
             "reclaim" => Self::Reclaim { vm: fields.text("vm")?, size: fields.number("size")? },
+            "swap-off" => Self::SwapOff,
+            "swap-on" => Self::SwapOn,
             "tags-read" => {
                 Self::ReadTags { vm: fields.text("vm")?, gpa: fields.number("gpa")?, size: fields.number("size")? }
             }

@@ -81,6 +81,8 @@ fn requests_look_as_documented() {
         (Op::Dirty { vm: vm(), what: Dirty::Stop }, r#"{"id":7,"op":"dirty-stop","vm":"web"}"#),
         (Op::Balloon { vm: vm(), size: 4096 }, r#"{"id":7,"op":"balloon","vm":"web","size":4096}"#),
         (Op::Reclaim { vm: vm(), size: 8192 }, r#"{"id":7,"op":"reclaim","vm":"web","size":8192}"#),
+        (Op::SwapOff, r#"{"id":7,"op":"swap-off"}"#),
+        (Op::SwapOn, r#"{"id":7,"op":"swap-on"}"#),
         (
             Op::ReadTags { vm: vm(), gpa: 4096, size: 8192 },
             r#"{"id":7,"op":"tags-read","vm":"web","gpa":4096,"size":8192}"#,

@@ -11,6 +11,7 @@ mod convert;
 mod error;
 mod fork;
 mod merge;
+mod search;
 mod stored;
 mod table;
 
@@ -22,6 +23,7 @@ use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use entresol_sync::{Mutex, planted};
 pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
 pub use fork::{Differences, ForkError, Frozen};
+pub use search::{Found, Search};
 pub use stored::{Fetch, Out, OutError, PutError};
 pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
 
@@ -182,6 +184,12 @@ impl Object {
             Kind::Device | Kind::Rom { owned: false } => {}
         }
         assert_eq!(self.tree.content() + self.node_frames(), 0, "a destroyed object holds no frame");
+    }
+
+    /// Its name, if it is live: under a pin, as long as that lasts.
+    fn handle(&self) -> Option<ObjectHandle> {
+        let raw = self.live.load(Ordering::Acquire);
+        (raw != 0).then_some(ObjectHandle::from_raw(raw))
     }
 
     /// What kind it is.

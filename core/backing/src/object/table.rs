@@ -92,9 +92,14 @@ impl Objects {
         (object.live.load(Ordering::Acquire) == handle.0 && handle.0 != 0).then_some(object)
     }
 
+    /// What is in the place of that number, if there is one. It stays what it is as long as the pin lasts.
+    pub(super) fn at<'s>(&'s self, _pin: &'s Pin<'_>, place: usize) -> Option<&'s Object> {
+        self.places.get(place)
+    }
+
     /// Every live object, for audits.
     pub(crate) fn iter<'s>(&'s self, _pin: &'s Pin<'_>) -> impl Iterator<Item = &'s Object> {
-        self.places.iter().filter(|object| object.live.load(Ordering::Acquire) != 0)
+        self.places.iter().filter(|object| object.handle().is_some())
     }
 
     /// Makes an object.

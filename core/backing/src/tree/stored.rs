@@ -29,7 +29,7 @@ use entresol_machine::Machine;
 use entresol_sync::atomic::Ordering;
 
 use super::entry::{CLEAN, COPYING, SHARED};
-use super::{Entry, Tree, place};
+use super::{Entry, NODE_SHIFT, Tree, place};
 use crate::{Fetch, GrantError, OutError, PutError, StoreId, StoreSlot, Supply};
 
 impl Tree {
@@ -150,6 +150,15 @@ impl Tree {
         self.stored.fetch_add(1, Ordering::Relaxed);
         supply.pool.release(pfn);
         true
+    }
+}
+
+impl Tree {
+    /// Where `frame`, which lies inside, is stored, if it is, and the end of what one word decides about.
+    pub(crate) fn stored_from<M: Machine>(&self, machine: &M, frame: u64) -> (Option<StoreSlot>, u64) {
+        let found = self.locate(machine, frame);
+        let slot = if let Entry::Stored(slot) = found.entry { Some(slot) } else { None };
+        (slot, (frame | ((1 << (NODE_SHIFT * found.level)) - 1)) + 1)
     }
 }
 

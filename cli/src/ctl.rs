@@ -268,7 +268,10 @@ impl From<TagsError> for Failure {
 fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
     let socket = ctl.socket.map_or_else(socket::default_path, Ok)?;
     // A whole memory goes to the disk, or comes from there.
-    let slow = matches!(ctl.command, Command::Snapshot { .. } | Command::Restore { .. });
+    let slow = matches!(
+        ctl.command,
+        Command::Snapshot { .. } | Command::Restore { .. } | Command::Reclaim { .. } | Command::Swap { .. }
+    );
     let seconds = if slow { ctl.timeout.max(SLOW_SECONDS) } else { ctl.timeout };
     let mut client = Client::connect(&socket, Duration::from_secs(seconds))?;
     let out = Out { json: ctl.json };

@@ -4,7 +4,11 @@
 //! Function identifiers are of the vendor-specific hypervisor range (Arm DEN 0028, 6.2); without private memory, or the policy, they
 //! do not exist.
 
+use core::hint::black_box;
+
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
+use entresol_loader::virt;
+use entresol_machine::{Machine as _, Tags};
 use entresol_metal_arm64::cpu;
 use entresol_mmu::{Busy, CoalescedRing, ConvertError, CopyError, Discarded};
 use entresol_slot::Hint;
@@ -57,6 +61,9 @@ const CONVERT: u32 = 0xc600_000a;
 const DISCARD: u32 = 0xc600_000b;
 /// Checks the page-frame cache of the calling vCPU's stolen time. Answers 0 if it knows where that lies, or [`INVALID`].
 const CHECK: u32 = 0xc600_000c;
+/// Of a machine with tags, its page at X1, which it has touched: packs its tags as for the swap device, X2 0; or unpacks tags of 0 into it, as for a page
+/// that comes back, X2 not 0. Answers 0, or [`INVALID`].
+const TAGS: u32 = 0xc600_000d;
 /// What one call converts at most, in pages.
 const CONVERTED_AT_ONCE: u64 = 64;
 /// What [`READ`] reads: the size of a few descriptors of a virtio queue.
@@ -92,6 +99,7 @@ pub fn call(vcpu: &VcpuRef, function: u32, [x1, x2, x3]: [u64; 3]) -> Option<u64
         RECLAIM => Some(reclaim(vcpu, x1)),
         LEASE => Some(answered(lease(vcpu, x1))),
         DISCARD => Some(discard(vcpu, x1, x2)),
+        TAGS => Some(tags(vcpu, x1, x2 != 0).map_or(INVALID, |()| 0)),
         CHECK => Some(if vcpu.vm.knows_record(vcpu.index) { 0 } else { INVALID }),
         _ => None,
     }
@@ -266,6 +274,19 @@ fn discard(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {
         Ok(_) => INVALID,
         Err(Busy) => 0,
     }
+}
+
+fn tags(vcpu: &VcpuRef, address: u64, restores: bool) -> Option<()> {
+    let (host, pin) = (host::get(), pin());
+    let object = host.objects.get(&pin, vcpu.vm.ram()).filter(|object| object.is_tagged())?;
+    let (machine, frame) = (&host.machine, address.checked_sub(virt::RAM_BASE)? / PAGE_SIZE);
+    let page = object.present(machine, frame).filter(|grant| grant.writable)?.frame(frame);
+    if restores {
+        machine.store_tags(page, &Tags::from_bytes(&black_box([0; Tags::BYTES])));
+    } else {
+        black_box(machine.load_tags(page).to_bytes());
+    }
+    Some(())
 }
 
 fn zap(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {

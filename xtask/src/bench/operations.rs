@@ -38,7 +38,13 @@ const PRIVATE: [(&str, u8); 7] = [
 /// Of a machine with a swap device.
 const SWAPPED: [(&str, u8); 2] = [("major_fault_4k", 21), ("major_fault_again_4k", 22)];
 /// Of a machine with memory tagging: a first touch clears tags, a copy copies them.
-const TAGGED: [(&str, u8); 3] = [("tagged_populated_4k", 2), ("tagged_fresh_4k", 1), ("tagged_cow_4k", 16)];
+const TAGGED: [(&str, u8); 5] = [
+    ("tagged_populated_4k", 2),
+    ("tagged_fresh_4k", 1),
+    ("tagged_cow_4k", 16),
+    ("tag_save_4k", 24),
+    ("tag_restore_4k", 25),
+];
 /// Of one that has both.
 const TAGGED_SWAPPED: [(&str, u8); 2] = [("tagged_major_fault_4k", 21), ("tagged_major_fault_again_4k", 22)];
 /// Bytes of the device: room for 512 MiB, each page with a sector for its tags.
@@ -67,7 +73,8 @@ pub fn arguments(part: Part) -> &'static str {
         Part::Split => "bench=split",
         Part::Private => "bench=pages private",
         Part::Swap | Part::TagsSwap => "bench=swap",
-        Part::Tags | Part::Pages | Part::Forks | Part::Boot => "bench=pages",
+        Part::Tags => "bench=pages tags",
+        Part::Pages | Part::Forks | Part::Boot => "bench=pages",
     }
 }
 

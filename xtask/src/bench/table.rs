@@ -9,7 +9,7 @@ use super::plugin::Statistics;
 
 /// Targets: medians, in instructions, and what KVM's median is on the same machine where nobody measures it again; none
 /// where KVM does not carry the operation out.
-const TARGETS: [(&str, u64, Option<u64>); 34] = [
+const TARGETS: [(&str, u64, Option<u64>); 36] = [
     ("fault_populated_4k", 700, Some(4447)),
     ("fault_fresh_4k", 1400, Some(7277)),
     ("fault_populated_2m", 900, Some(4610)),
@@ -40,6 +40,8 @@ const TARGETS: [(&str, u64, Option<u64>); 34] = [
     ("tagged_populated_4k", 700, None),
     ("tagged_fresh_4k", 1400, None),
     ("tagged_cow_4k", 2500, None),
+    ("tag_save_4k", 600, None),
+    ("tag_restore_4k", 600, None),
     ("tagged_major_fault_4k", 12_500, None),
     ("tagged_major_fault_again_4k", 12_500, None),
     ("major_fault_4k", 12_000, None),

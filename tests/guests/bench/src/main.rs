@@ -29,6 +29,13 @@
 //! | 20 | takes a lease of the page and releases it |
 //! | 23 | checks a page-frame cache: the one of the vCPU's stolen time |
 //!
+//! With the argument `tags`, for a machine that has some, also: the hypervisor, on request,
+//!
+//! | phase | operation |
+//! |---|---|
+//! | 24 | packs the tags of a page, for the swap device |
+//! | 25 | unpacks them into the page, when it comes back |
+//!
 //! In `bench=swap`, for a machine with a swap device: loads from pages that are out, each far from the next,
 //!
 //! | phase | operation |
@@ -89,6 +96,8 @@ const IN_PLACE: u64 = 0xc600_0008;
 const LEASE: u64 = 0xc600_0009;
 /// Checks the page-frame cache of the vCPU's stolen time, which it has once its record was asked for (PV_TIME_ST: DEN 0057, 3.2.2).
 const CHECK: u64 = 0xc600_000c;
+/// Packs the tags of the page at X1, X2 0, or unpacks some.
+const TAGS: u64 = 0xc600_000d;
 const STOLEN_TIME: u64 = 0xc500_0021;
 
 /// Takes coalesced writes.
@@ -120,6 +129,9 @@ fn main(machine: &Machine) {
         phase::<0xa001>();
     } else if !blocks {
         calls(machine);
+        if machine.argument("tags").is_some() {
+            tags(memory::image().end.next_multiple_of(PAGE));
+        }
         phase::<0xa001>();
     } else {
         // Blocks are first touched outside any interval that counts.
@@ -203,25 +215,35 @@ fn accesses(page: u64) {
     };
     ask(READ, page);
     phase::<0xa012>();
-    repeat(READ, page);
+    repeat([READ, page, 0]);
     phase::<0xa000>();
     ask(IN_PLACE, 1);
     phase::<0xa013>();
-    repeat(READ, page);
+    repeat([READ, page, 0]);
     phase::<0xa000>();
     ask(IN_PLACE, 0);
     phase::<0xa014>();
-    repeat(LEASE, page);
+    repeat([LEASE, page, 0]);
     phase::<0xa000>();
     assert!(smccc::hvc([STOLEN_TIME, 0, 0, 0]) as i64 > 0, "no stolen time is told here");
     phase::<0xa017>();
-    repeat(CHECK, page);
+    repeat([CHECK, page, 0]);
 }
 
-fn repeat(function: u64, page: u64) {
+/// What the hypervisor does to a page's tags.
+fn tags(page: u64) {
+    memory::store64(page, page);
+    phase::<0xa018>();
+    repeat([TAGS, page, 0]);
+    phase::<0xa019>();
+    repeat([TAGS, page, 1]);
+    phase::<0xa000>();
+}
+
+fn repeat([function, page, what]: [u64; 3]) {
     for _ in 0..CALLS {
         let mut answer = function;
-        measured!("hvc #0", inout("x0") answer, inout("x1") page => _, out("x2") _, out("x3") _, clobber_abi("C"));
+        measured!("hvc #0", inout("x0") answer, inout("x1") page => _, inout("x2") what => _, out("x3") _, clobber_abi("C"));
         assert_eq!(answer, 0, "the hypervisor refuses {function:#x}");
     }
 }

@@ -13,6 +13,7 @@
 //! | [`mmio`] | how does an entry say "there is no memory here"? |
 //! | [`paging`] | what do the guest's own tables translate an address to? |
 //! | [`shadow`] | which shadow tables show them, and in which words? |
+//! | [`emulate`] | what does the instruction do that touched a device? |
 //! | [`cpuid`], [`msr`] | what does the guest see of its processor? |
 //! | [`pvclock`] | how does it tell the time by its TSC? |
 //!
@@ -24,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cpuid;
+pub mod emulate;
 pub mod ept;
 pub mod exit;
 pub mod fault;

@@ -164,7 +164,8 @@ pub fn tags_come_back_from_the_disk(context: &Context) -> Result<()> {
     }
     let out = told.stats("still")?;
     ensure!(out.faults.absent != 0, "it has come back too seldom: {out:?}");
-    for vm in all.into_iter().chain([COPY]) {
+    // One keeps the machine on.
+    for vm in all.into_iter().filter(|vm| *vm != "plain").chain([COPY]) {
         told.done(Op::Kill { vm: vm.into() })?;
     }
     // Frames and places that others' tags were in.

@@ -2,7 +2,8 @@
  * icount: a QEMU plugin that counts executed instructions between markers.
  *
  * A marker is `movz xzr, #imm16` (0xd280001f | imm16 << 5): it changes nothing at any exception level, and no compiler
- * emits it. Whoever runs on the machine, guest or hypervisor, can say where an interval begins and ends:
+ * emits it. On x86-64 it is the eight-byte NOP 0f 1f 84 00 with the displacement 0x454e0000 | imm16: compilers pad with it, but
+ * with the displacement 0 only. Whoever runs on the machine, guest or hypervisor, can say where an interval begins and ends:
  *
  *   0xa0ii   the intervals that follow belong to phase ii
  *   0xb000   an interval begins
@@ -102,6 +103,7 @@ static unsigned phase;
 static int open;
 static uint64_t opened_at;
 static uint32_t start_opcode;
+static int x86;
 static const char *out_path;
 
 static uint64_t executed(void)
@@ -230,6 +232,21 @@ static void on_start(unsigned vcpu, void *argument)
 	open = 1;
 }
 
+/* The number of a marker, or -1. */
+static int marker_of(const struct qemu_plugin_insn *insn)
+{
+	uint8_t bytes[16];
+	uint32_t words[2];
+	size_t size = qemu_plugin_insn_data(insn, bytes, sizeof(bytes));
+
+	if (size != (x86 ? 8 : 4))
+		return -1;
+	memcpy(words, bytes, size);
+	if (x86)
+		return words[0] == 0x00841f0f && words[1] >> 16 == 0x454e ? (int)(words[1] & 0xffff) : -1;
+	return (words[0] & 0xffe0001f) == 0xd280001f ? (int)(words[0] >> 5 & 0xffff) : -1;
+}
+
 static void on_translation(plugin_id id, struct qemu_plugin_tb *block)
 {
 	size_t n = qemu_plugin_tb_n_insns(block);
@@ -238,18 +255,13 @@ static void on_translation(plugin_id id, struct qemu_plugin_tb *block)
 	for (size_t i = 0; i < n; i++) {
 		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(block, i);
 		uint32_t opcode = 0;
+		int imm = marker_of(insn), kind = imm >> 8;
 
-		if (qemu_plugin_insn_data(insn, &opcode, sizeof(opcode)) == sizeof(opcode)) {
-			unsigned imm = opcode >> 5 & 0xffff;
-			int marker = (opcode & 0xffe0001f) == 0xd280001f;
-
-			unsigned kind = imm >> 8;
-
-			if (marker && (kind == 0xa0 || imm == 0xb000 || kind == 0xb1 || kind == 0xc0 || imm == 0xe000))
-				qemu_plugin_register_vcpu_insn_exec_cb(insn, on_marker, CB_NO_REGS, (void *)(uintptr_t)imm);
-			if (start_opcode && opcode == start_opcode && !(qemu_plugin_insn_vaddr(insn) & 0xfff))
-				qemu_plugin_register_vcpu_insn_exec_cb(insn, on_start, CB_NO_REGS, NULL);
-		}
+		if (imm >= 0 && (kind == 0xa0 || imm == 0xb000 || kind == 0xb1 || kind == 0xc0 || imm == 0xe000))
+			qemu_plugin_register_vcpu_insn_exec_cb(insn, on_marker, CB_NO_REGS, (void *)(uintptr_t)imm);
+		if (start_opcode && qemu_plugin_insn_data(insn, &opcode, sizeof(opcode)) == sizeof(opcode) &&
+		    opcode == start_opcode && !(qemu_plugin_insn_vaddr(insn) & 0xfff))
+			qemu_plugin_register_vcpu_insn_exec_cb(insn, on_start, CB_NO_REGS, NULL);
 		if (several)
 			qemu_plugin_register_vcpu_insn_exec_cb(insn, on_instruction, CB_NO_REGS, NULL);
 		else
@@ -301,6 +313,7 @@ static void on_exit_of_qemu(plugin_id id, void *argument)
 
 EXPORT int qemu_plugin_install(plugin_id id, const struct qemu_info *info, int argc, char **argv)
 {
+	x86 = !strcmp(info->target_name, "x86_64");
 	several = info->system_emulation && info->system.smp_vcpus > 1;
 	for (int i = 0; i < argc; i++) {
 		if (!strncmp(argv[i], "out=", 4))

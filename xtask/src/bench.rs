@@ -14,6 +14,7 @@ mod operations;
 mod peer;
 mod plugin;
 mod table;
+mod x86;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,9 +35,22 @@ pub struct Options {
     /// Measure this hypervisor too, with the same guests, and print the ratio
     #[arg(long, value_enum)]
     peer: Option<Peer>,
+    /// The machine
+    #[arg(long, value_enum, default_value = "arm64", conflicts_with_all = ["peer", "only"])]
+    arch: Arch,
     /// Only these; all if none is named
     #[arg(long, value_enum, num_args = 1..)]
     only: Vec<Part>,
+}
+
+/// Which hypervisor is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Arch {
+    /// That of EL2
+    Arm64,
+    /// That of SVM with nested paging
+    #[value(name = "x86_64")]
+    X86,
 }
 
 /// Who else is measured.
@@ -86,9 +100,27 @@ pub struct Bench {
 /// # Errors
 /// When something does not build, or a machine does not come to its end.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let (qemu, guest) = fetch::everything()?;
+    let rows = match options.arch {
+        Arch::Arm64 => arm64(options)?,
+        Arch::X86 => x86::measure()?,
+    };
+    print!("{}", rows.table());
+    if let Some(path) = &options.json {
+        image::write_new(&absolute(path)?, rows.json().as_bytes())?;
+    }
+    Ok(if rows.0.iter().all(Row::met) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The folder of logs, bundles and results.
+fn work_folder() -> Result<PathBuf> {
     let work = workspace::output_dir()?.join("bench");
     std::fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    Ok(work)
+}
+
+fn arm64(options: &Options) -> Result<Rows> {
+    let (qemu, guest) = fetch::everything()?;
+    let work = work_folder()?;
     let plugin = plugin::build(&work)?;
     let bench = Bench { qemu, guest, plugin, hypervisor: image::build(&[])?.raw, work };
     let wanted = |part: Part| options.only.is_empty() || options.only.contains(&part);
@@ -110,11 +142,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if wanted(Part::Boot) {
         rows.0.extend(boot::measure(&bench, options.peer.is_some())?);
     }
-    print!("{}", rows.table());
-    if let Some(path) = &options.json {
-        image::write_new(&absolute(path)?, rows.json().as_bytes())?;
-    }
-    Ok(if rows.0.iter().all(Row::met) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(rows)
 }
 
 fn absolute(path: &std::path::Path) -> Result<PathBuf> {

@@ -84,11 +84,12 @@ pub fn build(features: &[&str]) -> Result<Image> {
     Ok(Image { elf, raw })
 }
 
-/// Flags of what is compiled for the bare x86-64 machine: linked where a PVH loader puts it, frame pointers for backtraces.
+/// Flags of what is compiled for the bare x86-64 machine: linked where a PVH loader puts it, frame pointers for backtraces, BMI1 and
+/// BMI2, which the start code asks for.
 pub fn rustflags_x86() -> Vec<String> {
     let script = workspace::root().join("metal/x86/link.ld");
     let mut flags = Vec::new();
-    for codegen in ["relocation-model=static", "force-frame-pointers=yes"] {
+    for codegen in ["relocation-model=static", "force-frame-pointers=yes", "target-feature=+bmi1,+bmi2"] {
         flags.extend(["-C".to_owned(), codegen.to_owned()]);
     }
     for argument in ["-zmax-page-size=4096".to_owned(), format!("-T{}", script.display())] {

@@ -77,6 +77,10 @@ impl Format for Nested {
 
     #[inline]
     fn decode(&self, raw: u64, level: u8) -> Entry {
+        // Nearly every word of a walk, so it is asked first.
+        if level < LEAF_LEVEL && raw & (PRESENT | LARGE) == PRESENT {
+            return Entry::Table(Pfn::new((raw & ADDRESS) >> 12));
+        }
         if raw == VACANT {
             return Entry::Vacant;
         }
@@ -87,9 +91,6 @@ impl Format for Nested {
             return Entry::Vacant;
         }
         let pfn = Pfn::new((raw & ADDRESS) >> 12);
-        if level < LEAF_LEVEL && raw & LARGE == 0 {
-            return Entry::Table(pfn);
-        }
         // PS in a PML4 entry is reserved (APM 5.3.3).
         let Some(size) = size_at(level) else { return Entry::Broken };
         Entry::Leaf(Leaf {

@@ -40,6 +40,13 @@ const PAGE_FAULT: u8 = 14;
 /// EXITINFO1 of a MOV to or from a control register, with decode assists: the general register is told (APM 15.33.1).
 const MOV: u64 = 1 << 63;
 
+/// Whether it was a nested page fault: what [`fault::nested`] reads of EXITINFO1 and EXITINFO2 then. Asked before [`decode`] by who counts
+/// instructions.
+#[inline]
+pub const fn is_nested_fault(exit_code: u64) -> bool {
+    exit_code == code::NPF
+}
+
 /// Why the guest stopped. `decode_assists`: CPUID 8000_000A EDX bit 7.
 pub const fn decode(exit_code: u64, info1: u64, info2: u64, decode_assists: bool) -> Exit {
     match exit_code {

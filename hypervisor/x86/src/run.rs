@@ -21,7 +21,7 @@ fn enter_until_it_ends(cpu: usize, vm: &mut Vm) -> End {
     loop {
         // SAFETY: `load` made the hardware hold its state; its nested tables are the core's, no port is passed through, and of the
         // model-specific registers only those that the processor keeps for it.
-        unsafe { switch::enter(&mut vm.vcpu.guest) };
+        unsafe { switch::enter(cpu, &mut vm.vcpu.guest) };
         if let Next::End(end) = exit::handle(cpu, vm) {
             return end;
         }

@@ -22,40 +22,35 @@ struct Cpu {
     inside: AtomicBool,
     /// The count at its last flush.
     seen: AtomicU64,
-    /// Who ran last.
-    tenant: AtomicU64,
+    /// The ticket of its last tenant.
+    ticket: AtomicU64,
 }
 
 impl Cpu {
     const fn new() -> Self {
-        Self { inside: AtomicBool::new(false), seen: AtomicU64::new(0), tenant: AtomicU64::new(0) }
+        Self { inside: AtomicBool::new(false), seen: AtomicU64::new(0), ticket: AtomicU64::new(0) }
     }
 }
 
 /// The flushes of `N` CPUs.
 pub struct Flushes<const N: usize> {
     wanted: AtomicU64,
-    tenants: AtomicU64,
     cpus: [Cpu; N],
 }
 
-/// A vCPU, as far as translations that it left behind are concerned.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Tenant {
-    name: u64,
-    /// Where it ran last.
-    cpu: usize,
-}
+/// A vCPU, as far as translations that it left behind are concerned: the ticket of the CPU on which it ran last. That CPU has given
+/// no other since, if nobody else was there; and the vCPU has none of another CPU, if it was not elsewhere.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Tenant(u64);
+
+/// Bits of a ticket that say whose it is.
+const CPU_BITS: u32 = 8;
 
 impl<const N: usize> Flushes<N> {
     /// Nobody is inside, nothing is cached.
     pub const fn new() -> Self {
-        Self { wanted: AtomicU64::new(1), tenants: AtomicU64::new(1), cpus: [const { Cpu::new() }; N] }
-    }
-
-    /// A vCPU that has not run.
-    pub fn tenant(&self) -> Tenant {
-        Tenant { name: self.tenants.fetch_add(1, Ordering::Relaxed), cpu: usize::MAX }
+        const { assert!(N <= 1 << CPU_BITS, "a ticket names its CPU") };
+        Self { wanted: AtomicU64::new(1), cpus: [const { Cpu::new() }; N] }
     }
 
     /// CPU `cpu` is about to run `tenant`; says whether it flushes first.
@@ -66,15 +61,12 @@ impl<const N: usize> Flushes<N> {
         // Announced before the count is read: a swap is a full barrier.
         own.inside.swap(true, Ordering::SeqCst);
         let wanted = self.wanted.load(Ordering::SeqCst);
-        if own.seen.load(Ordering::Relaxed) == wanted
-            && own.tenant.load(Ordering::Relaxed) == tenant.name
-            && tenant.cpu == cpu
-        {
+        if own.seen.load(Ordering::Relaxed) == wanted && own.ticket.load(Ordering::Relaxed) == tenant.0 {
             return false;
         }
         own.seen.store(wanted, Ordering::Release);
-        own.tenant.store(tenant.name, Ordering::Relaxed);
-        tenant.cpu = cpu;
+        tenant.0 = (((own.ticket.load(Ordering::Relaxed) >> CPU_BITS) + 1) << CPU_BITS) | cpu as u64;
+        own.ticket.store(tenant.0, Ordering::Relaxed);
         true
     }
 
@@ -122,7 +114,7 @@ mod tests {
     #[test]
     fn a_cpu_flushes_once_for_what_was_asked() {
         let flushes = Flushes::<2>::new();
-        let mut vcpu = flushes.tenant();
+        let mut vcpu = Tenant::default();
         assert!(flushes.enter(0, &mut vcpu), "the first time");
         flushes.leave(0);
         assert!(!flushes.enter(0, &mut vcpu));
@@ -137,8 +129,7 @@ mod tests {
     #[test]
     fn another_vcpu_or_one_that_was_away_flushes() {
         let flushes = Flushes::<2>::new();
-        let (mut one, mut two) = (flushes.tenant(), flushes.tenant());
-        assert_ne!(one, two);
+        let (mut one, mut two) = (Tenant::default(), Tenant::default());
         let mut run = |cpu, vcpu: &mut Tenant| {
             let flushed = flushes.enter(cpu, vcpu);
             flushes.leave(cpu);
@@ -153,7 +144,7 @@ mod tests {
     #[test]
     fn who_asks_waits_for_cpus_inside_and_no_others() {
         let flushes = Flushes::<3>::new();
-        let mut vcpu = flushes.tenant();
+        let mut vcpu = Tenant::default();
         let kicked = Cell::new(0);
         let kick = |cpu| {
             kicked.set(kicked.get() + 1);
@@ -181,7 +172,7 @@ mod tests {
         let (mapped, taken, stop) = (Flag::new(true), Flag::new(false), Flag::new(false));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let mut vcpu = flushes.tenant();
+                let mut vcpu = Tenant::default();
                 let mut cached = false;
                 while !stop.load(Ordering::SeqCst) {
                     if flushes.enter(1, &mut vcpu) {

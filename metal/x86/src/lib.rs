@@ -21,7 +21,7 @@
 //! ```
 //!
 //! It is compiled for `x86_64-unknown-none` (no x87, MMX or SSE register is touched: they are a guest's) with
-//! `-C relocation-model=static -C force-frame-pointers=yes`; the code model of that target takes addresses below 2 GiB as well.
+//! `-C relocation-model=static -C force-frame-pointers=yes -C target-feature=+bmi1,+bmi2`; the code model of that target takes addresses below 2 GiB as well.
 //!
 //! Invariants: RFLAGS.IF is clear whenever code of the hypervisor runs, so no interrupt is ever taken here. The mapping is the
 //! identity; nothing in it is both writable and executable.

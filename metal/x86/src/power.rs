@@ -59,8 +59,10 @@ pub fn off() -> ! {
     if off != 0 {
         // SAFETY: PM1 control, which ACPI names; nothing runs after it.
         unsafe { Port::new(off as u16).write((off >> 16) as u16) };
+        // It may take a moment.
+        cpu::halt()
     }
     // Without the console's lock, since a panic may hold it.
-    Emergency::print(format_args!("ACPI does not say how this machine is turned off, or it did not: halting\n"));
+    Emergency::print(format_args!("ACPI does not say how this machine is turned off: halting\n"));
     cpu::halt()
 }

@@ -67,28 +67,7 @@ impl Run<'_> {
     /// # Errors
     /// When it does not start, end by itself with status 0, or print its last line.
     pub fn to_end(&self, bench: &Bench) -> Result<Outcome> {
-        let step = Step::start(&format!("measuring: {}", self.name));
-        let log = bench.work.join(format!("{}.log", self.name));
-        let counts = bench.work.join(format!("{}.json", self.name));
-        if counts.exists() {
-            fs::remove_file(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
-        }
-        let mut command = self.command(bench, &counts);
-        let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-        let errors = output.try_clone().context("cannot use the log twice")?;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
-        wait(command, output).with_context(|| format!("the machine's log is {}", log.display()))?;
-        drop(step);
-        let console = read(&log)?;
-        ensure!(
-            console.lines().any(|line| line.trim_end() == self.done),
-            "{} did not print {:?}; it ended with:\n{}\nthe whole log is {}",
-            self.name,
-            self.done,
-            tail(&console),
-            log.display()
-        );
-        Ok(Outcome { counts: Counts::read(&counts)?, console })
+        execute(&bench.work, self.name, self.done, |counts| self.command(bench, counts))
     }
 
     fn command(&self, bench: &Bench, counts: &Path) -> Command {
@@ -102,12 +81,11 @@ impl Run<'_> {
         command.args(["-m", &format!("{}M", self.memory >> 20)]);
         command.args(["-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none", "-serial", "stdio"]);
         command.args(["-global", "virtio-mmio.force-legacy=false"]);
-        command.args(["-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "base=2024-01-01,clock=vm"]);
-        let mut plugin = format!("{},out={}", commas(&bench.plugin), commas(counts));
-        if let Some(opcode) = self.start {
-            plugin += &format!(",start={opcode:#x}");
+        let mut counted = counted(&bench.plugin, counts);
+        if let (Some(opcode), [.., plugin]) = (self.start, &mut counted) {
+            *plugin += &format!(",start={opcode:#x}");
         }
-        command.args(["-plugin", &plugin]);
+        command.args(counted);
         command.arg("-kernel").arg(self.kernel).arg("-initrd").arg(self.initrd);
         if !self.append.is_empty() {
             command.args(["-append", self.append]);
@@ -121,6 +99,40 @@ impl Run<'_> {
         }
         command
     }
+}
+
+/// Arguments that make QEMU deterministic, with the plugin writing to `counts`.
+pub fn counted(plugin: &Path, counts: &Path) -> [String; 8] {
+    let plugin = format!("{},out={}", commas(plugin), commas(counts));
+    ["-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "base=2024-01-01,clock=vm", "-plugin", &plugin]
+        .map(str::to_owned)
+}
+
+/// Runs the machine that `command` starts, given where the plugin writes, to its end. `name` is the run's, of its files in `work`.
+///
+/// # Errors
+/// As [`Run::to_end`].
+pub fn execute(work: &Path, name: &str, done: &str, command: impl FnOnce(&Path) -> Command) -> Result<Outcome> {
+    let step = Step::start(&format!("measuring: {name}"));
+    let log = work.join(format!("{name}.log"));
+    let counts = work.join(format!("{name}.json"));
+    if counts.exists() {
+        fs::remove_file(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
+    }
+    let mut command = command(&counts);
+    let output = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+    let errors = output.try_clone().context("cannot use the log twice")?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+    wait(command, output).with_context(|| format!("the machine's log is {}", log.display()))?;
+    drop(step);
+    let console = read(&log)?;
+    ensure!(
+        console.lines().any(|line| line.trim_end() == done),
+        "{name} did not print {done:?}; it ended with:\n{}\nthe whole log is {}",
+        tail(&console),
+        log.display()
+    );
+    Ok(Outcome { counts: Counts::read(&counts)?, console })
 }
 
 /// The boot bundle of a machine with `vm` on one CPU, in the work folder.

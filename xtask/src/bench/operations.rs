@@ -156,7 +156,11 @@ pub fn phases(part: Part, counts: &Counts) -> Result<Results> {
     }
 }
 
-fn each(keys: &[(&'static str, u8)], counts: &Counts) -> Result<Results> {
+/// The results of `keys`, each with its phase.
+///
+/// # Errors
+/// As [`phases`].
+pub fn each(keys: &[(&'static str, u8)], counts: &Counts) -> Result<Results> {
     let one = |(key, phase): &(&'static str, u8)| {
         let statistics = counts.phases.get(phase).with_context(|| format!("the guest did not measure {key}"))?;
         Ok((*key, statistics.clone()))

@@ -33,9 +33,10 @@ pub fn x86_guest_works_its_memory(context: &Context) -> Result<()> {
 pub fn x86_refuses_by_name(context: &Context) -> Result<()> {
     let kernel = guests::x86("guest-x86-first")?;
     let good = vm(kernel, LargestEntry::Page4K, false);
-    let without_svm = format!("{EPYC},svm=off");
+    let (without_svm, without_bmi) = (format!("{EPYC},svm=off"), format!("{EPYC},bmi2=off"));
     for (cpu, vms, reason) in [
         (without_svm.as_str(), vec![good.clone()], "this CPU has no SVM"),
+        (without_bmi.as_str(), vec![good.clone()], "this CPU has no long mode, BMI1 or BMI2"),
         (EPYC, vec![WrittenVm { vcpus: Some(2), ..good.clone() }], "vm first: vcpus (more than one)"),
         (EPYC, vec![WrittenVm { balloon: true, ..good.clone() }], "vm first: balloon: x86-64 does not have it"),
         (EPYC, vec![good.clone(), WrittenVm { name: "second".into(), ..good }], "vms: 2 of them"),

@@ -10,14 +10,19 @@ use crate::host;
 use crate::vm::{Crash, End, Vm};
 
 /// An access that the nested tables did not let through.
-#[inline]
+#[inline(always)]
 pub fn fault(cpu: usize, vm: &mut Vm, fault: SecondStage) -> Next {
     let vcpu = &mut vm.vcpu;
-    let (fault, outcome) = {
+    let (fault, refused) = match fault {
+        SecondStage::Fault(fault) => (fault, false),
+        SecondStage::Refused(fault) => (fault, true),
+    };
+    let outcome = {
         let pin = vm.memory.host().epoch.pin(cpu);
-        match fault {
-            SecondStage::Fault(fault) => (fault, vm.memory.handle_noting(&pin, &vcpu.hint, &mut vcpu.mmio, &fault)),
-            SecondStage::Refused(fault) => (fault, vm.memory.handle_refused(&pin, &vcpu.hint, &mut vcpu.mmio, &fault)),
+        if refused {
+            vm.memory.handle_refused(&pin, &vcpu.hint, &mut vcpu.mmio, &fault)
+        } else {
+            vm.memory.handle_noting(&pin, &vcpu.hint, &mut vcpu.mmio, &fault)
         }
     };
     match outcome {

@@ -46,10 +46,12 @@ pub const UNDEFINED: u64 = 6;
 pub const GENERAL_PROTECTION: u64 = 13;
 
 /// Answers the exit that the vCPU came back with.
-#[inline]
+#[inline(always)]
 pub fn handle(cpu: usize, vm: &mut Vm) -> Next {
+    if let Some(fault) = vm.vcpu.guest.nested_fault() {
+        return memory::fault(cpu, vm, fault);
+    }
     match vm.vcpu.guest.exit() {
-        Exit::Memory(fault) => memory::fault(cpu, vm, fault),
         Exit::Io(io) => ports::access(vm, io),
         other => rare(cpu, vm, other),
     }
@@ -60,6 +62,8 @@ pub fn handle(cpu: usize, vm: &mut Vm) -> Next {
 fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
     let guest = &mut *vm.vcpu.guest;
     match exit {
+        // Asked before.
+        Exit::Memory(_) => Next::Again,
         Exit::Cpuid => identity::cpuid(guest),
         Exit::ReadMsr => identity::read_register(guest),
         Exit::WriteMsr => identity::write_register(guest),

@@ -6,7 +6,8 @@
 //! Protocol: the tables here map the first 4 GiB to themselves with 2 MiB pages that may be written and executed, for the length
 //! of [`super::start::entresol_boot`], which loads better ones. What lies above is not touched before.
 //!
-//! Known holes: a machine whose processor has no long mode stops in a triple fault, for want of anybody to tell.
+//! What the compiler was allowed to use (BMI1 and BMI2: every processor since 2015 that has SVM) is asked for before any Rust code runs; a
+//! processor without, or without long mode, is refused on COM1 from here, and halted.
 
 use core::arch::global_asm;
 
@@ -38,6 +39,34 @@ entresol_start:
     rep     stosd
     mov     esp, offset __stacks_start
     add     esp, {stride}               // the boot CPU has the first area
+
+    mov     eax, 0x80000001
+    cpuid
+    bt      edx, 29                     // long mode
+    jnc     5f
+    xor     eax, eax
+    cpuid
+    cmp     eax, 7
+    jb      5f
+    mov     eax, 7
+    xor     ecx, ecx
+    cpuid
+    and     ebx, 0x108                  // BMI1, BMI2
+    cmp     ebx, 0x108
+    je      7f
+5:  mov     esi, offset entresol_start_refusal
+6:  mov     edx, 0x3fd                  // COM1's line status: the transmitter takes a byte
+    in      al, dx
+    test    al, 0x20
+    jz      6b
+    mov     edx, 0x3f8
+    lodsb
+    out     dx, al
+    test    al, al
+    jnz     6b
+8:  hlt
+    jmp     8b
+7:
 
     // One root entry, four of level 3, 2048 pages of 2 MiB.
     mov     eax, offset entresol_start_pdpt
@@ -92,6 +121,8 @@ entresol_start64:
     jmp     3b
 
     .section .rodata
+entresol_start_refusal:
+    .asciz  "\r\nPANIC: this CPU has no long mode, BMI1 or BMI2, which we use\r\nEND OF PANIC\r\n"
     .balign 8
 entresol_start_gdt:
     .quad   0, 0x00209b0000000000       // 64-bit code

@@ -17,11 +17,12 @@ pub mod fp;
 pub mod permissions;
 pub mod vmcb;
 
-use core::arch::global_asm;
+use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::mem::offset_of;
 
 use entresol_arch_x86::exit::Exit;
+use entresol_arch_x86::fault::{self, SecondStage};
 use entresol_arch_x86::svm;
 
 use crate::flush::Tenant;
@@ -68,7 +69,7 @@ impl Default for Guest {
 impl Guest {
     /// All zero: the processor refuses it as it is.
     pub fn new() -> Self {
-        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), tenant: FLUSHES.tenant() }
+        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), tenant: Tenant::default() }
     }
 
     /// What the processor is told, and tells.
@@ -81,6 +82,13 @@ impl Guest {
     #[inline]
     pub fn state(&mut self) -> &mut SaveArea {
         &mut self.vmcb.save
+    }
+
+    /// The nested page fault that it came back with last, if it was one.
+    #[inline]
+    pub fn nested_fault(&self) -> Option<SecondStage> {
+        let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
+        svm::is_nested_fault(exit_code).then(|| fault::nested(exit_info_1, exit_info_2))
     }
 
     /// Why it came back last.
@@ -117,91 +125,75 @@ static HOST: HostState = HostState(UnsafeCell::new(Vmcb::ZERO));
 const _: () = assert!(cpu::MAX_CPUS == 1, "each CPU needs a host state of its own");
 const _: () = assert!(offset_of!(Registers, rdi) == 40 && offset_of!(Registers, r) == 48, "as the assembly has them");
 
-global_asm!(
-    r#"
-    .text
-    .balign 64
-    .global entresol_enter
-entresol_enter:                         // rdi = VMCB, rsi = registers, rdx = the host's VMCB
-    push    rbp
-    mov     rbp, rsp
-    push    rbx
-    push    r12
-    push    r13
-    push    r14
-    push    r15
-    push    rdx
-    push    rsi
-    clgi
-    mov     rax, rdi
-    vmload  rax
-    mov     rcx, [rsi]
-    mov     rdx, [rsi + 8]
-    mov     rbx, [rsi + 16]
-    mov     rbp, [rsi + 24]
-    mov     rdi, [rsi + 40]
-    mov     r8,  [rsi + 48]
-    mov     r9,  [rsi + 56]
-    mov     r10, [rsi + 64]
-    mov     r11, [rsi + 72]
-    mov     r12, [rsi + 80]
-    mov     r13, [rsi + 88]
-    mov     r14, [rsi + 96]
-    mov     r15, [rsi + 104]
-    mov     rsi, [rsi + 32]
-    vmrun   rax
-    vmsave  rax                         // VMRUN gave our RAX back: the VMCB
-    pop     rax                         // registers
-    mov     [rax], rcx
-    mov     [rax + 8], rdx
-    mov     [rax + 16], rbx
-    mov     [rax + 24], rbp
-    mov     [rax + 32], rsi
-    mov     [rax + 40], rdi
-    mov     [rax + 48], r8
-    mov     [rax + 56], r9
-    mov     [rax + 64], r10
-    mov     [rax + 72], r11
-    mov     [rax + 80], r12
-    mov     [rax + 88], r13
-    mov     [rax + 96], r14
-    mov     [rax + 104], r15
-    pop     rax
-    vmload  rax
-    stgi
-    pop     r15
-    pop     r14
-    pop     r13
-    pop     r12
-    pop     rbx
-    pop     rbp
-    ret
-    "#
-);
-
-unsafe extern "C" {
-    fn entresol_enter(vmcb: *mut Vmcb, registers: *mut Registers, host: *mut Vmcb);
-}
-
 /// Saves what VMRUN does not keep of our own state, and lets x87 and SSE registers be moved. On each CPU, once, before it enters a
 /// guest.
 pub(crate) fn init_cpu() {
     fp::init_cpu();
     // SAFETY: VMSAVE writes a page that is a VMCB, which nobody else uses yet.
-    unsafe { core::arch::asm!("vmsave rax", in("rax") HOST.0.get(), options(nostack, preserves_flags)) };
+    unsafe { asm!("vmsave rax", in("rax") HOST.0.get(), options(nostack, preserves_flags)) };
 }
 
-/// Runs the guest until it comes back; [`Guest::exit`] says why.
+/// Runs the guest until it comes back; [`Guest::exit`] says why. `cpu` is the CPU that we are on.
 ///
 /// # Safety
 ///
-/// Its VMCB's nested tables, permission maps and intercepts keep the guest away from all that it does not own, and its x87 and SSE
+/// It is that. The guest's VMCB's nested tables, permission maps and intercepts keep the guest away from all that it does not own, and its x87 and SSE
 /// registers are loaded.
 #[inline]
-pub unsafe fn enter(guest: &mut Guest) {
-    let cpu = cpu::index();
+pub unsafe fn enter(cpu: usize, guest: &mut Guest) {
     guest.vmcb.control.tlb_control = if FLUSHES.enter(cpu, &mut guest.tenant) { vmcb::FLUSH_ALL } else { 0 };
-    // SAFETY: the assembly keeps the C calling convention, and writes VMCB and registers only; the caller answers for the guest.
-    unsafe { entresol_enter(&raw mut guest.vmcb, &raw mut guest.registers, HOST.0.get()) };
+    // SAFETY: VMCB and registers are the guest's, which is ours alone; every register that the guest leaves behind is put back or
+    // named as lost, and nothing of the guest's is on the stack. The caller answers for the guest.
+    unsafe {
+        asm!(
+            "push   rbp",
+            "push   rbx",
+            "push   rsi",
+            "clgi",
+            "vmload rax",
+            "mov    rcx, [rsi]",
+            "mov    rdx, [rsi + 8]",
+            "mov    rbx, [rsi + 16]",
+            "mov    rbp, [rsi + 24]",
+            "mov    rdi, [rsi + 40]",
+            "mov    r8,  [rsi + 48]",
+            "mov    r9,  [rsi + 56]",
+            "mov    r10, [rsi + 64]",
+            "mov    r11, [rsi + 72]",
+            "mov    r12, [rsi + 80]",
+            "mov    r13, [rsi + 88]",
+            "mov    r14, [rsi + 96]",
+            "mov    r15, [rsi + 104]",
+            "mov    rsi, [rsi + 32]",
+            "vmrun  rax",
+            // VMRUN gave our RAX back: the VMCB.
+            "vmsave rax",
+            "pop    rax",
+            "mov    [rax], rcx",
+            "mov    [rax + 8], rdx",
+            "mov    [rax + 16], rbx",
+            "mov    [rax + 24], rbp",
+            "mov    [rax + 32], rsi",
+            "mov    [rax + 40], rdi",
+            "mov    [rax + 48], r8",
+            "mov    [rax + 56], r9",
+            "mov    [rax + 64], r10",
+            "mov    [rax + 72], r11",
+            "mov    [rax + 80], r12",
+            "mov    [rax + 88], r13",
+            "mov    [rax + 96], r14",
+            "mov    [rax + 104], r15",
+            "lea    rax, [rip + {host}]",
+            "vmload rax",
+            "stgi",
+            "pop    rbx",
+            "pop    rbp",
+            host = sym HOST,
+            inout("rax") &raw mut guest.vmcb => _,
+            inout("rsi") &raw mut guest.registers => _,
+            out("rcx") _, out("rdx") _, out("rdi") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+        );
+    }
     FLUSHES.leave(cpu);
 }

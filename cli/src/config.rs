@@ -13,7 +13,7 @@ use entresol_loader::kernel::{self, Hint};
 use entresol_loader::{Ram, layout, virt, x86};
 use entresol_wire::Refusal;
 use entresol_wire::bundle::BundleError;
-use entresol_wire::config::{Config, KernelFormat, Role, Vm, Written, format_size};
+use entresol_wire::config::{Arch, Config, KernelFormat, Role, Vm, Written, format_size};
 
 /// Why there is no configuration, or no bundle.
 #[derive(Debug, thiserror::Error)]
@@ -145,8 +145,9 @@ fn bootable(loaded: &Loaded, index: usize, vm: &Vm<String>) -> Result<(), Config
         KernelFormat::Firmware => return Ok(()),
     };
     let initrd = vm.initrd.as_deref().map(bytes).unwrap_or_default();
-    // The kernel's own format says which architecture its machine has.
-    if hint == Hint::Auto && x86::is_kernel(bytes(&vm.kernel)) {
+    // Where the owner does not say, the kernel's own format tells which architecture its machine has.
+    let says = loaded.config.outer.arch == Arch::X86;
+    if says || hint == Hint::Auto && x86::is_kernel(bytes(&vm.kernel)) {
         let machine = x86::Machine { memory: vm.memory, vcpus: vm.vcpus as u8, virtio: 0, cmdline: &vm.cmdline };
         return match x86::boot(&machine, bytes(&vm.kernel), initrd) {
             Ok(_) => Ok(()),

@@ -10,7 +10,7 @@ use super::{
     CoalescedZone, Config, Console, DEVICE_PAGE, Disk, FIRMWARE_BASE, FLASH_BASE, KernelFormat, Limits, MAX_CMDLINE,
     MAX_COALESCED, MAX_DISKS, MAX_DOORBELLS, MAX_FLASH, MAX_MERGE_PAGES_PER_SECOND, MAX_NAME, MAX_OUTER_CPUS,
     MAX_OUTER_MEMORY, MAX_PASS_THROUGH, MAX_ROMS, MAX_VCPUS, MAX_VMS, MEMORY_GRANULE, MIN_BOUNCE_MEMORY, MIN_FLASH,
-    MIN_OUTER_MEMORY, OWNERS_WINDOW, Outer, PrivateIo, ROM_ALIGN, ROM_END, SECTOR, Vm, format_size,
+    MIN_OUTER_MEMORY, OWNERS_WINDOW, Outer, PrivateIo, ROM_ALIGN, ROM_END, SECTOR, Vm, arch, format_size,
 };
 use crate::Refusal;
 
@@ -35,6 +35,7 @@ impl<F: fmt::Display> Config<F> {
             let at = format!("vms[{index}]");
             check_name(&format!("{at}.name"), &vm.name)?;
             unlike_earlier(self, index, &at)?;
+            arch::check(self.outer.arch, &at, vm)?;
             memory(&at, vm.memory, self.outer.memory)?;
             private(&at, vm)?;
             limits(&at, vm)?;
@@ -50,7 +51,7 @@ impl<F: fmt::Display> Config<F> {
 }
 
 fn outer(outer: Outer) -> Result<(), Refusal> {
-    let Outer { memory, cpus, merge_pages_per_second } = outer;
+    let Outer { memory, cpus, merge_pages_per_second, .. } = outer;
     outer_cpus(i64::from(cpus))?;
     merge_rate(i64::from(merge_pages_per_second))?;
     let rule = if memory < MIN_OUTER_MEMORY {

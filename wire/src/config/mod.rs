@@ -20,6 +20,7 @@
 //!
 //! Known hole: whether a file *is* a kernel is the loader's to say; here it only has to be there and to fit.
 
+mod arch;
 mod check;
 mod memory;
 mod size;
@@ -33,6 +34,7 @@ use core::{fmt, iter};
 
 use serde::{Deserialize, Serialize};
 
+pub use arch::Arch;
 pub use check::{FileLength, check_name};
 pub use memory::{Limits, PRIORITY, WrittenMemory, Yields};
 pub use size::{format_size, parse_size};
@@ -108,6 +110,9 @@ pub struct Outer {
     pub memory: u64,
     /// CPUs.
     pub cpus: u32,
+    /// Its architecture.
+    #[serde(default)]
+    pub arch: Arch,
     /// Pages that the scanner for equal ones reads in a second, of all VMs that take part; 0: only when its owner asks.
     #[serde(default = "merge_rate")]
     pub merge_pages_per_second: u32,
@@ -119,7 +124,7 @@ const fn merge_rate() -> u32 {
 
 impl Default for Outer {
     fn default() -> Self {
-        Self { memory: 4 << 30, cpus: 2, merge_pages_per_second: MERGE_PAGES_PER_SECOND }
+        Self { memory: 4 << 30, cpus: 2, arch: Arch::Arm64, merge_pages_per_second: MERGE_PAGES_PER_SECOND }
     }
 }
 
@@ -256,7 +261,7 @@ pub struct Rom<F> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KernelFormat {
-    /// By what the file says of itself: arm64 `Image`, the same compressed, ELF.
+    /// By what the file says of itself: arm64 `Image`, the same compressed, ELF; on x86-64 `bzImage`, ELF.
     #[default]
     Auto,
     /// Position-independent code without a header, started at its first byte.

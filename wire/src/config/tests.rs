@@ -83,7 +83,10 @@ fn defaults_are_as_documented() {
     };
     assert_eq!(
         config,
-        Config { outer: Outer { memory: 4 << 30, cpus: 2, merge_pages_per_second: 5_000 }, vms: [expected].into() }
+        Config {
+            outer: Outer { memory: 4 << 30, cpus: 2, arch: Arch::Arm64, merge_pages_per_second: 5_000 },
+            vms: [expected].into()
+        }
     );
 }
 
@@ -292,6 +295,37 @@ fn files_are_asked_for_in_order_with_their_roles() {
         Role::Flash { vm: 0 },
     ];
     assert_eq!(roles, expected);
+}
+
+/// One configuration serves both architectures; what only arm64 has is refused by name, and is right there.
+#[test]
+fn what_x86_has_not_is_refused_by_name() {
+    let on = |arch: &str, change: Value| check(json!({ "outer": { "arch": arch }, "vms": [vm(change)] }));
+    let both = json!({ "initrd": "initrd", "disks": [{ "file": "disk" }], "balloon": true, "merge": true });
+    assert_eq!(on("x86_64", both).expect("right on both").outer.arch, Arch::X86);
+    let private = json!({ "memory": { "size": "512M", "private": true }, "policies": { "no_syndrome": "stop" } });
+    assert!(on("x86_64", private).is_ok());
+    #[rustfmt::skip]
+    let table = [
+        (json!({ "mte": true }), "vms[0].mte = true: must be false"),
+        (json!({ "kernel": "u-boot.bin" }), "vms[0].kernel_format = \"flat\": must be \"auto\""),
+        (json!({ "kernel": "firmware", "kernel_format": "firmware" }), "vms[0].kernel_format = \"firmware\": must be \"auto\""),
+        (json!({ "memory": { "size": "512M", "private": true, "io": "bounce" } }), "vms[0].memory.io = \"bounce\": must be \"lease\""),
+        (json!({ "roms": [{ "file": "page", "at": 0x1000 }] }), "vms[0].roms = 1 entries: must be empty"),
+        (json!({ "coalesced_mmio": [{ "base": 0x0c00_0000, "size": 8 }] }), "vms[0].coalesced_mmio = 1 entries: must be empty"),
+        (json!({ "doorbells": [{ "address": 0x0c00_0000, "size": 4 }] }), "vms[0].doorbells = 1 entries: must be empty"),
+        (json!({ "pass_through": [{ "machine": 0x0a00_0000, "base": 0x0c10_0000, "size": 4096 }] }), "vms[0].pass_through = 1 entries: must be empty"),
+        (json!({ "flash": "vars" }), "vms[0].flash = \"vars\": must be absent"),
+        (json!({ "policies": { "cache_maintenance": "trap" } }), "vms[0].policies.cache_maintenance = \"trap\": must be \"direct\""),
+        (json!({ "policies": { "read_only_ivac": "clean" } }), "vms[0].policies.read_only_ivac = \"clean\": must be \"abort\""),
+        (json!({ "policies": { "read_only_store": "abort" } }), "vms[0].policies.read_only_store = \"abort\": must be \"ignore\""),
+    ];
+    for (change, what) in table {
+        assert!(on("arm64", change.clone()).is_ok(), "{what}");
+        let text = on("x86_64", change).expect_err(what).to_string();
+        assert!(text.starts_with(what) && text.contains(" where outer.arch = \"x86_64\": "), "{text}");
+    }
+    assert!(serde_json::from_value::<Written>(json!({ "outer": { "arch": "riscv" } })).is_err());
 }
 
 proptest! {

@@ -9,9 +9,9 @@ use serde::Deserialize;
 use super::check::{self, FileLength};
 use super::memory::WrittenMemory;
 use super::{
-    CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, Limits, NoSyndrome,
-    OnReset, Outer, PRIORITY, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock, UnclaimedMmio, Vm,
-    size,
+    Arch, CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, Limits,
+    NoSyndrome, OnReset, Outer, PRIORITY, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock,
+    UnclaimedMmio, Vm, size,
 };
 use crate::Refusal;
 
@@ -35,6 +35,8 @@ pub struct WrittenOuter {
     pub memory: Option<String>,
     /// CPUs; 2 if absent.
     pub cpus: Option<i64>,
+    /// Architecture; arm64 if absent.
+    pub arch: Option<Arch>,
     /// See [`Outer::merge_pages_per_second`]; 5000 if absent.
     pub merge_pages_per_second: Option<i64>,
 }
@@ -169,6 +171,7 @@ impl WrittenOuter {
         Ok(Outer {
             memory: self.memory.map_or(Ok(default.memory), |text| memory("outer.memory", &text))?,
             cpus: self.cpus.map_or(Ok(default.cpus), check::outer_cpus)?,
+            arch: self.arch.unwrap_or_default(),
             merge_pages_per_second: self
                 .merge_pages_per_second
                 .map_or(Ok(default.merge_pages_per_second), check::merge_rate)?,

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use entresol_cli::client::Client;
 use entresol_cli::config::Loaded;
-use entresol_wire::config::{WrittenVm, parse_size};
+use entresol_wire::config::{Arch, WrittenVm, parse_size};
 
 use super::Context;
 use super::transcript::Transcript;
@@ -118,7 +118,9 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// As [`Builder::boot`].
     pub fn boot_x86(self, cpu: &str, vms: Vec<WrittenVm>) -> Result<Machine> {
-        let loaded = bundle::check(bundle::written(&self.outer_memory, 1, vms))?;
+        let mut written = bundle::written(&self.outer_memory, 1, vms);
+        written.outer.arch = Some(Arch::X86);
+        let loaded = bundle::check(written)?;
         let packed = self.folder.join("bundle.img");
         bundle::pack(&loaded, &packed)?;
         let (memory, x86) = (loaded.config().outer.memory, self.context.x86()?);

@@ -177,7 +177,7 @@ pub fn fetch<E>(at: u64, mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) 
     Ok(Bytes { bytes, count, stopped })
 }
 
-/// Has the decoder make its tables, some 100 KiB of heap, which it does when it is first used. To be called while there is heap
+/// Has the decoder make its tables, some 80 KiB of heap in 2,000 pieces, which it does when it is first used. To be called while there is heap
 /// to spare, and before a guest can be the first to use it.
 pub fn prepare() {
     const NOP: [u8; 1] = [0x90];

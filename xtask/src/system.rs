@@ -33,6 +33,7 @@ mod stolen;
 mod store;
 mod swap;
 mod swap_device;
+mod swap_history;
 mod swap_removal;
 pub mod transcript;
 mod x86;
@@ -135,6 +136,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "swap_device_is_removed_and_used_again",
         about: "the swap device is taken out of use: all that is on it comes back, for all who share it, or the device stays",
         run: swap_removal::swap_device_is_removed_and_used_again,
+    },
+    SystemTest {
+        name: "tagged_memory_survives_any_history",
+        about: "guests with tags under random histories of reclaim, fork, merge, pause and removal of the swap device: nothing is lost",
+        run: swap_history::tagged_memory_survives_any_history,
     },
     SystemTest {
         name: "tags_come_back_from_the_disk",

@@ -313,6 +313,11 @@ pub const TESTS: &[SystemTest] = &[
         run: x86::x86_guest_works_its_memory,
     },
     SystemTest {
+        name: "x86_mmio_entries",
+        about: "x86-64: accesses to what is no memory by cache, by walk and the whole way, counted; without a bit to reserve too",
+        run: x86::x86_mmio_entries,
+    },
+    SystemTest {
         name: "x86_refuses_by_name",
         about: "x86-64: no SVM, no bundle, and what a configuration asks for that is not there, each with its reason",
         run: x86::x86_refuses_by_name,

@@ -75,6 +75,7 @@ fn start(info: &'static BootInfo) {
     if host::init(pool, cpu::count()).is_err() {
         refuse(format_args!("the heap has no room for the records of {frames} frames"));
     }
+    entresol_arch_x86::emulate::prepare();
     let bits = features::get().physical_bits;
     log::info!(
         "entresol {} on x86-64: SVM, {bits} physical bits, {} CPU, {} MiB for guests",

@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use entresol_addr::{Gpa, PAGE_SIZE, PageSize};
+use entresol_arch_x86::emulate::Unsupported;
 use entresol_arch_x86::exit::Exit;
 use entresol_arch_x86::npt::Nested;
 use entresol_backing::{ObjectHandle, Policy, Spec};
@@ -26,7 +27,8 @@ use entresol_wire::config::{self, LargestEntry, Limits};
 
 use crate::host;
 
-type Made = Memory<'static, Metal, Nested>;
+/// The core's part of a virtual machine.
+pub type Made = Memory<'static, Metal, Nested>;
 
 /// Slots of a virtual machine.
 const SLOTS: u32 = 64;
@@ -68,6 +70,8 @@ pub enum Crash {
     OutOfMemory,
     /// An access that the core does not complete, at this address.
     Access(Gpa),
+    /// An access to what is no memory, by an instruction that is not carried out.
+    Instruction { gpa: Gpa, unsupported: Unsupported },
     /// The nested tables hold a word that nobody wrote.
     Malformed(Gpa),
     /// It has waited for an interrupt that nobody sends.

@@ -9,7 +9,7 @@ use super::plugin::Statistics;
 
 /// Targets: medians, in instructions, and what KVM's median is on the same machine where nobody measures it again; none
 /// where KVM does not carry the operation out.
-const TARGETS: [(&str, u64, Option<u64>); 41] = [
+const TARGETS: [(&str, u64, Option<u64>); 43] = [
     ("fault_populated_4k", 700, Some(4447)),
     ("fault_fresh_4k", 1400, Some(7277)),
     ("fault_populated_2m", 900, Some(4610)),
@@ -48,6 +48,8 @@ const TARGETS: [(&str, u64, Option<u64>); 41] = [
     ("major_fault_again_4k", 12_000, None),
     ("x86_fault_populated_4k", 733, Some(3666)),
     ("x86_fault_fresh_4k", 1377, Some(6888)),
+    ("x86_mmio_read", 1224, Some(6123)),
+    ("x86_mmio_write", 1141, Some(5709)),
     ("x86_hypercall", 653, Some(3265)),
     ("x86_port_write", 691, Some(3459)),
     ("x86_dirty_log_fault", 545, Some(1636)),

@@ -13,9 +13,11 @@ use crate::outer_x86::OuterX86;
 use crate::{bundle, fetch, guests, image};
 
 /// Key of the results and the guest's phase.
-const OPERATIONS: [(&str, u8); 6] = [
+const OPERATIONS: [(&str, u8); 8] = [
     ("x86_fault_populated_4k", 2),
     ("x86_fault_fresh_4k", 1),
+    ("x86_mmio_read", 4),
+    ("x86_mmio_write", 5),
     ("x86_hypercall", 6),
     ("x86_port_write", 24),
     ("x86_dirty_log_fault", 12),

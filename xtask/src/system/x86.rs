@@ -29,6 +29,22 @@ pub fn x86_guest_works_its_memory(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// The first access to what is no memory leaves an entry, the next ones need no look-up; without an address bit to reserve each takes the
+/// whole way, and is as right.
+pub fn x86_mmio_entries(context: &Context) -> Result<()> {
+    let wide = format!("{EPYC},phys-bits=52");
+    for (cpu, argument) in [(EPYC, ""), (wide.as_str(), " entries=none")] {
+        let builder = Builder::new(context, "x86_mmio_entries")?.outer("1G", 1);
+        let mut vm = vm(guests::x86("guest-x86-first")?, LargestEntry::Page4K, true);
+        vm.cmdline += argument;
+        let mut machine = builder.boot_x86(cpu, vec![vm])?;
+        machine.expect("PASS entries say where no memory is")?;
+        machine.expect("ALL PASS")?;
+        machine.expect_power_off()?;
+    }
+    Ok(())
+}
+
 /// A processor without SVM, and a configuration that asks for more than there is.
 pub fn x86_refuses_by_name(context: &Context) -> Result<()> {
     let kernel = guests::x86("guest-x86-first")?;

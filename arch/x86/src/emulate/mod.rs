@@ -251,6 +251,11 @@ impl Instruction {
         }
     }
 
+    /// Whether all its accesses are to the same bytes.
+    pub fn touches_one_place(&self) -> bool {
+        !matches!(self.operation, Operation::Copy)
+    }
+
     /// Carries it out. RIP, RFLAGS and general registers are those after it; if the bus refuses, those before it.
     ///
     /// # Errors

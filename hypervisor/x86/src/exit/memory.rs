@@ -5,7 +5,7 @@ use entresol_arch_x86::fault::SecondStage;
 use entresol_fault::Fault;
 use entresol_mmu::{Outcome, Reason};
 
-use super::{GENERAL_PROTECTION, Next, inject};
+use super::{GENERAL_PROTECTION, Next, inject, mmio};
 use crate::host;
 use crate::vm::{Crash, End, Vm};
 
@@ -42,7 +42,7 @@ fn conclude(cpu: usize, vm: &mut Vm, fault: &Fault, outcome: Outcome) -> Next {
         },
         // The architecture has no abort for an address that nobody answers: what a guest fetches from, or walks, must be memory.
         Outcome::Inject(_) | Outcome::Skip => inject(&mut vm.vcpu.guest, GENERAL_PROTECTION, Some(0)),
-        Outcome::Mmio => crash(Crash::Access(fault.gpa)),
+        Outcome::Mmio => mmio::access(cpu, vm, fault),
         Outcome::Exit(Reason::OutOfMemory) => crash(Crash::OutOfMemory),
         Outcome::Exit(Reason::Malformed) => malformed(cpu, vm, fault.gpa),
         Outcome::Exit(

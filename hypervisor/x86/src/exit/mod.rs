@@ -3,6 +3,7 @@
 //! | room | exits |
 //! |---|---|
 //! | [`memory`] | nested page faults |
+//! | [`mmio`] | those on what is no memory |
 //! | [`ports`] | IN and OUT |
 //! | [`identity`] | CPUID, RDMSR, WRMSR |
 //! | [`service`] | VMMCALL |
@@ -15,6 +16,7 @@
 
 pub mod identity;
 mod memory;
+mod mmio;
 mod ports;
 mod service;
 
@@ -44,6 +46,7 @@ const SKINIT: u64 = 0x86;
 /// Exceptions (APM 8.2).
 pub const UNDEFINED: u64 = 6;
 pub const GENERAL_PROTECTION: u64 = 13;
+pub const PAGE_FAULT: u64 = 14;
 
 /// Answers the exit that the vCPU came back with.
 #[inline(always)]

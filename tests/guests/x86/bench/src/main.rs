@@ -7,6 +7,7 @@
 //! |---|---|
 //! | 1 | first store to a 4 KiB page that was never touched |
 //! | 2 | first store to a 4 KiB page that the VM's memory has but the second stage does not map |
+//! | 4, 5 | load, store of 32 bits where neither memory nor a device is |
 //! | 6 | VMMCALL: nothing |
 //! | 7 | store to a page that is mapped: 1, what counting itself costs |
 //! | 12 | store to a page that the dirty log has write-protected |
@@ -51,6 +52,9 @@ const NOTHING: u64 = 0xc600_0000;
 const ZAP: u32 = 0xc600_0001;
 const DIRTY: u32 = 0xc600_0010;
 
+/// Where nothing is.
+const NOWHERE: u64 = 0xd800_0000;
+
 /// COM1's scratch register.
 const SCRATCH: u16 = 0x3ff;
 
@@ -78,6 +82,14 @@ fn calls() {
     phase!("0xa006");
     for _ in 0..CALLS {
         measured!("vmmcall", inout("rax") NOTHING => _);
+    }
+    phase!("0xa004");
+    for _ in 0..CALLS {
+        measured!("mov eax, [{}]", in(reg) NOWHERE, out("eax") _);
+    }
+    phase!("0xa005");
+    for _ in 0..CALLS {
+        measured!("mov [{}], eax", in(reg) NOWHERE, in("eax") 0);
     }
     phase!("0xa018");
     for _ in 0..CALLS {

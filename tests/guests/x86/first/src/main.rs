@@ -21,6 +21,7 @@ const fn pattern(page: u64) -> u64 {
 const NOTHING: u32 = 0xc600_0000;
 const ZAP: u32 = 0xc600_0001;
 const DIRTY: u32 = 0xc600_0010;
+const MMIO: u32 = 0xc600_0012;
 const UNKNOWN: u32 = 0xc600_00ff;
 const INVALID: u64 = -2i64 as u64;
 const NOT_SUPPORTED: u64 = -1i64 as u64;
@@ -40,6 +41,8 @@ fn main(machine: &Machine) {
     tally.check("EFER keeps what it must", efer());
     tally.check("SVM's own instructions are undefined", undefined_instruction());
     if services {
+        tally.check("nobody answers: loads read ones, stores are ignored", nobody());
+        tally.check("entries say where no memory is", entries(machine.argument("entries") != Some("none")));
         tally.check("services answer, and refuse bad arguments", services_answer());
         tally.check("memory outlives its entries", outlives(START, end));
         tally.check("the log names each page that was written, once", log(START, end));
@@ -149,6 +152,57 @@ fn efer() -> bool {
         asm!("rdmsr", "wrmsr", in("ecx") EFER, out("eax") low, out("edx") high, options(nostack));
     }
     low & (1 << 8 | 1 << 10) == 1 << 8 | 1 << 10 && low & 1 << 12 == 0 && high == 0
+}
+
+/// Where no memory is, and no device either.
+const NOWHERE: u64 = 0xd800_0000;
+
+fn nobody() -> bool {
+    let at = NOWHERE as *mut u8;
+    let (byte, word, extended): (u8, u32, u64);
+    // SAFETY: no memory is there.
+    unsafe {
+        at.cast::<u32>().write_volatile(7);
+        asm!("mov {}, [{}]", out(reg_byte) byte, in(reg) at, options(nostack, readonly));
+        asm!("mov {:e}, [{}]", out(reg) word, in(reg) at, options(nostack, readonly));
+        asm!("movsx {}, byte ptr [{}]", out(reg) extended, in(reg) at, options(nostack, readonly));
+        asm!("or dword ptr [{}], 1", in(reg) at, options(nostack));
+    }
+    (byte, word, extended) == (u8::MAX, u32::MAX, u64::MAX)
+}
+
+/// How accesses were answered: by the cache, by a walk, the whole way again, entries made.
+fn counts() -> [u64; 4] {
+    core::array::from_fn(|index| call(MMIO, index as u64, 0))
+}
+
+/// The first access to a page leaves an entry. The next is known by the vCPU's cache; with another page in between, the entry is found
+/// by a walk. A slot that changes makes the entry old. `none`: the processor has no bit to reserve for entries.
+fn entries(some: bool) -> bool {
+    let (one, other) = (NOWHERE + PAGE, NOWHERE + 2 * PAGE);
+    let mut before = counts();
+    let mut changed = |what: &str, wanted: [u64; 4]| {
+        let after = counts();
+        let change: [u64; 4] = core::array::from_fn(|index| after[index] - before[index]);
+        before = after;
+        let wanted = if some { wanted } else { [0; 4] };
+        if change != wanted {
+            println!("{what}: {change:?}, not {wanted:?}");
+        }
+        change == wanted
+    };
+    store(one, 1);
+    let first = changed("the first access", [0, 0, 0, 1]);
+    store(one + 8, 1);
+    let second = changed("the second", [1, 0, 0, 0]);
+    store(other, 1);
+    let another = changed("another page", [0, 0, 0, 1]);
+    store(one, 1);
+    let third = changed("the first page again", [0, 1, 0, 0]);
+    let log = call(DIRTY, 1, 0) == 0 && call(DIRTY, 0, 0) == 0;
+    store(one, 1);
+    let old = changed("after a change of slots", [0, 0, 1, 1]);
+    first && second && another && third && log && old
 }
 
 fn services_answer() -> bool {

@@ -26,6 +26,7 @@ pub mod cmos;
 pub mod flash;
 pub mod gic;
 pub mod kick;
+pub mod pc;
 pub mod pit;
 pub mod pl011;
 pub mod pl031;

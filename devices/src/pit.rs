@@ -109,12 +109,17 @@ impl Default for Pit {
 impl Pit {
     /// A timer at power-on: nothing counts.
     pub const fn new() -> Self {
-        Self { state: Mutex::new(State { counters: [Counter::NEW; 3], gate: 0, ticked: 0 }) }
+        Self { state: Mutex::new(State::new()) }
     }
 
     /// The same for a copy of the virtual machine.
     pub fn fork(&self) -> Self {
         Self { state: Mutex::new(self.state.lock().clone()) }
+    }
+
+    /// Back to power-on.
+    pub fn reset(&self) {
+        *self.state.lock() = State::new();
     }
 
     /// Its registers at `now`.
@@ -202,6 +207,10 @@ impl Pit {
 }
 
 impl State {
+    const fn new() -> Self {
+        Self { counters: [Counter::NEW; 3], gate: 0, ticked: 0 }
+    }
+
     /// A control word (8254, "Control word format" and "Read-back command").
     fn control(&mut self, value: u8, now: u64) {
         let which = usize::from(value >> 6);

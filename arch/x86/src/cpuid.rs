@@ -37,11 +37,13 @@ pub struct Vcpu {
     pub osxsave: bool,
     /// XCR0.
     pub xcr0: u64,
+    /// The states that the world switch carries, of [`STATES`]; 0: those of FXSAVE, and the guest has no XSAVE.
+    pub states: u64,
     /// There is a kvm-clock.
     pub clock: bool,
 }
 
-/// The states that are switched with XSAVE: x87, SSE, AVX.
+/// The states that may be switched with XSAVE: x87, SSE, AVX.
 pub const STATES: u64 = 0b111;
 /// Bytes of an XSAVE area before what follows the legacy part and the header.
 const XSAVE_LEGACY: u32 = 512 + 64;
@@ -69,6 +71,11 @@ const LEAF_1_ECX: u32 = bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 
 const X2APIC: u32 = 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
 const XSAVE: u32 = 1 << 26;
+/// FMA, AVX, F16C; in leaf 7 AVX2; VAES, VPCLMULQDQ: what needs the upper halves.
+const LEAF_1_ECX_AVX: u32 = bits(&[12, 28, 29]);
+const LEAF_7_EBX_AVX: u32 = 1 << 5;
+const LEAF_7_ECX_AVX: u32 = bits(&[9, 10]);
+const AVX: u64 = 0b100;
 const OSXSAVE: u32 = 1 << 27;
 const GUEST: u32 = 1 << 31;
 /// Leaf 1 EDX: FPU, VME, DE, PSE, TSC, MSR, PAE, CX8, SEP, PGE, CMOV, PAT, PSE36, CLFSH, MMX, FXSR, SSE, SSE2.
@@ -98,6 +105,12 @@ const LEAF_88_EBX: u32 = bits(&[0, 2]);
 /// KVM's features: both generations of the clock's MSRs, no delays for ports, a clock that is the same on every vCPU.
 const CLOCK_FEATURES: u32 = bits(&[0, 1, 3, 24]);
 
+impl Vcpu {
+    const fn has_avx(&self) -> bool {
+        self.states & AVX != 0
+    }
+}
+
 /// The answer to `leaf` and `subleaf`, where the machine itself answers `machine(leaf, subleaf)`.
 pub fn answer(leaf: u32, subleaf: u32, vcpu: &Vcpu, machine: impl Fn(u32, u32) -> Words) -> Words {
     let count = u32::from(vcpu.count);
@@ -109,10 +122,14 @@ pub fn answer(leaf: u32, subleaf: u32, vcpu: &Vcpu, machine: impl Fn(u32, u32) -
         6 => Words { eax: LEAF_6_EAX, ..Words::default() },
         7 if subleaf == 0 && within(leaf, &machine) => {
             let own = machine(7, 0);
-            Words { eax: 0, ebx: own.ebx & LEAF_7_EBX, ecx: own.ecx & LEAF_7_ECX, edx: own.edx & LEAF_7_EDX }
+            let (no_ebx, no_ecx) = if vcpu.has_avx() { (0, 0) } else { (LEAF_7_EBX_AVX, LEAF_7_ECX_AVX) };
+            let (ebx, ecx) = (own.ebx & LEAF_7_EBX & !no_ebx, own.ecx & LEAF_7_ECX & !no_ecx);
+            Words { eax: 0, ebx, ecx, edx: own.edx & LEAF_7_EDX }
         }
         0xb => topology(subleaf, vcpu),
-        0xd if within(leaf, &machine) && machine(1, 0).ecx & XSAVE != 0 => states(subleaf, vcpu, &machine),
+        0xd if vcpu.states != 0 && within(leaf, &machine) && machine(1, 0).ecx & XSAVE != 0 => {
+            states(subleaf, vcpu, &machine)
+        }
         HYPERVISOR if vcpu.clock => signature(HYPERVISOR + 1),
         0x4000_0001 if vcpu.clock => Words { eax: CLOCK_FEATURES, ..Words::default() },
         EXTENDED => Words { eax: machine(EXTENDED, 0).eax.clamp(EXTENDED + 1, LAST_EXTENDED), ..machine(EXTENDED, 0) },
@@ -143,7 +160,14 @@ const fn width(count: u32) -> u32 {
 
 fn features(vcpu: &Vcpu, own: Words) -> Words {
     let (id, count) = (u32::from(vcpu.id), u32::from(vcpu.count));
-    let mut ecx = own.ecx & LEAF_1_ECX | X2APIC | TSC_DEADLINE | GUEST;
+    let mut ecx = own.ecx & LEAF_1_ECX;
+    if vcpu.states == 0 {
+        ecx &= !XSAVE;
+    }
+    if !vcpu.has_avx() {
+        ecx &= !LEAF_1_ECX_AVX;
+    }
+    ecx |= X2APIC | TSC_DEADLINE | GUEST;
     if vcpu.osxsave && ecx & XSAVE != 0 {
         ecx |= OSXSAVE;
     }
@@ -176,7 +200,7 @@ fn topology(subleaf: u32, vcpu: &Vcpu) -> Words {
 
 /// The states of XSAVE, and how large they are in the standard form, which is also the largest compacted one.
 fn states(subleaf: u32, vcpu: &Vcpu, machine: &impl Fn(u32, u32) -> Words) -> Words {
-    let offered = u64::from(machine(0xd, 0).eax) & STATES;
+    let offered = u64::from(machine(0xd, 0).eax) & STATES & vcpu.states;
     let avx = machine(0xd, 2);
     let size = |states: u64| {
         let end = if states & 0b100 != 0 { avx.ebx.saturating_add(avx.eax) } else { 0 };
@@ -205,7 +229,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const VCPU: Vcpu = Vcpu { id: 3, count: 4, physical_bits: 40, osxsave: true, xcr0: 7, clock: true };
+    const VCPU: Vcpu = Vcpu { id: 3, count: 4, physical_bits: 40, osxsave: true, xcr0: 7, states: 7, clock: true };
 
     /// A machine with every flag and more leaves than anybody knows.
     fn all(leaf: u32, subleaf: u32) -> Words {
@@ -294,6 +318,16 @@ mod tests {
         assert_eq!(ask(0xd, 1), Words { eax: 7, ebx: 832, ecx: 0, edx: 0 });
         assert_eq!(ask(0xd, 2), Words { eax: 256, ebx: 576, ecx: 0, edx: 0 });
         assert_eq!(ask(0xd, 5), Words::default());
+        let none = Vcpu { states: 0, ..VCPU };
+        assert_eq!(answer(0xd, 0, &none, all), Words::default());
+        let (one, seven) = (answer(1, 0, &none, all), answer(7, 0, &none, all));
+        assert_eq!(
+            (one.ecx & (0b1011 << 26 | 1 << 12 | 1 << 29), seven.ebx & 1 << 5, seven.ecx & 0b11 << 9),
+            (0, 0, 0)
+        );
+        let sse = Vcpu { states: 3, xcr0: 3, ..VCPU };
+        assert_eq!(answer(0xd, 0, &sse, all), Words { eax: 3, ebx: 576, ecx: 576, edx: 0 });
+        assert_eq!((answer(0xd, 2, &sse, all), answer(1, 0, &sse, all).ecx >> 26 & 0b111), (Words::default(), 0b011));
     }
 
     proptest! {

@@ -13,6 +13,8 @@
 //! by the facade of `entresol-sync`, which names the place in the source of each operation on an atomic or a lock, and by
 //! how operations ended ([`feedback`]). So the search is guided without an instrumented build, and a seed repeats it.
 //!
+//! A second subject, [`interrupts`], is the interrupt controllers of an x86-64 machine, with a reference of its own.
+//!
 //! Checked: INV-3, 4, 5, 7, 11, 13, 15 as far as one CPU shows them; no panic, no wait for ever.
 //!
 //! Known holes: one CPU and one virtual machine. A flat machine has no caches and no stale translations: those are the
@@ -23,6 +25,7 @@
 
 pub mod feedback;
 pub mod input;
+pub mod interrupts;
 pub mod reference;
 pub mod search;
 pub mod subject;

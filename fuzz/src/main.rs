@@ -3,14 +3,18 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
-use entresol_fuzz::search::{Search, run};
+use clap::{Parser, ValueEnum};
+use entresol_fuzz::search::{self, Search, run};
+use entresol_fuzz::{interrupts, subject};
 
-/// Search for a sequence of operations that the core and a naive reference see differently
+/// Search for a sequence of operations that the code and a naive reference see differently
 ///
 /// Exit status: 0 nothing was found; 1 something was; 2 wrong command line.
 #[derive(Parser)]
 struct Options {
+    /// What to search
+    #[arg(value_enum, long, default_value_t = Subject::Core)]
+    subject: Subject,
     /// The seed: the same one searches the same way
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -20,6 +24,23 @@ struct Options {
     /// Run only this input, written as hexadecimal digits
     #[arg(long, value_parser = bytes)]
     input: Option<Bytes>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Subject {
+    /// The core, on a flat machine
+    Core,
+    /// The interrupt controllers of an x86-64 machine
+    Interrupts,
+}
+
+impl Subject {
+    fn run(self) -> search::Subject {
+        match self {
+            Self::Core => subject::run,
+            Self::Interrupts => interrupts::run,
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -33,8 +54,9 @@ fn bytes(text: &str) -> Result<Bytes, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    let subject = options.subject.run();
     if let Some(Bytes(input)) = options.input {
-        return match run(&input) {
+        return match run(subject, &input) {
             Ok(()) => ExitCode::SUCCESS,
             Err(what) => {
                 println!("{what}");
@@ -42,7 +64,7 @@ fn main() -> ExitCode {
             }
         };
     }
-    let (mut search, started) = (Search::new(options.seed), Instant::now());
+    let (mut search, started) = (Search::new(subject, options.seed), Instant::now());
     let limit = Duration::from_secs(options.seconds);
     let mut found = None;
     while found.is_none() && started.elapsed() < limit {

@@ -6,7 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use fastrand::Rng;
 
 use crate::feedback::Feedback;
-use crate::subject;
+
+/// What is searched: runs an input, or says what does not hold.
+pub type Subject = fn(&[u8]) -> Result<(), String>;
 
 /// Bytes of the longest input.
 const LONGEST: usize = 512;
@@ -24,6 +26,7 @@ pub struct Found {
 
 /// A search under way.
 pub struct Search {
+    subject: Subject,
     rng: Rng,
     corpus: Vec<Vec<u8>>,
     reached: BTreeSet<u16>,
@@ -31,9 +34,9 @@ pub struct Search {
 }
 
 impl Search {
-    /// A search that the seed repeats.
-    pub fn new(seed: u64) -> Self {
-        Self { rng: Rng::with_seed(seed), corpus: vec![Vec::new()], reached: BTreeSet::new(), runs: 0 }
+    /// A search of `subject` that the seed repeats.
+    pub fn new(subject: Subject, seed: u64) -> Self {
+        Self { subject, rng: Rng::with_seed(seed), corpus: vec![Vec::new()], reached: BTreeSet::new(), runs: 0 }
     }
 
     /// Runs so far.
@@ -50,7 +53,7 @@ impl Search {
     pub fn step(&mut self) -> Option<Found> {
         let input = self.changed();
         self.runs += 1;
-        if let Err(what) = run(&input) {
+        if let Err(what) = run(self.subject, &input) {
             return Some(self.shortened(input, what));
         }
         let before = self.reached.len();
@@ -107,7 +110,7 @@ impl Search {
             while at < input.len() {
                 let mut shorter = input.clone();
                 shorter.drain(at..(at + part).min(input.len()));
-                match run(&shorter) {
+                match run(self.subject, &shorter) {
                     Err(still) => (input, what) = (shorter, still),
                     Ok(()) => at += part,
                 }
@@ -118,13 +121,13 @@ impl Search {
     }
 }
 
-/// One run; a panic is a finding like any other.
+/// One run of `subject`; a panic is a finding like any other.
 ///
 /// # Errors
 ///
 /// What does not hold.
-pub fn run(input: &[u8]) -> Result<(), String> {
-    let run = || Feedback::here().watch(|| catch_unwind(AssertUnwindSafe(|| subject::run(input))));
+pub fn run(subject: Subject, input: &[u8]) -> Result<(), String> {
+    let run = || Feedback::here().watch(|| catch_unwind(AssertUnwindSafe(|| subject(input))));
     run().unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));

@@ -32,7 +32,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("hypervisor", &HYPERVISOR),
     ("hypervisor-x86", &HYPERVISOR_X86),
     ("model", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64", "arch-x86"]),
-    ("fuzz", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64"]),
+    ("fuzz", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64", "devices"]),
     ("cli", &["wire", "addr", "mmu", "loader", "model"]),
     ("xtask", &["wire", "cli"]),
 ];

@@ -130,7 +130,7 @@ mod tests {
     fn another_vcpu_or_one_that_was_away_flushes() {
         let flushes = Flushes::<2>::new();
         let (mut one, mut two) = (Tenant::default(), Tenant::default());
-        let mut run = |cpu, vcpu: &mut Tenant| {
+        let run = |cpu, vcpu: &mut Tenant| {
             let flushed = flushes.enter(cpu, vcpu);
             flushes.leave(cpu);
             flushed

@@ -15,7 +15,7 @@ pub mod sources;
 pub mod toolchain;
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -55,6 +55,16 @@ pub fn qemu_x86() -> Result<Qemu> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
     qemu::ensure_qemu_x86(&cache)
+}
+
+/// Debian's amd64 kernel for virtual machines.
+///
+/// # Errors
+/// As [`everything`].
+pub fn kernel_x86() -> Result<PathBuf> {
+    let cache = workspace::cache_dir()?;
+    let _lock = lock(&cache)?;
+    guest::ensure_kernel_x86(&cache)
 }
 
 /// A browser without a window, for the test of the lab's pages.

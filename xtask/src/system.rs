@@ -313,6 +313,11 @@ pub const TESTS: &[SystemTest] = &[
         run: x86::x86_guest_works_its_memory,
     },
     SystemTest {
+        name: "x86_linux_boots",
+        about: "x86-64: Debian's amd64 kernel boots under SVM and nested paging until it wants a root file system",
+        run: x86::x86_linux_boots,
+    },
+    SystemTest {
         name: "x86_mmio_entries",
         about: "x86-64: accesses to what is no memory by cache, by walk and the whole way, counted; without a bit to reserve too",
         run: x86::x86_mmio_entries,

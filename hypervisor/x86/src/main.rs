@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`run`] | what happens between two entries? |
 //! | [`exit`] | why did a guest leave, and what is done about it? |
-//! | [`vm`] | what is a virtual machine made of? |
+//! | [`vm`], [`devices`] | what is a virtual machine made of? |
 //! | [`host`], [`heap`] | what do all of them share? |
 //!
 //! A crate of its own, beside the arm64 hypervisor: nearly every file there names that architecture's interrupt controller,
@@ -17,14 +17,16 @@
 //!
 //! Invariants: a guest is hostile. Nothing it does may panic here, allocate on the heap, or wait without bound.
 //!
-//! Known holes: one virtual machine of one vCPU; no interrupts, hence no time slices, no control channel and no devices but a
-//! serial port that sends. What a configuration asks for beyond is refused by name.
+//! Known holes: one virtual machine of one vCPU; no interrupts of the machine, hence no time slices, guests' timers that are looked
+//! at when the guest comes back, and no control channel; no transports, a serial port that only sends. What a configuration asks
+//! for beyond is refused by name.
 #![no_std]
 #![no_main]
 #![allow(unsafe_code, reason = "entry symbols, the heap, entering guests: every block says why it is sound")]
 
 extern crate alloc;
 
+mod devices;
 mod exit;
 mod heap;
 mod host;

@@ -22,8 +22,11 @@ fn enter_until_it_ends(cpu: usize, vm: &mut Vm) -> End {
         // SAFETY: `load` made the hardware hold its state; its nested tables are the core's, no port is passed through, and of the
         // model-specific registers only those that the processor keeps for it.
         unsafe { switch::enter(cpu, &mut vm.vcpu.guest) };
-        if let Next::End(end) = exit::handle(cpu, vm) {
-            return end;
+        match exit::handle(cpu, vm) {
+            // Nearly always, and nothing is due that was not before.
+            Next::Again => {}
+            Next::Look => exit::interrupts::settle(vm),
+            Next::End(end) => return end,
         }
     }
 }

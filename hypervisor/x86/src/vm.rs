@@ -19,12 +19,14 @@ use entresol_loader::x86::{self, Boot};
 use entresol_loader::{Memory as LoaderMemory, Region};
 use entresol_metal_x86::switch::vmcb::{self, first, second};
 use entresol_metal_x86::switch::{FpState, Guest, IoPermissions, MsrPermissions, Segment};
-use entresol_metal_x86::{Metal, cpu, features};
+use entresol_metal_x86::{Metal, cpu, features, timer};
 use entresol_mmu::{CopyError, LogError, MmioCache, Options, ReadOnlyIvac, Vm as Memory};
 use entresol_slot::{Hint, ObjectId, SlotError, SlotFlags, SlotRequest};
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, LargestEntry, Limits};
 
+use crate::devices::Devices;
+use crate::exit::clock::KvmClock;
 use crate::host;
 
 /// The core's part of a virtual machine.
@@ -91,6 +93,8 @@ pub struct Vm {
     pub services: bool,
     pub memory: Made,
     pub vcpu: Vcpu,
+    pub devices: Devices,
+    pub clock: KvmClock,
     /// The slot of its lower memory.
     low: SlotRequest,
     /// Where a dirty log is fetched to, if there can be one.
@@ -124,6 +128,7 @@ impl Vm {
         let initrd = config.initrd.map_or(Ok(&[][..]), file).map_err(|error| failed(&error))?;
         let machine = x86::Machine { memory: config.memory, vcpus: 1, virtio: 0, cmdline: &config.cmdline };
         let boot = x86::boot(&machine, kernel, initrd).map_err(|error| failed(&error))?;
+        let devices = Devices::new().map_err(|error| failed(&error))?;
         let log = log_room(config).map_err(|error| failed(&error))?;
         let (memory, low) = create_memory(config, &boot).map_err(|error| failed(&error))?;
         let mut writer = BootMemory { memory: &memory, hint: Hint::new() };
@@ -132,8 +137,18 @@ impl Vm {
             return Err(failed(&format_args!("memory: {error:?}")));
         }
         let guest = guest(&boot.start);
+        let clock = KvmClock::new(timer::now());
         let vcpu = Vcpu { guest, fp: FpState::new(), hint: Hint::new(), mmio: MmioCache::new() };
-        Ok(Self { name: config.name.clone(), services: config.policies.services, memory, vcpu, low, log })
+        Ok(Self {
+            name: config.name.clone(),
+            services: config.policies.services,
+            memory,
+            vcpu,
+            devices,
+            clock,
+            low,
+            log,
+        })
     }
 
     /// Starts (`true`) or ends the dirty log of its lower memory.

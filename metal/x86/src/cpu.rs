@@ -133,13 +133,6 @@ pub fn relax() {
     core::hint::spin_loop();
 }
 
-/// The time stamp counter.
-#[inline]
-pub fn timestamp() -> u64 {
-    // SAFETY: every 64-bit processor has it, and CR4.TSD is ours and clear.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
-
 fn block(index: usize) -> *mut PerCpu {
     assert!(index < MAX_CPUS, "CPU {index} of {MAX_CPUS}");
     BLOCKS.0.get().cast::<PerCpu>().wrapping_add(index)

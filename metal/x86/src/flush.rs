@@ -58,8 +58,10 @@ impl<const N: usize> Flushes<N> {
     #[must_use = "translations that are not flushed are used"]
     pub fn enter(&self, cpu: usize, tenant: &mut Tenant) -> bool {
         let own = &self.cpus[cpu];
-        // Announced before the count is read: a swap is a full barrier.
-        own.inside.swap(true, Ordering::SeqCst);
+        // Announced before the count is read: a swap is a full barrier. One CPU alone has nobody to tell.
+        if N > 1 {
+            own.inside.swap(true, Ordering::SeqCst);
+        }
         let wanted = self.wanted.load(Ordering::SeqCst);
         if own.seen.load(Ordering::Relaxed) == wanted && own.ticket.load(Ordering::Relaxed) == tenant.0 {
             return false;
@@ -73,7 +75,9 @@ impl<const N: usize> Flushes<N> {
     /// It came back.
     #[inline]
     pub fn leave(&self, cpu: usize) {
-        self.cpus[cpu].inside.store(false, Ordering::Release);
+        if N > 1 {
+            self.cpus[cpu].inside.store(false, Ordering::Release);
+        }
     }
 
     /// Everything that any CPU knows of guests' translations by now is to be forgotten.

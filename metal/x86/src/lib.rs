@@ -12,7 +12,7 @@
 //! | [`switch`] | how is a guest entered, and why did it come back? |
 //! | [`features`] | what can this CPU do? |
 //! | [`Metal`], [`flush`] | how do words, pages and TLBs obey the core? |
-//! | [`console`], [`power`] | the devices that the hypervisor keeps for itself |
+//! | [`timer`], [`console`], [`power`] | the devices that the hypervisor keeps for itself |
 //!
 //! Protocol: the program that links this crate defines one symbol, without mangling, and is linked with `link.ld`:
 //!
@@ -62,6 +62,8 @@ mod paging;
 pub mod power;
 #[cfg(target_os = "none")]
 pub mod switch;
+#[cfg(target_os = "none")]
+pub mod timer;
 
 #[cfg(target_os = "none")]
 pub use machine::Metal;

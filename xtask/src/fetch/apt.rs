@@ -173,11 +173,12 @@ pub fn host_architecture() -> Result<String> {
     Ok(workspace::output(Command::new("dpkg").arg("--print-architecture"))?.trim().to_owned())
 }
 
+/// What guests are of, whatever the host is.
+const GUESTS: [&str; 2] = ["arm64", "amd64"];
+
 fn source_list(suite: Suite, host: &str, mirrors: &Mirrors, keyring: &Path) -> String {
     let mut architectures = vec![host];
-    if host != "arm64" {
-        architectures.push("arm64");
-    }
+    architectures.extend(GUESTS.into_iter().filter(|guest| *guest != host));
     let options = format!("[arch={} signed-by={}]", architectures.join(","), keyring.display());
     let mut list: String =
         suite.pockets().iter().map(|pocket| format!("deb {options} {} {pocket} main\n", mirrors.main)).collect();
@@ -191,13 +192,14 @@ fn source_list(suite: Suite, host: &str, mirrors: &Mirrors, keyring: &Path) -> S
 /// or download what nobody reads.
 fn apt_config(dir: &Path, host: &str) -> String {
     let dir = dir.display();
+    let guests: String = GUESTS.iter().map(|guest| format!("\"{guest}\"; ")).collect();
     format!(
         "#clear APT::Update::Pre-Invoke;\n#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n\
          #clear DPkg::Post-Invoke;\n#clear APT::Architectures;\n#clear APT::Default-Release;\n\
          #clear Acquire::IndexTargets::deb::DEP-11;\n#clear Acquire::IndexTargets::deb::DEP-11-icons;\n\
          #clear Acquire::IndexTargets::deb::DEP-11-icons-hidpi;\n#clear Acquire::IndexTargets::deb::CNF;\n\
          #clear Acquire::IndexTargets::deb::Contents-deb;\n\
-         APT::Architecture \"{host}\";\nAPT::Architectures {{ \"{host}\"; \"arm64\"; }};\nAPT::Sandbox::User \"root\";\n\
+         APT::Architecture \"{host}\";\nAPT::Architectures {{ \"{host}\"; {guests} }};\nAPT::Sandbox::User \"root\";\n\
          Acquire::Languages \"none\";\nAcquire::Retries \"3\";\n\
          Dir::State \"{dir}/state\";\nDir::State::status \"{dir}/dpkg/status\";\nDir::Cache \"{dir}/cache\";\n\
          Dir::Etc::sourcelist \"{dir}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n\

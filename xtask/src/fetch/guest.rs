@@ -11,6 +11,7 @@ use crate::progress::Step;
 
 /// As in [`super::qemu`].
 const FOLDER: &str = "guest-1";
+const FOLDER_X86: &str = "guest-x86-1";
 
 /// The fetched files.
 #[derive(Clone, Debug)]
@@ -67,6 +68,25 @@ pub fn ensure_guest(cache: &Path) -> Result<Guest> {
     Ok(guest)
 }
 
+/// Debian's amd64 kernel for virtual machines, an unmodified `bzImage`, fetched when it has to be.
+///
+/// # Errors
+/// As [`ensure_guest`].
+pub fn ensure_kernel_x86(cache: &Path) -> Result<PathBuf> {
+    let folder = cache.join(FOLDER_X86);
+    if !folder.is_dir() {
+        let what = "fetching Debian's amd64 kernel";
+        let step = Step::start(what);
+        let debian = host::debian(&Os::here(), cache)?;
+        let root = Root::open(cache, Suite::Bookworm, &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
+        step.say(what);
+        let kernel = root.behind("linux-image-cloud-amd64:amd64", "linux-image-6")?;
+        let kernel = format!("{}:amd64", kernel.trim_end_matches(":amd64"));
+        unpack(cache, &folder, &root, &[kernel], &step)?;
+    }
+    only(&folder.join("boot"), "vmlinuz-").with_context(|| format!("remove {} and try again", folder.display()))
+}
+
 fn fetch(cache: &Path, folder: &Path) -> Result<()> {
     let step = Step::start("fetching Debian's arm64 kernel and tools");
     let debian = host::debian(&Os::here(), cache)?;
@@ -75,10 +95,15 @@ fn fetch(cache: &Path, folder: &Path) -> Result<()> {
     let kernel = root.behind("linux-image-arm64:arm64", "linux-image-6")?;
     let kernel = format!("{}:arm64", kernel.trim_end_matches(":arm64"));
     let packages = [kernel, "busybox-static:arm64".into(), "u-boot-qemu".into(), "qemu-efi-aarch64".into()];
+    unpack(cache, folder, &root, &packages, &step)
+}
+
+/// Downloads packages and unpacks them into `folder`.
+fn unpack(cache: &Path, folder: &Path, root: &Root, packages: &[String], step: &Step) -> Result<()> {
     let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;
     let (packed, tree) = (work.path().join("packed"), work.path().join("tree"));
     fs::create_dir(&packed).and_then(|()| fs::create_dir(&tree)).context("cannot make a work folder")?;
-    for package in root.download(&packages, &packed, &step)? {
+    for package in root.download(packages, &packed, step)? {
         apt::unpack(&packed.join(&package.file), &tree)?;
     }
     super::publish(&tree, folder)

@@ -8,6 +8,7 @@ use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
 use super::Context;
 use super::machine::Builder;
 use crate::bundle;
+use crate::fetch;
 use crate::guests;
 use crate::outer_x86::EPYC;
 
@@ -43,6 +44,21 @@ pub fn x86_mmio_entries(context: &Context) -> Result<()> {
         machine.expect_power_off()?;
     }
     Ok(())
+}
+
+/// Debian's amd64 kernel, unmodified, as far as it comes without a root file system: it then resets the machine, by the register that ACPI's tables name.
+pub fn x86_linux_boots(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "x86_linux_boots")?.outer("2G", 1);
+    let vm = WrittenVm {
+        memory: "512M".into(),
+        cmdline: "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=acpi".into(),
+        ..bundle::program("linux", &fetch::kernel_x86()?, "")
+    };
+    let mut machine = builder.boot_x86(EPYC, vec![vm])?;
+    machine.expect("Linux version 6.")?;
+    machine.expect("Kernel panic - not syncing: VFS: Unable to mount root fs")?;
+    machine.expect("vm linux: asked for a reset")?;
+    machine.expect_power_off().map(drop)
 }
 
 /// A processor without SVM, and a configuration that asks for more than there is.

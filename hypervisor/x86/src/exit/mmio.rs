@@ -6,8 +6,6 @@
 //! The processor has told the physical address of the access that failed. An instruction that touches one place has touched that one:
 //! its tables are not walked a second time for it.
 //!
-//! Known holes: nothing answers yet: loads read ones, stores are ignored, as on a PC's bus.
-
 use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_arch_x86::emulate::{self, Bus, CodeSize, Instruction, Progress, Registers, Unsupported, Width};
 use entresol_arch_x86::paging::{self, Controls, Kind, Mode, Regime, Request, Tables, WalkError};
@@ -19,7 +17,9 @@ use entresol_mmu::{CopyError, Outcome};
 use entresol_slot::Hint;
 use entresol_sync::Pin;
 
-use super::{GENERAL_PROTECTION, Next, PAGE_FAULT, UNDEFINED, go_on, inject};
+use super::identity::guest_time;
+use super::{GENERAL_PROTECTION, Next, PAGE_FAULT, UNDEFINED, go_on, inject, interrupts};
+use crate::devices::Devices;
 use crate::vm::{Crash, End, Made, Vm};
 
 /// Why an access is not completed now.
@@ -57,10 +57,11 @@ pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
         return Next::End(End::Crash(Crash::Access(fault.gpa)));
     }
     let guest = &mut *vm.vcpu.guest;
+    interrupts::begin(guest, &vm.devices);
     let mut registers = registers(guest);
     let done = {
         let pin = vm.memory.host().epoch.pin(cpu);
-        let mut view = View::new(&vm.memory, &pin, &vm.vcpu.hint, guest);
+        let mut view = View::new(&vm.memory, &vm.devices, &pin, &vm.vcpu.hint, guest);
         carry_out(&mut view, &mut registers, guest, fault.gpa)
     };
     match done {
@@ -147,6 +148,9 @@ fn write_back(guest: &mut Guest, from: &Registers) {
 /// The guest's memory by its linear addresses, for the length of one instruction.
 struct View<'v> {
     memory: &'v Made,
+    devices: &'v Devices,
+    /// The guest's time stamp counter.
+    now: u64,
     pin: &'v Pin<'v>,
     hint: &'v Hint,
     regime: Regime,
@@ -157,7 +161,7 @@ struct View<'v> {
 }
 
 impl<'v> View<'v> {
-    fn new(memory: &'v Made, pin: &'v Pin<'v>, hint: &'v Hint, guest: &mut Guest) -> Self {
+    fn new(memory: &'v Made, devices: &'v Devices, pin: &'v Pin<'v>, hint: &'v Hint, guest: &mut Guest) -> Self {
         let state = guest.state();
         let (user, by_leave) = (state.cpl == 3, state.rflags & RFLAGS_AC != 0);
         let (cr0, cr3, cr4, efer) = (state.cr0, state.cr3, state.cr4, state.efer);
@@ -182,7 +186,8 @@ impl<'v> View<'v> {
             pkru: 0,
             physical_bits: memory.ipa_bits(),
         };
-        let mut view = Self { memory, pin, hint, regime, user, by_leave, known: None };
+        let now = guest_time(guest);
+        let mut view = Self { memory, devices, now, pin, hint, regime, user, by_leave, known: None };
         if view.regime.mode == Mode::Pae {
             // With nested paging the processor reads them with each walk (APM 15.25.10). Where there is no memory they are absent.
             for index in 0..4 {
@@ -223,11 +228,11 @@ impl<'v> View<'v> {
         Ok(([first, second], left as usize))
     }
 
-    /// Bytes within one page: of memory, or of nobody.
+    /// Bytes within one page: of memory, or of a device.
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), Stop> {
         match self.memory.read(self.pin, self.hint, gpa, to) {
             Err(CopyError::Outside { .. }) => {
-                to.fill(0xff);
+                self.devices.load(gpa, to, self.now);
                 Ok(())
             }
             done => Ok(done?),
@@ -237,7 +242,11 @@ impl<'v> View<'v> {
     /// The same for a store; one to read-only memory is ignored too.
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), Stop> {
         match self.memory.write(self.pin, self.hint, gpa, from) {
-            Err(CopyError::Outside { .. } | CopyError::ReadOnly { .. }) => Ok(()),
+            Err(CopyError::Outside { .. }) => {
+                self.devices.store(gpa, from, self.now);
+                Ok(())
+            }
+            Err(CopyError::ReadOnly { .. }) => Ok(()),
             done => Ok(done?),
         }
     }

@@ -5,8 +5,9 @@
 //! | [`memory`] | nested page faults |
 //! | [`mmio`] | those on what is no memory |
 //! | [`ports`] | IN and OUT |
-//! | [`identity`] | CPUID, RDMSR, WRMSR |
+//! | [`identity`], [`clock`] | CPUID, RDMSR, WRMSR |
 //! | [`service`] | VMMCALL |
+//! | [`interrupts`] | HLT, and what is injected before the next entry |
 //!
 //! An instruction that left is answered whole: either its effect is there and the guest goes on behind it, or it gets an
 //! exception, or the machine ends.
@@ -14,7 +15,9 @@
 //! Known holes: where the processor does not save the next instruction's address, the length is that of the instruction without
 //! prefixes: a guest that puts some before CPUID goes on in the middle of it. It harms itself only.
 
+pub mod clock;
 pub mod identity;
+pub mod interrupts;
 mod memory;
 mod mmio;
 mod ports;
@@ -31,8 +34,10 @@ pub use identity::EFER_SVME;
 /// What comes after an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// The guest goes on.
+    /// The guest goes on, and nothing of its interrupts has changed.
     Again,
+    /// The guest goes on when its interrupts were looked at.
+    Look,
     /// It does not.
     End(End),
 }
@@ -51,9 +56,19 @@ pub const PAGE_FAULT: u64 = 14;
 /// Answers the exit that the vCPU came back with.
 #[inline(always)]
 pub fn handle(cpu: usize, vm: &mut Vm) -> Next {
+    if vm.vcpu.guest.was_delivering() {
+        interrupts::again(&mut vm.vcpu.guest);
+    }
     if let Some(fault) = vm.vcpu.guest.nested_fault() {
         return memory::fault(cpu, vm, fault);
     }
+    other(cpu, vm)
+}
+
+/// Any exit but a nested page fault. Apart, so that the faults keep their registers.
+#[inline(never)]
+fn other(cpu: usize, vm: &mut Vm) -> Next {
+    interrupts::begin(&mut vm.vcpu.guest, &vm.devices);
     match vm.vcpu.guest.exit() {
         Exit::Io(io) => ports::access(vm, io),
         other => rare(cpu, vm, other),
@@ -61,20 +76,19 @@ pub fn handle(cpu: usize, vm: &mut Vm) -> Next {
 }
 
 #[cold]
-#[inline(never)]
 fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
     let guest = &mut *vm.vcpu.guest;
     match exit {
         // Asked before.
         Exit::Memory(_) => Next::Again,
-        Exit::Cpuid => identity::cpuid(guest),
-        Exit::ReadMsr => identity::read_register(guest),
-        Exit::WriteMsr => identity::write_register(guest),
+        Exit::Cpuid => identity::cpuid(vm),
+        Exit::ReadMsr => identity::read_register(vm),
+        Exit::WriteMsr => identity::write_register(cpu, vm),
         Exit::Hypercall => service::call(cpu, vm),
         // Caches are coherent, and devices see them: there is nothing to write back, and nothing may be thrown away.
         Exit::WriteBackCaches | Exit::InvalidateCaches => skip(guest, 2),
-        // Nothing can wake it. One that waits with interrupts off would wait for ever on any machine.
-        Exit::Halt => Next::End(End::Crash(Crash::Halted)),
+        Exit::Halt => interrupts::halt(vm),
+        Exit::InterruptWindow => Next::Look,
         Exit::Shutdown => Next::End(End::Crash(Crash::TripleFault)),
         Exit::InvalidState => Next::End(End::Crash(Crash::InvalidState)),
         // Of the machine's own. It is kept pending, and nobody has asked for any.
@@ -104,7 +118,7 @@ pub fn skip(guest: &mut Guest, length: u64) -> Next {
 pub fn go_on(guest: &mut Guest, rip: u64) -> Next {
     guest.state().rip = rip;
     guest.control().interrupt_shadow = 0;
-    Next::Again
+    Next::Look
 }
 
 /// The guest gets an exception where it is.

@@ -6,7 +6,7 @@ use core::mem::MaybeUninit;
 use entresol_metal_common::memory::Region;
 
 use super::info::{self, BootInfo};
-use crate::{console, cpu, exception, features, paging, power};
+use crate::{console, cpu, exception, features, paging, power, timer};
 
 unsafe extern "Rust" {
     fn entresol_main(info: &'static BootInfo) -> !;
@@ -43,6 +43,7 @@ pub extern "C" fn entresol_boot(start_info: u64) -> ! {
     // SAFETY: the tables map the image, the stacks and RAM where they are. Only the boot CPU runs.
     unsafe { paging::load(paging::build(info)) };
     console::init();
+    timer::init();
     cpu::enable_svm();
     crate::switch::init_cpu();
     // SAFETY: the hypervisor defines it with this type, as the crate's documentation demands.

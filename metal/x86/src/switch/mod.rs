@@ -84,6 +84,13 @@ impl Guest {
         &mut self.vmcb.save
     }
 
+    /// Whether an event was being delivered to it.
+    #[inline]
+    pub fn was_delivering(&self) -> bool {
+        const VALID: u64 = 1 << 31;
+        self.vmcb.control.exit_interrupt_info & VALID != 0
+    }
+
     /// The nested page fault that it came back with last, if it was one.
     #[inline]
     pub fn nested_fault(&self) -> Option<SecondStage> {

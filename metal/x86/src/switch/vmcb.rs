@@ -37,6 +37,8 @@ pub mod first {
     pub const SMI: u32 = 1 << 2;
     /// INIT.
     pub const INIT: u32 = 1 << 3;
+    /// A virtual interrupt that the guest is about to take.
+    pub const VINTR: u32 = 1 << 4;
     /// CPUID.
     pub const CPUID: u32 = 1 << 18;
     /// INVD.

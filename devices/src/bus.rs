@@ -36,6 +36,26 @@ pub enum MemoryError {
     Absent,
 }
 
+/// One of a virtqueue's three areas in guest memory (virtio 2.7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Area {
+    /// The descriptor table.
+    Descriptors,
+    /// The available ring, written by the driver.
+    Driver,
+    /// The used ring, written by the device.
+    Device,
+}
+
+/// An area of one of a device's queues: what it reads or writes again and again while the queue works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ring {
+    /// The queue's number.
+    pub queue: usize,
+    /// Which of its areas.
+    pub area: Area,
+}
+
 /// A VM's memory, for devices: copies only.
 ///
 /// An access of 2, 4 or 8 bytes at an address aligned to its size is single-copy atomic, as it would be for a
@@ -57,6 +77,27 @@ pub trait GuestMemory: Send + Sync {
     /// As [`Self::read`], and [`MemoryError::ReadOnly`]. A prefix of the bytes may have been stored.
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError>;
 
+    /// As [`Self::read`], of a piece of `ring`: where that lies may be remembered for the next time.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::read`].
+    fn read_ring(&self, _ring: Ring, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError> {
+        self.read(gpa, to)
+    }
+
+    /// As [`Self::write`], of a piece of `ring`: where that lies may be remembered for the next time.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::write`].
+    fn write_ring(&self, _ring: Ring, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
+        self.write(gpa, from)
+    }
+
+    /// Queue `queue` works no more: what is remembered of its rings is of no use.
+    fn forget_rings(&self, _queue: usize) {}
+
     /// Whether devices reach a part of memory only, so that drivers must ask their platform which.
     fn is_restricted(&self) -> bool {
         false
@@ -70,6 +111,18 @@ impl<T: GuestMemory + ?Sized> GuestMemory for Arc<T> {
 
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
         (**self).write(gpa, from)
+    }
+
+    fn read_ring(&self, ring: Ring, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError> {
+        (**self).read_ring(ring, gpa, to)
+    }
+
+    fn write_ring(&self, ring: Ring, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
+        (**self).write_ring(ring, gpa, from)
+    }
+
+    fn forget_rings(&self, queue: usize) {
+        (**self).forget_rings(queue);
     }
 
     fn is_restricted(&self) -> bool {

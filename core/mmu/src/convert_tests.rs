@@ -161,7 +161,8 @@ fn a_conversion_has_page_frame_caches_give_their_leases_back() {
 }
 
 /// A page that is converted, punched and touched again and again while one CPU tells through a cache and one reaches open pages
-/// only: a use of an absent frame stops the flat machine, and what was refused was private.
+/// only, by copies and by a cache: a use of an absent frame stops the flat machine, what was refused was private, and the cache knows
+/// nothing as long as the page is.
 #[test]
 fn caches_and_devices_meet_a_page_that_changes() {
     const ROUNDS: u64 = 400;
@@ -169,7 +170,7 @@ fn caches_and_devices_meet_a_page_that_changes() {
     let vm = private(&host, Policy::Pages);
     vm.write(&host.epoch.pin(CPU), &Hint::new(), Gpa::new(RAM + PAGE_SIZE), &[1]).unwrap();
     let (page, over) = (pages(RAM, 0, 1), AtomicBool::new(false));
-    let (told, seen) = (AtomicU64::new(0), [AtomicU64::new(0), AtomicU64::new(0)]);
+    let (told, seen) = (AtomicU64::new(0), [const { AtomicU64::new(0) }; 3]);
     std::thread::scope(|scope| {
         let (vm, host, over, told, seen) = (&vm, &host, &over, &told, &seen);
         scope.spawn(move || {
@@ -184,7 +185,10 @@ fn caches_and_devices_meet_a_page_that_changes() {
         });
         scope.spawn(move || {
             while !over.load(Ordering::Relaxed) {
+                // While the page is private, or changes.
+                let _ = vm.activate_as(2, 1, Reach::Open, Gpa::new(RAM + 256), 8);
                 let pin = host.epoch.pin(2);
+                seen[2].fetch_add(u64::from(vm.check(&pin, 1, 8).is_some()), Ordering::Relaxed);
                 match vm.write_as(&pin, &Hint::new(), Reach::Open, Gpa::new(RAM + 128), b"device") {
                     Ok(()) => drop(seen[0].fetch_add(1, Ordering::Relaxed)),
                     Err(CopyError::MemoryFault(fault)) => {
@@ -196,7 +200,7 @@ fn caches_and_devices_meet_a_page_that_changes() {
                 }
             }
         });
-        let met = || [told, &seen[0], &seen[1]].iter().all(|count| count.load(Ordering::Relaxed) != 0);
+        let met = || seen.iter().chain([told]).all(|count| count.load(Ordering::Relaxed) != 0);
         let mut round = 0;
         // However late the others begin.
         while round < ROUNDS || !met() {
@@ -205,10 +209,15 @@ fn caches_and_devices_meet_a_page_that_changes() {
             if round % 5 == 0 {
                 while vm.discard(CPU, &[page]).is_err() {}
             }
+            let private = round % 2 != 0;
+            assert!(
+                !private || vm.check(&host.epoch.pin(CPU), 1, 8).is_none(),
+                "a private page is known to the device"
+            );
             audit(host);
         }
         over.store(true, Ordering::Relaxed);
     });
-    vm.deactivate(0).unwrap();
+    (0..2).for_each(|index| vm.deactivate(index).unwrap());
     assert_eq!(audit(&host).leased, 0);
 }

@@ -68,6 +68,8 @@ mod fork_tests;
 #[cfg(test)]
 mod mmio_tests;
 #[cfg(test)]
+mod pfncache_property_tests;
+#[cfg(test)]
 mod pfncache_tests;
 #[cfg(test)]
 mod tag_tests;

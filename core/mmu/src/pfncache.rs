@@ -1,11 +1,12 @@
 //! Page-frame caches: where a piece of guest memory lies in the machine, kept from one use to the next.
 //!
-//! Purpose: what the hypervisor writes again and again (a vCPU's stolen time) without a walk through slots and objects each
-//! time. A cache knows a piece within one page, and says in a few loads whether what it knows is still true.
+//! Purpose: what the hypervisor reads and writes again and again (a vCPU's stolen time, the rings of a virtqueue) without a walk
+//! through slots and objects each time. A cache knows a piece within one page, and says in a few loads whether what it knows is
+//! still true.
 //!
 //! # Protocol
 //!
-//! - *Use* ([`Vm::check`]): pin, check, use, unpin. Between check and unpin the frame stays what it is.
+//! - *Use* ([`Vm::check`], [`Vm::check_at`]): pin, check, use, unpin. Between check and unpin the frame stays what it is.
 //! - *Refresh* ([`Vm::refresh`]), one at a time: invalid first, then sample the notifier, let go of the lock, find slot and frame,
 //!   take the lock again, ask the notifier and the slots whether anything moved since; if so, begin again. A frame that a fork
 //!   shares is made the object's own first: what a cache knows may be written.
@@ -20,14 +21,17 @@
 //! - Who is answerable for the lease of an invalidated cache: if the frame goes (a hole, a freed object, poison), nobody; if it
 //!   stays and its page is converted, whoever converts takes the lease from the cache after the grace period and releases it.
 //!   A hole after that finds no lease.
-//! - `activate` makes a cache one that invalidations look at before it knows anything; `deactivate` takes what it knows first.
+//! - `activate` puts a cache on the list that invalidations walk before it samples anything; `deactivate` takes what it knows first.
+//!   An invalidation raises its count before it looks at the list: who joins after that finds the count.
+//! - A cache of somebody who sees only what the guest shares ([`Reach::Open`]) knows open pages only: the attribute is asked after
+//!   the sample, and a conversion is an invalidation.
 //!
 //! Readers take no lock: what a cache knows is published under a version that is odd while it changes.
 //!
 //! Invariants: INV-3 (nothing is written through a cache once `invalidate_range_start` has returned), INV-4 (who writes where
 //! writes are logged marks after the bytes, as [`Vm::write`] does), INV-7, INV-10. Nothing allocates after [`Vm::make_caches`].
-//! Lock order: a cache's refreshing → its state → nothing; slots, objects, pool and grace periods between the two, with the state
-//! free.
+//! Lock order: a cache's refreshing → the list → a cache's state → a frame's; slots, objects, pool and grace periods after the first,
+//! with list and states free.
 //!
 //! Known hole: a cache that nobody refreshes keeps its lease, and so the frame in the mapping, until it is deactivated, the frame is
 //! freed or the machine ends.
@@ -36,7 +40,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use entresol_addr::{GfnRange, Gpa, Hpa, PAGE_SIZE};
-use entresol_backing::{GrantError, Lease, LeaseError, ObjectHandle};
+use entresol_backing::{GrantError, Lease, LeaseError, ObjectHandle, Reach};
 use entresol_machine::Machine;
 use entresol_slot::{Hint, SlotRef};
 use entresol_sync::atomic::{AtomicU64, Ordering, fence};
@@ -45,7 +49,7 @@ use entresol_table::Format;
 
 use crate::guest::CopyError;
 use crate::vm::Vm;
-use crate::{Invalidation, OutOfHeap, TooMany};
+use crate::{Invalidation, MemoryFault, OutOfHeap, TooMany};
 
 /// How often a refresh begins again before it leaves the rest to a later one: others may change the page for long.
 const TRIES: usize = 64;
@@ -80,6 +84,8 @@ struct State {
     active: bool,
     gpa: Gpa,
     len: u64,
+    /// How far its user sees.
+    reach: Reach,
     /// Of the frame that it knows, or knew last.
     lease: Option<Lease>,
 }
@@ -130,11 +136,16 @@ impl Piece<'_, '_> {
     pub fn bytes(&self) -> u64 {
         self.known.len
     }
+
+    /// How many of `bytes` it has.
+    fn at_most(&self, bytes: usize) -> usize {
+        usize::try_from(self.known.len).unwrap_or(usize::MAX).min(bytes)
+    }
 }
 
 impl PfnCache {
     fn new() -> Self {
-        let state = State { active: false, gpa: Gpa::new(0), len: 0, lease: None };
+        let state = State { active: false, gpa: Gpa::new(0), len: 0, reach: Reach::Everything, lease: None };
         Self {
             refreshing: Mutex::new(()),
             state: Mutex::new(state),
@@ -179,42 +190,62 @@ impl PfnCache {
 }
 
 /// The caches of one virtual machine.
-pub(crate) struct Caches(Once<Box<[PfnCache]>>);
+pub(crate) struct Caches {
+    all: Once<Box<[PfnCache]>>,
+    /// Numbers of those that are active, or were a moment ago; there is room for all.
+    list: Mutex<Vec<usize>>,
+}
 
 impl Caches {
     pub(crate) const fn new() -> Self {
-        Self(Once::new())
+        Self { all: Once::new(), list: Mutex::new(Vec::new()) }
     }
 
     fn all(&self) -> &[PfnCache] {
-        self.0.get().map_or(&[], |caches| caches)
+        self.all.get().map_or(&[], |caches| caches)
     }
 
     fn get(&self, index: usize) -> Result<&PfnCache, CacheError> {
         self.all().get(index).ok_or(CacheError::Absent { index })
     }
 
-    /// Takes what caches know of `range`, whose invalidation is in progress.
-    fn forget(&self, range: GfnRange) {
-        for cache in self.all() {
-            let state = cache.state.lock();
-            if state.active && range.contains(state.gpa.frame()) {
-                cache.forget();
+    /// Cache `index`, which is there, is one that invalidations look at.
+    fn join(&self, index: usize) {
+        let mut list = self.list.lock();
+        if !list.contains(&index) {
+            debug_assert!(list.len() < list.capacity(), "there is room for all");
+            list.push(index);
+        }
+    }
+
+    fn leave(&self, index: usize) {
+        let mut list = self.list.lock();
+        if let Some(place) = list.iter().position(|other| *other == index) {
+            list.swap_remove(place);
+        }
+    }
+
+    /// Calls `visit` with the state of each cache of a page of `range`, whose invalidation is in progress.
+    fn of_range(&self, range: GfnRange, mut visit: impl FnMut(&PfnCache, &mut State)) {
+        let list = self.list.lock();
+        for cache in list.iter().filter_map(|index| self.all().get(*index)) {
+            let mut state = cache.state.lock();
+            if range.contains(state.gpa.frame()) {
+                visit(cache, &mut state);
             }
         }
     }
-}
 
-impl Caches {
+    /// Takes what caches know of `range`, whose invalidation is in progress.
+    fn forget(&self, range: GfnRange) {
+        self.of_range(range, |cache, _| cache.forget());
+    }
+
     /// Takes the leases of caches of `range`, whose invalidation is in progress since a grace period.
     pub(crate) fn give_leases_back(&self, range: GfnRange, mut release: impl FnMut(Lease)) {
-        for cache in self.all() {
-            let lease = {
-                let mut state = cache.state.lock();
-                if range.contains(state.gpa.frame()) { state.lease.take() } else { None }
-            };
-            lease.into_iter().filter(|_| !planted!(ZD6)).for_each(&mut release);
-        }
+        self.of_range(range, |_, state| {
+            state.lease.take().into_iter().filter(|_| !planted!(ZD6)).for_each(&mut release);
+        });
     }
 }
 
@@ -242,7 +273,8 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let mut caches = Vec::new();
         caches.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
         caches.resize_with(count, PfnCache::new);
-        self.caches.0.call_once(|| caches.into_boxed_slice());
+        self.caches.list.lock().try_reserve_exact(count).map_err(|_| OutOfHeap)?;
+        self.caches.all.call_once(|| caches.into_boxed_slice());
         Ok(())
     }
 
@@ -253,11 +285,23 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     ///
     /// [`CacheError`]. After [`CacheError::Memory`] it is active all the same, and a later refresh may do better.
     pub fn activate(&self, cpu: usize, index: usize, gpa: Gpa, len: u64) -> Result<(), CacheError> {
+        self.activate_as(cpu, index, Reach::Everything, gpa, len)
+    }
+
+    /// The same for somebody who reaches as far as `reach`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::activate`]; [`CopyError::MemoryFault`] where the page is out of reach.
+    pub fn activate_as(&self, cpu: usize, index: usize, reach: Reach, gpa: Gpa, len: u64) -> Result<(), CacheError> {
         let cache = self.caches.get(index)?;
         if len == 0 || gpa.page_offset().checked_add(len).is_none_or(|end| end > PAGE_SIZE) {
             return Err(CacheError::Straddles { gpa, len });
         }
         let _one = cache.refreshing.lock();
+        if !planted!(ZX3) {
+            self.caches.join(index);
+        }
         {
             let mut state = cache.state.lock();
             if planted!(ZD7) && state.active && state.gpa.frame() == gpa.frame() {
@@ -265,9 +309,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 return Ok(());
             }
             cache.forget();
-            (state.active, state.gpa, state.len) = (true, gpa, len);
+            (state.active, state.gpa, state.len, state.reach) = (true, gpa, len, reach);
         }
-        self.refresh_cache(cpu, cache)
+        let found = self.refresh_cache(cpu, cache);
+        if planted!(ZX3) {
+            self.caches.join(index);
+        }
+        found
     }
 
     /// Cache `index` knows nothing, and nobody looks at it any more.
@@ -284,6 +332,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             state.active = false;
             state.lease.take()
         };
+        self.caches.leave(index);
         self.give_back_used(lease);
         Ok(())
     }
@@ -320,19 +369,19 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// The caller holds `refreshing`, so nobody else moves the piece.
     fn refresh_cache(&self, cpu: usize, cache: &PfnCache) -> Result<(), CacheError> {
         for _ in 0..TRIES {
-            let (gpa, len) = {
+            let (gpa, len, reach) = {
                 let state = cache.state.lock();
                 cache.forget();
                 if !state.active {
                     return Err(CacheError::Inactive);
                 }
-                (state.gpa, state.len)
+                (state.gpa, state.len, state.reach)
             };
             let sample = self.notifier.sample();
             // The lease that is over: the one before, or the one that was found in vain.
             let over = {
                 let pin = self.host.epoch.pin(cpu);
-                let (slot, lease) = match self.find_frame(&pin, gpa) {
+                let (slot, lease) = match self.find_frame(&pin, gpa, reach) {
                     Ok(found) => found,
                     Err(CopyError::Busy) => {
                         drop(pin);
@@ -366,18 +415,22 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         Err(CacheError::Memory(CopyError::Busy))
     }
 
-    /// The slot at `gpa`, and a lease of the page of the machine behind it, which may be written and is shared with nobody.
-    fn find_frame(&self, pin: &Pin<'_>, gpa: Gpa) -> Result<(SlotRef, Lease), CopyError> {
+    /// The slot at `gpa`, and a lease of the page of the machine behind it, which may be written, is shared with nobody, and is in
+    /// `reach`.
+    fn find_frame(&self, pin: &Pin<'_>, gpa: Gpa, reach: Reach) -> Result<(SlotRef, Lease), CopyError> {
         let slot = self.slots.find(pin, gpa.frame(), &Hint::new()).ok_or(CopyError::Outside { gpa })?;
         if slot.is_read_only() {
             return Err(CopyError::ReadOnly { gpa });
         }
         let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()));
         let object = object.ok_or(CopyError::Outside { gpa })?;
+        let frame = slot.object_frame(gpa.frame());
+        if reach == Reach::Open && !object.is_open(&self.host.machine, frame) {
+            return Err(CopyError::MemoryFault(MemoryFault::new(gpa, false)));
+        }
         if object.may_share() {
             self.own_for_write(pin, &slot, object, gpa)?;
         }
-        let frame = slot.object_frame(gpa.frame());
         match object.grant(&self.host.supply(pin.cpu()), frame, true) {
             Ok(grant) if grant.memory == entresol_backing::Memory::Normal => {
                 let lease = self.host.pool.lease(&self.host.machine, grant.frame(frame));
@@ -400,11 +453,29 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         current.then_some(Piece { known: Known { len, ..known }, pin })
     }
 
+    /// The `len` bytes at `gpa`, if cache `index` is for them and knows where they are. Usable while `pin` lasts.
+    #[inline]
+    pub fn check_at<'p, 'e>(&self, pin: &'p Pin<'e>, index: usize, gpa: Gpa, len: u64) -> Option<Piece<'p, 'e>> {
+        let known = self.caches.all().get(index)?.snapshot()?;
+        let before = gpa.get().checked_sub(known.gpa.get())?;
+        let rest = known.len.checked_sub(before)?;
+        let current = (1..=rest).contains(&len) && self.slots.generation().get() == known.generation;
+        // Within the page that is known, so it does not wrap.
+        let address = Hpa::new(known.address.get() + before);
+        current.then_some(Piece { known: Known { gpa, len, address, ..known }, pin })
+    }
+
+    /// Fills `to` from the beginning of `piece`, and says how many bytes that were: not more than it has.
+    pub fn read_piece(&self, piece: &Piece<'_, '_>, to: &mut [u8]) -> usize {
+        let most = piece.at_most(to.len());
+        self.host.machine.read(piece.address(), &mut to[..most]);
+        most
+    }
+
     /// Stores `from` at the beginning of `piece`; what it has no room for is left out. A page of a slot that logs becomes dirty.
     pub fn write_piece(&self, piece: &Piece<'_, '_>, from: &[u8]) {
-        let Piece { known: Known { gpa, len, address, .. }, pin } = piece;
-        let most = usize::try_from(*len).unwrap_or(usize::MAX).min(from.len());
-        self.host.machine.write(*address, &from[..most]);
+        self.host.machine.write(piece.address(), &from[..piece.at_most(from.len())]);
+        let Piece { known: Known { gpa, .. }, pin } = piece;
         // After the bytes: see `dirty`.
         let slot = self.slots.find(pin, gpa.frame(), &Hint::new());
         if let Some(slot) = slot.filter(|slot| slot.logs_dirty()) {

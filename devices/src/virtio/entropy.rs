@@ -84,9 +84,8 @@ mod tests {
     use entresol_sync::Mutex;
 
     use super::*;
-    use crate::bus::{GuestMemory, MemoryError};
+    use crate::bus::{Area, GuestMemory, MemoryError};
     use crate::virtio::chain::Chain;
-    use crate::virtio::queue::Area;
 
     /// A few bytes of guest memory from address 0 on.
     struct Memory(Mutex<[u8; 256]>);
@@ -119,7 +118,7 @@ mod tests {
         // One descriptor: 16 bytes at 0x80, for the device to write. The available ring at 0x20 names it.
         memory.write(Gpa::new(0), &[0x80, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 2, 0, 0, 0]).unwrap();
         memory.write(Gpa::new(0x22), &[1]).unwrap();
-        let mut queue = Queue::default();
+        let mut queue = Queue::new(0);
         queue.set_size(1);
         queue.set_area(Area::Driver, false, 0x20);
         queue.set_area(Area::Device, false, 0x40);

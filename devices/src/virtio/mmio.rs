@@ -8,6 +8,9 @@
 //! acknowledgement that leaves another reason standing lowers the line for a moment: a controller that samples edges
 //! sees the reason that is left, and one that samples levels sees nothing new.
 //!
+//! Rings: what the guest's memory remembers of a queue's areas is forgotten in the access in which the queue stops working, whatever
+//! stopped it: its own reset, the device's, a driver that gave up or broke the format.
+//!
 //! Invariants: registers are 32 bits wide at multiples of four; other accesses below the configuration space read as
 //! zero and store nothing (virtio 4.2.2.2). The line's level and InterruptStatus agree whenever the lock is free.
 //!
@@ -18,9 +21,9 @@ use serde::{Deserialize, Serialize};
 use virtio::DeviceStatus;
 
 use super::chain::Chain;
-use super::queue::{Area, Queue, SavedQueue};
+use super::queue::{Queue, SavedQueue};
 use super::{Broken, OutOfMemory, QUEUE_SIZE_MAX, QUEUES_MAX, Service, Stop, VirtioDevice, registers};
-use crate::bus::{Device, GuestMemory, Interrupt, Work};
+use crate::bus::{Area, Device, GuestMemory, Interrupt, Work};
 use crate::saved::{BadState, check};
 
 /// Features of the transport and its queues.
@@ -73,6 +76,8 @@ pub(super) struct State<D> {
     foreign_features: bool,
     queue_sel: u32,
     queues: [Queue; QUEUES_MAX],
+    /// Of which queues the memory may remember rings.
+    remembered: [bool; QUEUES_MAX],
     /// What is left to do on each queue.
     left: [Work; QUEUES_MAX],
     interrupt_status: u32,
@@ -154,9 +159,9 @@ impl<D: VirtioDevice, M: GuestMemory, L: Interrupt> VirtioMmio<D, M, L> {
         let reasons = registers::USED_BUFFER | registers::CONFIGURATION_CHANGE;
         check(saved.interrupt_status & !reasons == 0, "virtio.interrupt_status", "must have two bits at most")?;
         let indirect = saved.driver_features & feature(virtio::F::INDIRECT_DESC) != 0;
-        let mut queues = <[Queue; QUEUES_MAX]>::default();
-        for (queue, saved) in queues.iter_mut().zip(&saved.queues) {
-            *queue = Queue::load(saved, indirect && works)?;
+        let mut queues = fresh_queues();
+        for (number, (queue, saved)) in queues.iter_mut().zip(&saved.queues).enumerate() {
+            *queue = Queue::load(number, saved, indirect && works)?;
         }
         check(works || !queues.iter().any(Queue::is_ready), "virtio.queues", "must not be ready before FEATURES_OK")?;
         state.broken = status.contains(DeviceStatus::DEVICE_NEEDS_RESET).then_some(Broken::Before);
@@ -179,10 +184,12 @@ impl<D: VirtioDevice, M: GuestMemory, L: Interrupt> VirtioMmio<D, M, L> {
         self.state.lock().broken
     }
 
-    /// Runs `act` on the device, settles the line, and then, with the lock free, calls the terminal if input is wanted.
+    /// Runs `act` on the device, settles what it left of rings and of the line, and then, with the lock free, calls the terminal if
+    /// input is wanted.
     pub(super) fn access<R>(&self, act: impl FnOnce(&mut State<D>, &M) -> R) -> R {
         let mut state = self.state.lock();
         let result = act(&mut state, &self.memory);
+        state.forget_rings(&self.memory);
         let high = state.interrupt_status != 0;
         if high != state.high {
             state.high = high;
@@ -283,7 +290,8 @@ impl<D: VirtioDevice> State<D> {
             driver_features: 0,
             foreign_features: false,
             queue_sel: 0,
-            queues: Default::default(),
+            queues: fresh_queues(),
+            remembered: [false; QUEUES_MAX],
             left: [Work::Idle; QUEUES_MAX],
             interrupt_status: 0,
             generation: 0,
@@ -305,6 +313,7 @@ impl<D: VirtioDevice> State<D> {
             foreign_features: self.foreign_features,
             queue_sel: self.queue_sel,
             queues: self.queues.clone(),
+            remembered: [false; QUEUES_MAX],
             left: self.left,
             interrupt_status: self.interrupt_status,
             generation: self.generation,
@@ -472,6 +481,21 @@ impl<D: VirtioDevice> State<D> {
             && !self.status.intersects(DeviceStatus::DEVICE_NEEDS_RESET | DeviceStatus::FAILED)
     }
 
+    /// Whether queue `index` is ready, and its driver at work.
+    fn works(&self, index: usize) -> bool {
+        self.is_live() && self.queues.get(index).is_some_and(Queue::is_ready)
+    }
+
+    /// Has `memory` forget the rings of queues that have stopped.
+    fn forget_rings(&mut self, memory: &dyn GuestMemory) {
+        for index in 0..QUEUES_MAX {
+            if self.remembered[index] && !self.works(index) {
+                self.remembered[index] = false;
+                memory.forget_rings(index);
+            }
+        }
+    }
+
     /// QueueNotify.
     fn notify(&mut self, memory: &dyn GuestMemory, index: u32) -> Work {
         if let Some(index) = usize::try_from(index).ok().filter(|index| *index < D::QUEUES) {
@@ -492,12 +516,13 @@ impl<D: VirtioDevice> State<D> {
         index: usize,
         act: impl FnOnce(&mut D, &mut Queue, &mut Service<'_>) -> Result<Work, Stop>,
     ) {
-        let live = self.is_live();
-        let Some(queue) = self.queues.get_mut(index).filter(|queue| live && queue.is_ready()) else {
+        if !self.works(index) {
             // A driver that has given up gets no more of what it asked for.
             self.left[index] = Work::Idle;
             return;
-        };
+        }
+        self.remembered[index] = true;
+        let queue = &mut self.queues[index];
         let mut outcome = act(&mut self.device, queue, &mut Service::new(memory, &mut self.chain));
         // Buffers used before a stop are announced all the same.
         if queue.take_used() {
@@ -529,6 +554,11 @@ impl<D: VirtioDevice> State<D> {
             Work::Idle
         }
     }
+}
+
+/// The queues of a device at power-on.
+fn fresh_queues() -> [Queue; QUEUES_MAX] {
+    core::array::from_fn(Queue::new)
 }
 
 /// The half of `features` that a selector names; beyond the second there are none.

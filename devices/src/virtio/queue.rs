@@ -10,6 +10,9 @@
 //! the driver's index); the used element before the used index (store-release); the used index before the driver's
 //! wish for interrupts (full barrier: virtio 2.7.7.2).
 //!
+//! The three areas are reached as the queue's [rings](Ring), so that the memory may remember where they lie; indirect tables and
+//! what descriptors name lie elsewhere each time.
+//!
 //! Invariants: a queue is ready only with a size that is a power of two up to [`QUEUE_SIZE_MAX`] and areas that are
 //! aligned and do not wrap. Reading a chain ends after as many descriptors as its tables have, and at most twice
 //! [`QUEUE_SIZE_MAX`].
@@ -24,30 +27,21 @@ use virtio::virtq::{AvailF, DescF};
 
 use super::chain::Chain;
 use super::{Broken, QUEUE_SIZE_MAX, Stop};
-use crate::bus::{GuestMemory, MemoryError};
+use crate::bus::{Area, GuestMemory, MemoryError, Ring};
 use crate::saved::BadState;
 
 /// Bytes of a descriptor.
 const DESCRIPTOR: u64 = 16;
-
-/// One of a queue's three areas in guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Area {
-    /// The descriptor table.
-    Descriptors,
-    /// The available ring, written by the driver.
-    Driver,
-    /// The used ring, written by the device.
-    Device,
-}
 
 /// The descriptor that a buffer starts with: how the driver knows it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head(u16);
 
 /// A split virtqueue.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Queue {
+    /// Which of its device's it is.
+    number: usize,
     /// QueueNum, as written.
     size: u32,
     /// Addresses of the areas, as written.
@@ -98,6 +92,21 @@ impl Descriptor {
 }
 
 impl Queue {
+    /// Queue `number` of its device, which does not work.
+    pub(super) fn new(number: usize) -> Self {
+        Self {
+            number,
+            size: 0,
+            areas: [0; 3],
+            ready: false,
+            indirect: false,
+            next_available: 0,
+            next_used: 0,
+            used: false,
+            progress: 0,
+        }
+    }
+
     /// Reads the next available buffer into `chain`; `None` if there is none. The buffer stays next until
     /// [`Self::complete`].
     ///
@@ -106,7 +115,7 @@ impl Queue {
     /// [`Stop`] if the rings or the chain break the format or cannot be read.
     pub fn peek(&mut self, memory: &dyn GuestMemory, chain: &mut Chain) -> Result<Option<Head>, Stop> {
         chain.clear();
-        let index = read_u16(memory, self.at(Area::Driver, 2))?;
+        let index = self.read_u16(memory, 2)?;
         let ahead = index.wrapping_sub(self.next_available);
         if ahead == 0 {
             return Ok(None);
@@ -115,7 +124,7 @@ impl Queue {
             return Err(Broken::AvailableIndex { index }.into());
         }
         fence(Ordering::Acquire);
-        let head = read_u16(memory, self.at(Area::Driver, 4 + 2 * self.slot(self.next_available)))?;
+        let head = self.read_u16(memory, 4 + 2 * self.slot(self.next_available))?;
         self.walk(memory, head, chain)?;
         Ok(Some(Head(head)))
     }
@@ -128,10 +137,11 @@ impl Queue {
     pub fn complete(&mut self, memory: &dyn GuestMemory, head: Head, written: u32) -> Result<(), Stop> {
         let [i0, i1, i2, i3] = u32::from(head.0).to_le_bytes();
         let [l0, l1, l2, l3] = written.to_le_bytes();
-        memory.write(self.at(Area::Device, 4 + 8 * self.slot(self.next_used)), &[i0, i1, i2, i3, l0, l1, l2, l3])?;
+        let (ring, element) = (self.ring(Area::Device), self.at(Area::Device, 4 + 8 * self.slot(self.next_used)));
+        memory.write_ring(ring, element, &[i0, i1, i2, i3, l0, l1, l2, l3])?;
         fence(Ordering::Release);
         let index = self.next_used.wrapping_add(1);
-        memory.write(self.at(Area::Device, 2), &index.to_le_bytes())?;
+        memory.write_ring(ring, self.at(Area::Device, 2), &index.to_le_bytes())?;
         self.next_used = index;
         self.next_available = self.next_available.wrapping_add(1);
         self.progress = 0;
@@ -145,13 +155,13 @@ impl Queue {
         SavedQueue { size, areas, ready, next_available, next_used, used, progress }
     }
 
-    /// A queue that was saved.
+    /// Queue `number` of its device, which was saved.
     ///
     /// # Errors
     ///
     /// [`BadState`]: it was ready with a size or an area that no queue may have.
-    pub(super) fn load(saved: &SavedQueue, indirect: bool) -> Result<Self, BadState> {
-        let mut queue = Self { size: saved.size, areas: saved.areas, ..Self::default() };
+    pub(super) fn load(number: usize, saved: &SavedQueue, indirect: bool) -> Result<Self, BadState> {
+        let mut queue = Self { size: saved.size, areas: saved.areas, ..Self::new(number) };
         if saved.ready {
             let rule = "must have a size and areas that a queue may have";
             queue.enable(indirect).map_err(|_| BadState { field: "virtio.queues", rule })?;
@@ -176,7 +186,7 @@ impl Queue {
     /// Whether the driver wants an interrupt for used buffers (virtio 2.7.7).
     pub(super) fn wants_interrupt(&self, memory: &dyn GuestMemory) -> Result<bool, Stop> {
         fence(Ordering::SeqCst);
-        let flags = read_u16(memory, self.at(Area::Driver, 0))?;
+        let flags = self.read_u16(memory, 0)?;
         Ok(!AvailF::from_bits_retain(le16::from_ne(flags)).contains(AvailF::NO_INTERRUPT))
     }
 
@@ -221,13 +231,13 @@ impl Queue {
                 return Err(Broken::QueueArea { gpa: Gpa::new(address) });
             }
         }
-        *self = Self { size: self.size, areas: self.areas, ready: true, indirect, ..Self::default() };
+        *self = Self { size: self.size, areas: self.areas, ready: true, indirect, ..Self::new(self.number) };
         Ok(())
     }
 
     /// Stops the queue and forgets it.
     pub(super) fn reset(&mut self) {
-        *self = Self::default();
+        *self = Self::new(self.number);
     }
 
     /// Reads the chain that starts at descriptor `head`.
@@ -248,7 +258,12 @@ impl Queue {
             left -= 1;
             chain.count_descriptor();
             let mut bytes = [0; DESCRIPTOR as usize];
-            memory.read(offset(table, DESCRIPTOR * u64::from(index)), &mut bytes)?;
+            let gpa = offset(table, DESCRIPTOR * u64::from(index));
+            if inside_indirect {
+                memory.read(gpa, &mut bytes)?;
+            } else {
+                memory.read_ring(self.ring(Area::Descriptors), gpa, &mut bytes)?;
+            }
             let descriptor = Descriptor::decode(bytes);
             let has_next = descriptor.flags.contains(DescF::NEXT);
             if descriptor.flags.contains(DescF::INDIRECT) {
@@ -279,6 +294,18 @@ impl Queue {
         u64::from(index) & u64::from(self.size.wrapping_sub(1))
     }
 
+    /// One of its areas, as the memory knows it.
+    fn ring(&self, area: Area) -> Ring {
+        Ring { queue: self.number, area }
+    }
+
+    /// The 16-bit field of the available ring `bytes` into it.
+    fn read_u16(&self, memory: &dyn GuestMemory, bytes: u64) -> Result<u16, MemoryError> {
+        let mut field = [0; 2];
+        memory.read_ring(self.ring(Area::Driver), self.at(Area::Driver, bytes), &mut field)?;
+        Ok(u16::from_le_bytes(field))
+    }
+
     /// The address `bytes` into an area.
     fn at(&self, area: Area, bytes: u64) -> Gpa {
         offset(Gpa::new(self.areas[area as usize]), bytes)
@@ -288,13 +315,6 @@ impl Queue {
 /// `base + bytes` in an area that was seen not to wrap.
 fn offset(base: Gpa, bytes: u64) -> Gpa {
     Gpa::new(base.get().wrapping_add(bytes))
-}
-
-/// A 16-bit field of a ring.
-fn read_u16(memory: &dyn GuestMemory, gpa: Gpa) -> Result<u16, MemoryError> {
-    let mut bytes = [0; 2];
-    memory.read(gpa, &mut bytes)?;
-    Ok(u16::from_le_bytes(bytes))
 }
 
 #[cfg(test)]
@@ -313,7 +333,7 @@ mod tests {
     #[test]
     fn only_sound_queues_become_ready() {
         let refused = |size, areas| {
-            let mut queue = Queue { size, areas, ..Queue::default() };
+            let mut queue = Queue { size, areas, ..Queue::new(0) };
             let result = queue.enable(false);
             assert_eq!(queue.is_ready(), result.is_ok());
             result.err()
@@ -332,7 +352,7 @@ mod tests {
 
     #[test]
     fn a_ready_queue_keeps_its_place() {
-        let mut queue = Queue::default();
+        let mut queue = Queue::new(0);
         queue.set_size(8);
         queue.set_area(Area::Driver, true, 0x1234_5678);
         queue.set_area(Area::Driver, false, 0x9abc_def0);

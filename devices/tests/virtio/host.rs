@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
-use entresol_devices::bus::{GuestMemory, Interrupt, MemoryError, Terminal};
+use entresol_devices::bus::{Area, GuestMemory, Interrupt, MemoryError, Ring, Terminal};
 use entresol_devices::virtio::balloon::{Busy, GiveBack, Given};
 use entresol_devices::virtio::block::{Disk, DiskError};
 use entresol_devices::virtio::entropy::Entropy;
@@ -23,6 +23,8 @@ pub struct Memory {
     pub absent: AtomicBool,
     /// Copies so far.
     pub copies: AtomicUsize,
+    /// Pieces of rings that were used since their queue's were forgotten: the ring, the first byte, how many.
+    pub rings: Mutex<Vec<(Ring, u64, u64)>>,
 }
 
 impl Memory {
@@ -32,6 +34,7 @@ impl Memory {
             copies_left: AtomicI64::new(-1),
             absent: AtomicBool::new(false),
             copies: AtomicUsize::new(0),
+            rings: Mutex::default(),
         })
     }
 
@@ -55,6 +58,17 @@ impl Memory {
                 Ok(())
             }
         }
+    }
+
+    fn remember(&self, ring: Ring, gpa: Gpa, len: usize) {
+        self.rings.lock().unwrap().push((ring, gpa.get(), len as u64));
+    }
+
+    /// From the first to behind the last byte that was used of an area of queue `queue`; `None` if none is remembered.
+    pub fn remembered(&self, queue: usize, area: Area) -> Option<(u64, u64)> {
+        let rings = self.rings.lock().unwrap();
+        let of = rings.iter().filter(|(ring, ..)| *ring == Ring { queue, area });
+        of.map(|(_, gpa, len)| (*gpa, gpa + len)).reduce(|all, one| (all.0.min(one.0), all.1.max(one.1)))
     }
 
     /// The guest's own loads, which the machine's state does not stop.
@@ -87,6 +101,20 @@ impl GuestMemory for Memory {
         self.spend()?;
         self.bytes.lock().unwrap()[at..at + from.len()].copy_from_slice(from);
         Ok(())
+    }
+
+    fn read_ring(&self, ring: Ring, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError> {
+        self.remember(ring, gpa, to.len());
+        self.read(gpa, to)
+    }
+
+    fn write_ring(&self, ring: Ring, gpa: Gpa, from: &[u8]) -> Result<(), MemoryError> {
+        self.remember(ring, gpa, from.len());
+        self.write(gpa, from)
+    }
+
+    fn forget_rings(&self, queue: usize) {
+        self.rings.lock().unwrap().retain(|(ring, ..)| ring.queue != queue);
     }
 }
 

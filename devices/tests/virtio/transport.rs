@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use entresol_devices::bus::{Device, Work};
+use entresol_devices::bus::{Area, Device, Work};
 use entresol_devices::virtio::Broken;
 use entresol_devices::virtio::block::Block;
 use entresol_devices::virtio::console::{Console, Size};
 
-use crate::driver::{BUFFERS, Driver, INDIRECT_DESC, NEEDS_RESET, RING_RESET, STATUS, VERSION_1};
+use crate::driver::{
+    BUFFERS, Desc, Driver, INDIRECT, INDIRECT_DESC, NEEDS_RESET, RING_RESET, STATUS, VERSION_1, WRITE,
+};
 use crate::host::{RamDisk, Screen};
 
 fn disk() -> Block<Arc<RamDisk>> {
@@ -106,6 +108,55 @@ fn one_queue_is_reset_and_works_again() {
     driver.set_up_queue(0);
     driver.submit(0, &[(BUFFERS, 16, false), (BUFFERS + 16, 513, true)]);
     assert_eq!(driver.used(0), Some((0, 513)));
+}
+
+/// A driver whose disk has answered a request, with its header behind an indirect table.
+fn worked() -> Driver<Block<Arc<RamDisk>>> {
+    let mut driver = Driver::new(disk(), RING_RESET | INDIRECT_DESC);
+    let table = BUFFERS + 0x1000;
+    for (at, (gpa, len, flags)) in [(BUFFERS, 16, 1), (BUFFERS + 16, 513, WRITE)].into_iter().enumerate() {
+        driver.memory.poke(table + 16 * at as u64, &Desc { gpa, len, flags, next: 1 }.bytes());
+    }
+    driver.set_descriptor(0, 3, Desc { gpa: table, len: 32, flags: INDIRECT, next: 0 });
+    driver.make_available(0, 3);
+    assert_eq!((driver.notify(0), driver.used(0)), (Work::Idle, Some((3, 513))));
+    driver
+}
+
+#[test]
+fn what_is_read_again_and_again_is_the_rings() {
+    let driver = worked();
+    let seen = |area| driver.memory.remembered(0, area);
+    let table = driver.table(0);
+    assert_eq!(seen(Area::Descriptors), Some((table + 48, table + 64)), "the table, and no indirect one");
+    let (available, used) = (driver.driver_area(0), driver.device_area(0));
+    assert_eq!(seen(Area::Driver), Some((available, available + 6)), "flags, index and entry");
+    assert_eq!(seen(Area::Device), Some((used + 2, used + 12)), "index and element");
+}
+
+#[test]
+fn whatever_stops_a_queue_has_its_rings_forgotten() {
+    type Stops = fn(&Driver<Block<Arc<RamDisk>>>);
+    let stops: [(&str, Stops); 6] = [
+        ("the driver resets the device", |driver| driver.store(STATUS, 0)),
+        ("the machine resets the device", |driver| driver.device.reset()),
+        ("the driver resets the queue", |driver| driver.store(0xc0, 1)),
+        ("the driver stops the queue", |driver| driver.store(0x44, 0)),
+        ("the driver gives up", |driver| driver.store(STATUS, 0x80)),
+        ("the driver breaks the format", |driver| {
+            driver.memory.poke(driver.driver_area(0) + 2, &[0xff; 2]);
+            assert_eq!(driver.notify(0), Work::Idle);
+            assert!(driver.device.broken().is_some());
+        }),
+    ];
+    for (name, stop) in stops {
+        let driver = worked();
+        driver.store(0x30, 0);
+        stop(&driver);
+        assert!(driver.memory.rings.lock().unwrap().is_empty(), "{name}");
+        let _ = driver.notify(0);
+        assert!(driver.memory.rings.lock().unwrap().is_empty(), "{name}: and nothing is used after");
+    }
 }
 
 #[test]

@@ -9,6 +9,8 @@
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::cell::Cell;
+use core::ops::Range;
 
 use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_devices::bus::{Device, Work};
@@ -21,7 +23,7 @@ use entresol_devices::virtio::balloon::Balloon;
 use entresol_devices::virtio::block::Block;
 use entresol_devices::virtio::console::Console as VirtioConsole;
 use entresol_devices::virtio::entropy::EntropySource;
-use entresol_devices::virtio::{self, VirtioMmio, empty::EmptySlot};
+use entresol_devices::virtio::{self, VirtioDevice, VirtioMmio, empty::EmptySlot};
 use entresol_devices::vmgenid::VmGenId;
 use entresol_loader::virt;
 use entresol_metal_arm64::cpu;
@@ -34,7 +36,7 @@ use serde::{Deserialize, Serialize};
 use super::balloon::GuestPages;
 use super::flash::Window;
 use super::lines::{Line, Link};
-use super::memory::DeviceMemory;
+use super::memory::{DeviceMemory, QUEUE_CACHES};
 use super::{FlashMemory, Media, OutOfHeap, Overlay, Pause, Vm};
 use crate::clock::{self, WallClock};
 use crate::console::Terminal;
@@ -64,9 +66,12 @@ pub enum Claim {
 
 type SerialPort = Pl011<Arc<Terminal>, Line>;
 type VirtioPort = VirtioMmio<VirtioConsole, DeviceMemory, Line>;
-type VirtioDisk = VirtioMmio<Block<Arc<Overlay>>, DeviceMemory, Line>;
-type VirtioEntropy = VirtioMmio<EntropySource<MachineEntropy>, DeviceMemory, Line>;
-type VirtioBalloon = VirtioMmio<Balloon<GuestPages>, DeviceMemory, Line>;
+type DiskDevice = Block<Arc<Overlay>>;
+type VirtioDisk = VirtioMmio<DiskDevice, DeviceMemory, Line>;
+type EntropyDevice = EntropySource<MachineEntropy>;
+type VirtioEntropy = VirtioMmio<EntropyDevice, DeviceMemory, Line>;
+type BalloonDevice = Balloon<GuestPages>;
+type VirtioBalloon = VirtioMmio<BalloonDevice, DeviceMemory, Line>;
 
 /// The devices of one virtual machine.
 pub struct Devices {
@@ -79,6 +84,8 @@ pub struct Devices {
     port: Arc<VirtioPort>,
     entropy: Option<Arc<VirtioEntropy>>,
     balloon: Option<Arc<VirtioBalloon>>,
+    /// The page-frame caches of their queues.
+    caches: Range<usize>,
     unfinished: AtomicU32,
     /// Those whose work waits for a page.
     absent: AtomicU32,
@@ -102,6 +109,8 @@ struct Wires<'a> {
     link: &'a Link,
     gic: &'a Arc<Vgic>,
     private_io: PrivateIo,
+    /// The page-frame cache that no queue has yet.
+    next_cache: Cell<usize>,
 }
 
 impl Wires<'_> {
@@ -109,8 +118,11 @@ impl Wires<'_> {
         Ok(Line::new(self.link.clone(), self.gic.clone(), self.gic.spi(FIRST_SPI + spi)?))
     }
 
-    fn memory(&self) -> DeviceMemory {
-        DeviceMemory::new(self.link.clone(), self.private_io)
+    /// For a device of type `D`.
+    fn memory<D: VirtioDevice>(&self) -> DeviceMemory {
+        let first = self.next_cache.get();
+        self.next_cache.set(first + D::QUEUES * QUEUE_CACHES);
+        DeviceMemory::new(self.link.clone(), self.private_io, first)
     }
 
     /// The line of transport `slot`.
@@ -170,28 +182,29 @@ impl Devices {
         config: &config::Vm<FileIndex>,
     ) -> Result<Self, OutOfHeap> {
         let private_io = config.private_io;
-        let wires = Wires { link, gic, private_io };
+        let first = config.vcpus as usize;
+        let wires = Wires { link, gic, private_io, next_cache: Cell::new(first) };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(media.disks.len()).map_err(|_| OutOfHeap)?;
         for (slot, disk) in media.disks.iter().enumerate() {
             let name = [b'v', b'd', b'a' + slot as u8];
             let block = Block::new(disk.clone(), &name)?;
-            blocks.push(Arc::new(VirtioMmio::new(block, wires.memory(), wires.transport(slot)?)?));
+            blocks.push(Arc::new(VirtioMmio::new(block, wires.memory::<DiskDevice>(), wires.transport(slot)?)?));
         }
         let console = VirtioConsole::new(terminal.clone(), None)?;
         let slot = blocks.len();
-        let port = Arc::new(VirtioMmio::new(console, wires.memory(), wires.transport(slot)?)?);
+        let port = Arc::new(VirtioMmio::new(console, wires.memory::<VirtioConsole>(), wires.transport(slot)?)?);
         let entropy = match MachineEntropy::of_this_machine() {
             Some(source) => {
                 let source = EntropySource::new(source)?;
-                Some(Arc::new(VirtioMmio::new(source, wires.memory(), wires.transport(slot + 1)?)?))
+                Some(Arc::new(VirtioMmio::new(source, wires.memory::<EntropyDevice>(), wires.transport(slot + 1)?)?))
             }
             None => None,
         };
         let balloon = if config.balloon {
             let balloon = Balloon::new(GuestPages::new(link.clone()))?;
             let line = wires.transport(slot + 1 + usize::from(entropy.is_some()))?;
-            Some(Arc::new(VirtioMmio::new(balloon, wires.memory(), line)?))
+            Some(Arc::new(VirtioMmio::new(balloon, wires.memory::<BalloonDevice>(), line)?))
         } else {
             None
         };
@@ -207,6 +220,7 @@ impl Devices {
             port,
             entropy,
             balloon,
+            caches: first..wires.next_cache.get(),
             unfinished: AtomicU32::new(0),
             absent: AtomicU32::new(0),
             lost: AtomicBool::new(false),
@@ -228,21 +242,22 @@ impl Devices {
         flash: Option<&Arc<FlashMemory>>,
         private_io: PrivateIo,
     ) -> Result<Self, OutOfHeap> {
-        let wires = Wires { link, gic, private_io };
+        let first = self.caches.start;
+        let wires = Wires { link, gic, private_io, next_cache: Cell::new(first) };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(disks.len()).map_err(|_| OutOfHeap)?;
         for (slot, (block, disk)) in self.disks.iter().zip(disks).enumerate() {
             let line = wires.transport(slot)?;
-            blocks.push(Arc::new(block.fork(|block| block.fork(disk.clone()), wires.memory(), line)?));
+            blocks.push(Arc::new(block.fork(|block| block.fork(disk.clone()), wires.memory::<DiskDevice>(), line)?));
         }
         let slot = blocks.len();
         let line = wires.transport(slot)?;
-        let port = self.port.fork(|console| console.fork(terminal.clone()), wires.memory(), line)?;
+        let port = self.port.fork(|console| console.fork(terminal.clone()), wires.memory::<VirtioConsole>(), line)?;
         let port = Arc::new(port);
         let entropy = match (&self.entropy, MachineEntropy::of_this_machine()) {
             (Some(entropy), Some(source)) => {
                 let line = wires.transport(slot + 1)?;
-                Some(Arc::new(entropy.fork(|_| EntropySource::new(source), wires.memory(), line)?))
+                Some(Arc::new(entropy.fork(|_| EntropySource::new(source), wires.memory::<EntropyDevice>(), line)?))
             }
             _ => None,
         };
@@ -250,7 +265,7 @@ impl Devices {
             Some(balloon) => {
                 let pages = GuestPages::new(link.clone());
                 let line = wires.transport(slot + 1 + usize::from(entropy.is_some()))?;
-                Some(Arc::new(balloon.fork(|balloon| balloon.fork(pages), wires.memory(), line)?))
+                Some(Arc::new(balloon.fork(|balloon| balloon.fork(pages), wires.memory::<BalloonDevice>(), line)?))
             }
             None => None,
         };
@@ -268,6 +283,7 @@ impl Devices {
             port,
             entropy,
             balloon,
+            caches: first..wires.next_cache.get(),
             unfinished: AtomicU32::new(self.unfinished.load(Ordering::Acquire) | self.absent.load(Ordering::Acquire)),
             absent: AtomicU32::new(0),
             lost: AtomicBool::new(false),
@@ -322,6 +338,11 @@ impl Devices {
     /// Its balloon, if it has one.
     pub fn balloon(&self) -> Option<&VirtioBalloon> {
         self.balloon.as_deref()
+    }
+
+    /// Page-frame caches that the machine needs: the vCPUs', then those of its devices' rings.
+    pub fn caches(&self) -> usize {
+        self.caches.end
     }
 
     /// Work that was stalled goes on.

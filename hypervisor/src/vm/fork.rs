@@ -178,7 +178,7 @@ impl Vm {
             hcr: self.hcr,
             last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
         });
-        vm.memory.make_caches(vm.vcpus.len()).map_err(|_| OutOfHeap)?;
+        vm.memory.make_caches(vm.devices.caches()).map_err(|_| OutOfHeap)?;
         link.tie(&vm);
         vm.devices.renew_generation();
         Ok(vm)

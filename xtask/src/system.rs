@@ -343,6 +343,11 @@ pub const TESTS: &[SystemTest] = &[
         run: dirty::private_writes_are_named_too,
     },
     SystemTest {
+        name: "rings_lie_where_they_should_not",
+        about: "rings across pages, in nothing, devices, ROM, private and changing pages: a reset is asked for, and nothing is left",
+        run: private::rings_lie_where_they_should_not,
+    },
+    SystemTest {
         name: "private_machines_fork_and_are_saved",
         about: "private Linux forks, is saved and restored: data stays right and apart, no frame is where it should not be",
         run: private::private_machines_fork_and_are_saved,

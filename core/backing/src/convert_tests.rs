@@ -3,6 +3,8 @@
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::vec;
+use std::vec::Vec;
 
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn};
 use entresol_machine::Machine;
@@ -118,6 +120,39 @@ fn the_attribute_survives_holes_touches_and_forks() {
         [parent, child, third].into_iter().for_each(|handle| host.destroy(handle));
         host.settle_private();
         assert_eq!((host.pool.free_frames(), host.pool.private_frames()), (free, 0), "{policy:?}");
+    }
+}
+
+/// The parts of an object tell of each page what the page says itself, whatever was converted, backed and shared before.
+#[test]
+fn the_parts_of_an_object_say_what_each_page_does() {
+    for policy in POLICIES {
+        let host = Host::new(6 * 512);
+        let frames = 1500;
+        let handle = host.private(frames, policy);
+        let parts = |handle| {
+            let mut all = Vec::new();
+            host.on(handle, |object, supply| {
+                while let Some((open, end)) = object.open_part(supply.machine, all.len() as u64) {
+                    assert!(end > all.len() as u64, "each part has a page");
+                    all.resize(end as usize, open);
+                }
+            });
+            all
+        };
+        assert_eq!(parts(handle), vec![false; frames as usize], "{policy:?}");
+        host.set(handle, 700, b"mine");
+        let mut expected = vec![false; frames as usize];
+        for (start, count, open) in [(3, 2, true), (510, 5, true), (700, 1, true), (1499, 1, true), (512, 1, false)] {
+            host.convert(handle, start, count, open).unwrap();
+            expected[start as usize..][..count as usize].fill(open);
+            assert_eq!(parts(handle), expected, "{policy:?}");
+        }
+        let child = host.objects.fork(&host.supply(0), &host.epoch, handle).unwrap();
+        host.convert(handle, 0, frames, false).unwrap();
+        assert_eq!((parts(handle), parts(child)), (vec![false; frames as usize], expected), "{policy:?}");
+        let plain = host.anonymous(9, policy);
+        assert_eq!(parts(plain), [true; 9], "what is not private is all open");
     }
 }
 

@@ -8,6 +8,7 @@
 //! | [`restore`] | makes a virtual machine from a file, and those that it is the difference to |
 //! | [`lazy`] | memory that is read while its machine runs |
 //! | [`pages`] | pages between objects and files |
+//! | [`shared`] | which pages a private machine shares with the hypervisor |
 //! | [`kept`] | the last image of each virtual machine, to which the next can be the difference |
 //!
 //! Protocol of taking one: the machine is forked into a copy that never runs, which takes a time that does not grow with its
@@ -28,6 +29,7 @@ pub mod kept;
 pub mod lazy;
 mod pages;
 pub mod restore;
+mod shared;
 pub mod take;
 
 use alloc::string::String;

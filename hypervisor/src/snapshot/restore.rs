@@ -15,11 +15,11 @@ use entresol_wire::Refusal;
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, Config};
 use entresol_wire::control::{Code, Error};
-use entresol_wire::snapshot::{Index, Known, Trailer, check_part};
+use entresol_wire::snapshot::{Index, Known, Shared, Trailer, check_part};
 use entresol_wire::store::{Directory, File};
 
 use super::lazy::{Pages, Source};
-use super::{Image, Refused, kept, pages};
+use super::{Image, Refused, kept, pages, shared};
 use crate::store::change::Turn;
 use crate::store::{self, file};
 use crate::vm::{Media, Overlay, Saved, build};
@@ -71,12 +71,13 @@ impl Wanted {
         check_config(&config, bundle)?;
         registry::check_free(&config.name).map_err(|refusal| Refused(crate::control::fork_refused("", refusal)))?;
         let sizes = sizes(&config, bundle);
+        let shared = read_shared(&newest, &trailer, &config).await?;
         let chain = read_chain(&directory, newest.clone(), trailer, &sizes).await?;
         check_tags(&config, &chain)?;
         let pages = chain.iter().map(|link| link.pages.clone());
         // What is fetched comes through frames that are mapped: private memory is read before the machine runs.
         let source = if config.private { None } else { Source::open(pages.collect())? };
-        let made = self.start(saved, &config, bundle, &chain, source.as_deref()).await;
+        let made = self.start(saved, &config, bundle, (&chain, shared.as_ref()), source.as_deref()).await;
         // Nobody changes the store until its files are known to be read from.
         drop(self.turn);
         if let Err(refused) = made {
@@ -93,18 +94,20 @@ impl Wanted {
         Ok(())
     }
 
-    /// The machine from the files of `chain`, whose memory is read from `source`.
+    /// The machine from the files of `chain`, whose memory is read from `source`, and shares what `shared` says, or what it does at
+    /// boot.
     async fn start(
         &self,
         saved: Saved,
         config: &config::Vm<FileIndex>,
         bundle: &Bundle<'static>,
-        chain: &[Link],
+        (chain, shared): (&[Link], Option<&Shared>),
         source: Option<&Source>,
     ) -> Result<(), Refused> {
-        let parts = Parts::make(config, bundle, chain, source).await?;
+        let parts = Parts::make(config, bundle, (chain, shared), source).await?;
         let image = Arc::new(Image::of(parts.ram.0, &parts.disks)?);
-        let number = parts.run(saved, config, bundle, &self.file)?;
+        let records = shared.is_some_and(shared::has_records);
+        let number = parts.run(saved, config, bundle, (&self.file, records))?;
         if let Some(newest) = chain.last() {
             kept::keep(number, newest.pages.file.id, image);
         }
@@ -163,6 +166,23 @@ async fn read_chain(
     }
     chain.reverse();
     Ok(chain)
+}
+
+/// Which pages it shares; `None` if the file does not say.
+async fn read_shared(
+    file: &File,
+    trailer: &Trailer,
+    config: &config::Vm<FileIndex>,
+) -> Result<Option<Shared>, Refused> {
+    let Some(part) = trailer.shared else { return Ok(None) };
+    if !config.private {
+        let text = alloc::format!("file {:?}: it has shared pages; the configuration has private = false", file.name);
+        return Err(Refused::because(text));
+    }
+    let (first, blocks) = trailer.shared_place();
+    let bytes = file::read(file, first, blocks).await?;
+    let shared = Shared::decode(&bytes, &part, &shared::private_frames(config));
+    shared.map(Some).map_err(|error| Refused::file(&file.name, &error))
 }
 
 /// The configuration with the bundle's files for those that it knows by what they hold.
@@ -241,11 +261,17 @@ impl Parts {
     async fn make(
         config: &config::Vm<FileIndex>,
         bundle: &Bundle<'static>,
-        chain: &[Link],
+        (chain, shared): (&[Link], Option<&Shared>),
         source: Option<&Source>,
     ) -> Result<Self, Refused> {
-        let ram = Memory(build::create_ram(config).map_err(Refused::out_of_memory)?);
-        let mut parts = Self { ram, disks: Vec::new() };
+        let ram = match shared {
+            None => build::create_ram(config),
+            Some(_) => build::create_closed_ram(config),
+        };
+        let mut parts = Self { ram: Memory(ram.map_err(Refused::out_of_memory)?), disks: Vec::new() };
+        if let Some(shared) = shared {
+            shared::apply(parts.ram.0, shared).await?;
+        }
         for (number, disk) in (1..).zip(&config.disks) {
             let image = image(bundle, disk.file);
             let written = chain.iter().any(|link| link.index.runs.iter().any(|run| run.object == number));
@@ -287,13 +313,13 @@ impl Parts {
         Ok(())
     }
 
-    /// The machine around them, which goes on. Its number.
+    /// The machine around them, which goes on. Its number. `records`: it shares its page with the records of stolen time.
     fn run(
         self,
         saved: Saved,
         config: &config::Vm<FileIndex>,
         bundle: &Bundle<'static>,
-        file: &str,
+        (file, records): (&str, bool),
     ) -> Result<usize, Refused> {
         let Self { ram, disks } = self;
         let media = Media { disks, flash: None };
@@ -302,7 +328,11 @@ impl Parts {
             let handle = ram.0;
             // It is the machine's from here on.
             core::mem::forget(ram);
-            saved.load(config, bundle, terminal, &media, handle)
+            let (vm, status) = saved.load(config, bundle, terminal, &media, handle)?;
+            if records {
+                vm.share_records().map_err(|error| alloc::format!("the page with the records: {error:?}"))?;
+            }
+            Ok((vm, status))
         })
         .map_err(|refusal| match refusal {
             Ok(refusal) => Refused(crate::control::fork_refused("", refusal)),

@@ -17,7 +17,7 @@ use entresol_wire::control::{Code, Error};
 use entresol_wire::snapshot::{Index, Known, TAGGED_PAGES, TAGS, Trailer, page_checksum};
 use entresol_wire::store::{self as form, BLOCK};
 
-use super::{Image, Refused, kept, lazy, pages};
+use super::{Image, Refused, kept, lazy, pages, shared};
 use crate::host;
 use crate::registry::{self, Copy};
 use crate::store::change::Turn;
@@ -37,6 +37,8 @@ pub struct Taken {
     base: Option<(u64, Arc<Image>)>,
     image: Arc<Image>,
     state: Vec<u8>,
+    /// The page with the records of stolen time is shared with the hypervisor.
+    records: bool,
     /// How long the machine stood still, in microseconds.
     pause: u64,
 }
@@ -61,9 +63,10 @@ pub fn begin(number: usize, file: &str, base: Option<&str>) -> Result<Taken, Ref
     let copy = registry::copy(number).map_err(|refusal| Refused(crate::control::fork_refused("", refusal)))?;
     let state = write_down(&copy)?;
     let image = Arc::new(Image::of(copy.vm.ram(), &copy.disks)?);
+    let records = copy.vm.shares_records();
     let pause = copy.pause * 1_000_000 / timer::frequency();
     copy.discard();
-    Ok(Taken { number, file: file.into(), turn, base, image, state, pause })
+    Ok(Taken { number, file: file.into(), turn, base, image, state, records, pause })
 }
 
 /// The file called `name`, if the machine's next snapshot can be the difference to it.
@@ -126,7 +129,7 @@ impl Taken {
         Ok(())
     }
 
-    /// Pages, state, index, trailer. How many pages.
+    /// Pages, state, index, shared pages, trailer. How many pages.
     async fn write_all(&self, writer: &mut Writer<'_>) -> Result<u64, Failure> {
         let mut index = Index::default();
         let mut tags = self.image.is_tagged().then(Group::default);
@@ -140,6 +143,9 @@ impl Taken {
         if let Some(group) = tags.as_mut().filter(|group| group.pages != 0) {
             group.write(writer).await?;
         }
+        let shared = shared::list(self.image.ram, self.records).await?;
+        let no_room = |_| Failure::OutOfMemory;
+        let list = shared.as_ref().map_or(Ok(Vec::new()), |shared| shared.encode().map_err(no_room))?;
         let bytes = index.encode();
         let trailer = Trailer {
             base: self.base.as_ref().map_or(0, |(id, _)| *id),
@@ -149,9 +155,11 @@ impl Taken {
             index_checksum: crc32fast::hash(&bytes),
             runs: index.runs.len() as u64,
             tagged: tags.is_some(),
+            shared: shared.map(|shared| shared.part(&list)),
         };
         writer.bytes(&self.state).await?;
         writer.bytes(&bytes).await?;
+        writer.bytes(&list).await?;
         writer.bytes(&trailer.encode()).await?;
         Ok(trailer.pages)
     }

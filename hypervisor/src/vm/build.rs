@@ -163,7 +163,7 @@ fn put_together(
     let slots = slots::create(&memory, config, bundle, ram, media).map_err(BuildError);
     let shown = slots.and_then(|()| passed.show(&memory).map_err(BuildError));
     let shown = shown.and_then(|()| records.show(&memory).map_err(|error| because("stolen time")(&error)));
-    let shown = shown.and_then(|()| memory.make_caches(vcpus).map_err(|_| OutOfHeap.into()));
+    let shown = shown.and_then(|()| memory.make_caches(devices.caches()).map_err(|_| OutOfHeap.into()));
     let ready = shown.and_then(|()| sched::reserve(vcpus).map_err(BuildError::from));
     if let Err(error) = ready {
         memory.destroy(cpu::index());
@@ -231,12 +231,28 @@ fn create_memory(config: &config::Vm<FileIndex>) -> Result<(Memory<'static, Meta
     }
 }
 
-/// Memory for a machine like `config`, all vacant.
+/// Memory for a machine like `config`, all vacant. What it shares with the hypervisor at boot is shared.
 ///
 /// # Errors
 ///
 /// [`BuildError`].
 pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildError> {
+    let ram = create_closed_ram(config)?;
+    match share_window(config, ram) {
+        Ok(()) => Ok(ram),
+        Err(error) => {
+            destroy_ram(ram);
+            Err(because("memory")(&error))
+        }
+    }
+}
+
+/// The same; what is private is all private.
+///
+/// # Errors
+///
+/// [`BuildError`].
+pub fn create_closed_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildError> {
     let host = host::get();
     let policy = match config.policies.page_size {
         LargestEntry::Block2M if config.policies.shared_block == SharedBlock::Whole => Policy::WholeBlocks,
@@ -246,14 +262,7 @@ pub fn create_ram(config: &config::Vm<FileIndex>) -> Result<ObjectHandle, BuildE
     let (frames, tagged) = (config.memory / PAGE_SIZE, config.mte);
     let spec =
         if config.private { Spec::Private { frames, policy } } else { Spec::Anonymous { frames, policy, tagged } };
-    let ram = host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))?;
-    match share_window(config, ram) {
-        Ok(()) => Ok(ram),
-        Err(error) => {
-            destroy_ram(ram);
-            Err(because("memory")(&error))
-        }
-    }
+    host.objects.create(&host.supply(cpu::index()), spec).map_err(|error| because("memory")(&error))
 }
 
 /// What the devices of a machine that bounces reach is shared before anything is in it.

@@ -15,12 +15,13 @@
 //! Invariants: no counted time is lost: what cannot be told at one turn is told at a later one. The guest may do with the page
 //! what it likes, and give it back, too: the record is written again to what is there then.
 
-use entresol_addr::{Gpa, PAGE_SIZE};
+use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_arch_arm64::smccc;
 use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::{CreateError, ObjectHandle, Policy, Spec};
 use entresol_loader::virt;
 use entresol_metal_arm64::{Metal, cpu, timer};
+use entresol_mmu::ConvertError;
 use entresol_slot::{Hint, ObjectId, SlotError, SlotRequest};
 use entresol_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use entresol_wire::config::{self, MAX_VCPUS};
@@ -168,6 +169,22 @@ impl Vm {
         let bytes = wait.nanoseconds().to_le_bytes();
         // The second time after a refresh; what moves even then is told at the next turn.
         self.store_time(index, &bytes) || self.find_record(index) && self.store_time(index, &bytes)
+    }
+
+    /// Whether the guest shares the page with the records with the hypervisor.
+    pub fn shares_records(&self) -> bool {
+        let pin = host::get().epoch.pin(cpu::index());
+        self.memory.is_open(&pin, &Hint::new(), Gpa::new(virt::STOLEN_TIME_BASE)) == Some(true)
+    }
+
+    /// It does from now on. Of a machine that has not run yet.
+    ///
+    /// # Errors
+    ///
+    /// [`ConvertError`].
+    pub fn share_records(&self) -> Result<(), ConvertError> {
+        let page = GfnRange::single(Gpa::new(virt::STOLEN_TIME_BASE).frame());
+        self.memory.convert(cpu::index(), page, true).map(drop)
     }
 
     /// Whether the cache of vCPU `index`'s record knows where it lies.

@@ -1,12 +1,13 @@
 //! A snapshot: a virtual machine at one moment, in a file of the [store](crate::store).
 //!
-//! Form, version 2. Numbers are little-endian; every part begins at a block of 4096 bytes and is filled up with zeros:
+//! Form, version 3. Numbers are little-endian; every part begins at a block of 4096 bytes and is filled up with zeros:
 //!
 //! | part | what |
 //! |---|---|
 //! | pages | the bytes of each page that is in the file, one after the other; with tags, a block of tags behind each 32 pages, and behind the last |
 //! | state | JSON: configuration, vCPUs, devices |
 //! | index | which page is whose: runs, then the CRC-32 of each page, 4 bytes each; with tags, of its bytes and then its tags |
+//! | shared pages | of a private machine: the guest frames that it shares with its hypervisor ([`Shared`]) |
 //! | trailer | one block |
 //!
 //! A run, in the order of objects, and of frames within an object:
@@ -31,11 +32,14 @@
 //! | 40–43 | CRC-32 of the state |
 //! | 44–47 | CRC-32 of the index |
 //! | 48–55 | number of runs |
-//! | 56–59 | bit 0: the pages have allocation tags (FEAT_MTE2) |
-//! | 60– | zero |
+//! | 56–59 | bit 0: the pages have allocation tags (FEAT_MTE2); bit 1: there are shared pages, or could be: the machine is private |
+//! | 60–63 | CRC-32 of the list of shared pages; zero without bit 1, as the number of runs is |
+//! | 64–71 | number of runs in it |
+//! | 72– | zero |
 //!
 //! A block of tags has 128 bytes for each page, in their order: four bits a granule of 16 bytes, the lower granule in the low four.
-//! Pages of disks have zeros there. A file of version 1 is one without tags, in which bytes 56–59 are zero.
+//! Pages of disks have zeros there. A file of version 1 is one without bit 0, one of version 2 one without bit 1: a private machine
+//! that is made from it shares what it shares at boot.
 //!
 //! A page that no run of a file names is as the base has it; without a base it reads as zero, or as the disk's image.
 //!
@@ -51,16 +55,20 @@ use serde::{Deserialize, Serialize};
 use crate::Refusal;
 use crate::store::BLOCK;
 
+mod shared;
 #[cfg(test)]
 mod tests;
 
-/// The version that this code writes; it reads version 1 too.
-pub const VERSION: u32 = 2;
+pub use shared::{Shared, SharedPart};
+
+/// The version that this code writes; it reads those before too.
+pub const VERSION: u32 = 3;
 /// Bytes of a page's tags.
 pub const TAGS: usize = 128;
 /// Pages whose tags are in one block.
 pub const TAGGED_PAGES: u64 = BLOCK / TAGS as u64;
-const WITH_TAGS: u32 = 1;
+const WITH_TAGS: u32 = 1 << 0;
+const WITH_SHARED: u32 = 1 << 1;
 /// Longest state, in bytes: many times what 8 vCPUs with all devices need.
 pub const MAX_STATE: u64 = 4 << 20;
 const MAGIC: [u8; 8] = *b"ENTSNAPS";
@@ -151,6 +159,17 @@ pub struct Trailer {
     pub runs: u64,
     /// The pages have tags.
     pub tagged: bool,
+    /// The list of shared pages, of a private machine.
+    pub shared: Option<SharedPart>,
+}
+
+/// Flags that a file of `version` may have.
+const fn flags_of(version: u32) -> u32 {
+    match version {
+        1 => 0,
+        2 => WITH_TAGS,
+        _ => WITH_TAGS | WITH_SHARED,
+    }
 }
 
 /// How the pages of a file lie.
@@ -193,7 +212,12 @@ impl Trailer {
         block[40..44].copy_from_slice(&self.state_checksum.to_le_bytes());
         block[44..48].copy_from_slice(&self.index_checksum.to_le_bytes());
         block[48..56].copy_from_slice(&self.runs.to_le_bytes());
-        block[56..60].copy_from_slice(&if self.tagged { WITH_TAGS } else { 0 }.to_le_bytes());
+        let flags = [(self.tagged, WITH_TAGS), (self.shared.is_some(), WITH_SHARED)];
+        let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag);
+        block[56..60].copy_from_slice(&flags.to_le_bytes());
+        let shared = self.shared.unwrap_or(SharedPart { runs: 0, checksum: 0 });
+        block[60..64].copy_from_slice(&shared.checksum.to_le_bytes());
+        block[64..72].copy_from_slice(&shared.runs.to_le_bytes());
         let checksum = crc32fast::hash(&block);
         block[CHECKSUM..CHECKSUM + 4].copy_from_slice(&checksum.to_le_bytes());
         block
@@ -215,7 +239,7 @@ impl Trailer {
         unsealed[CHECKSUM..CHECKSUM + 4].fill(0);
         check_part("trailer", &unsealed, small(block, CHECKSUM))?;
         let flags = small(block, 56);
-        if flags > if version == 1 { 0 } else { WITH_TAGS } {
+        if flags & !flags_of(version) != 0 {
             return Err(field("flags", flags, format!("must be known in version {version}")));
         }
         let trailer = Self {
@@ -225,14 +249,20 @@ impl Trailer {
             state_checksum: small(block, 40),
             index_checksum: small(block, 44),
             runs: number(block, 48),
-            tagged: flags == WITH_TAGS,
+            tagged: flags & WITH_TAGS != 0,
+            shared: (flags & WITH_SHARED != 0)
+                .then(|| SharedPart { runs: number(block, 64), checksum: small(block, 60) }),
         };
         if trailer.state > MAX_STATE || trailer.pages > file_blocks || trailer.runs > file_blocks * BLOCK / RUN as u64 {
             let value =
                 format_args!("{} pages, {} runs, {} bytes of state", trailer.pages, trailer.runs, trailer.state);
             return Err(field("trailer", value, format!("must fit into the file's {file_blocks} blocks")));
         }
-        let whole = trailer.layout().blocks() + blocks(trailer.state) + trailer.index_blocks() + 1;
+        if let Some(shared) = trailer.shared.filter(|shared| shared.blocks() > file_blocks) {
+            return Err(field("shared pages", shared.runs, format!("must fit into the file's {file_blocks} blocks")));
+        }
+        let (first, shared) = trailer.shared_place();
+        let whole = first + shared + 1;
         if whole != file_blocks {
             return Err(field("length", file_blocks, format!("must be {whole} blocks, as its trailer says")));
         }
@@ -252,6 +282,12 @@ impl Trailer {
     /// First block of the index, and its blocks.
     pub fn index_place(&self) -> (u64, u64) {
         (self.layout().blocks() + blocks(self.state), self.index_blocks())
+    }
+
+    /// First block of the list of shared pages, and its blocks: none if there is no list.
+    pub fn shared_place(&self) -> (u64, u64) {
+        let (first, count) = self.index_place();
+        (first + count, self.shared.map_or(0, |shared| shared.blocks()))
     }
 
     fn index_bytes(&self) -> u64 {

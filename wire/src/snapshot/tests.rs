@@ -25,12 +25,13 @@ fn sample(picks: &[(u8, bool)]) -> (Index, Trailer) {
         index_checksum: crc32fast::hash(&index.encode()),
         runs: index.runs.len() as u64,
         tagged: picks.len() % 2 == 1,
+        shared: (picks.len() % 3 == 1).then_some(SharedPart { runs: 300 * picks.len() as u64, checksum: 7 }),
     };
     (index, trailer)
 }
 
 fn file_blocks(trailer: &Trailer) -> u64 {
-    let (first, count) = trailer.index_place();
+    let (first, count) = trailer.shared_place();
     first + count + 1
 }
 
@@ -65,21 +66,38 @@ proptest! {
 
     #[test]
     fn any_bytes_are_no_trailer_or_one_that_fits(
-        bytes in prop::collection::vec(any::<u8>(), 56),
-        (version, tagged) in prop_oneof![Just((1, 0)), Just((2, 0)), Just((2, 1))],
+        bytes in prop::collection::vec(any::<u8>(), 72),
+        (version, flags) in (1u8..4, 0u8..4),
         file in any::<u64>(),
     ) {
         let mut block = [0; BLOCK as usize];
-        block[..56].copy_from_slice(&bytes);
+        block[..72].copy_from_slice(&bytes);
         block[..8].copy_from_slice(b"ENTSNAPS");
         block[8..16].copy_from_slice(&[version, 0, 0, 0, 0, 0, 0, 0]);
-        block[56] = tagged;
+        block[56..60].copy_from_slice(&[flags, 0, 0, 0]);
         let checksum = crc32fast::hash(&block);
         block[12..16].copy_from_slice(&checksum.to_le_bytes());
         let file = file >> 20;
         if let Ok(trailer) = Trailer::decode(&block, file) {
-            prop_assert_eq!((file_blocks(&trailer), trailer.tagged), (file, tagged == 1));
+            prop_assert_eq!(file_blocks(&trailer), file);
+            prop_assert_eq!((trailer.tagged, trailer.shared.is_some()), (flags & 1 != 0, flags & 2 != 0));
         }
+        prop_assert!(flags < version || Trailer::decode(&block, file).is_err(), "version {} has no such flag", version);
+    }
+}
+
+/// What was written before there were tags, and before there were shared pages, reads as it did.
+#[test]
+fn files_of_earlier_versions_are_read() {
+    for (version, picks) in [(1, &[][..]), (2, &[(0, true), (1, true), (0, false)])] {
+        let (_, trailer) = sample(picks);
+        assert!(trailer.shared.is_none() && (version == 2 || !trailer.tagged));
+        let mut block = trailer.encode();
+        block[8] = version;
+        block[12..16].fill(0);
+        let checksum = crc32fast::hash(&block);
+        block[12..16].copy_from_slice(&checksum.to_le_bytes());
+        assert_eq!(Trailer::decode(&block, file_blocks(&trailer)).expect("right"), trailer);
     }
 }
 
@@ -111,8 +129,8 @@ fn each_damage_has_its_message() {
     let message = |block: &[u8; 4096], blocks| Trailer::decode(block, blocks).expect_err("wrong").to_string();
     assert_eq!(message(&[0; 4096], 1), "not a snapshot: its last block does not begin with \"ENTSNAPS\"");
     let mut newer = block;
-    newer[8] = 3;
-    assert_eq!(message(&newer, blocks), "the snapshot has version 3, this hypervisor reads up to version 2");
+    newer[8] = 4;
+    assert_eq!(message(&newer, blocks), "the snapshot has version 4, this hypervisor reads up to version 3");
     let mut flags = block;
     flags[57] = 1;
     flags[12..16].fill(0);

@@ -52,6 +52,17 @@ impl Object {
         !self.is_private() || self.check_inside(frame).is_ok() && self.tree.is_open(machine, frame)
     }
 
+    /// The pages from `start` on, in parts that are shared with the hypervisor or are not, neighbours of one kind maybe in several:
+    /// whether, and the frame behind the part; `None` at the end. What is not private memory is one part.
+    pub fn open_part<M: Machine>(&self, machine: &M, start: u64) -> Option<(bool, u64)> {
+        let frames = self.frames();
+        if start >= frames {
+            return None;
+        }
+        let (open, end) = if self.is_private() { self.tree.open_until(machine, start) } else { (true, frames) };
+        Some((open, end.min(frames)))
+    }
+
     /// Makes the pages `start .. start + count` private, or open: shared with the hypervisor, in whose mapping their frames are.
     /// What they hold stays. Returns how many changed. The caller is pinned, has removed the translations to them, and keeps new
     /// ones from being made meanwhile.

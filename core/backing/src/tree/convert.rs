@@ -37,6 +37,15 @@ impl Tree {
         self.has_attributes() && self.locate(machine, frame).marks & OPEN != 0
     }
 
+    /// Whether the page at `frame`, which lies inside, is open, and the end of a span around it in which the answer is the same.
+    pub(crate) fn open_until<M: Machine>(&self, machine: &M, frame: u64) -> (bool, u64) {
+        if !self.has_attributes() {
+            return (false, u64::MAX);
+        }
+        let found = self.locate(machine, frame);
+        (found.marks & OPEN != 0, after(frame, found.level))
+    }
+
     /// Gives the pages `start .. end`, which lie inside, the attribute `open`. Returns how many had the other one.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! The PL011 (Arm DDI 0183, chapter 3) as a place to print to, from any CPU.
+//! The PL011 (Arm DDI 0183, chapter 3) as a place to print to, from any CPU, and to read from.
 
 use core::fmt::{self, Write};
 use core::hint::spin_loop;
@@ -12,6 +12,8 @@ const FR: u64 = UART + 0x18;
 const LCR_H: u64 = UART + 0x2c;
 const CR: u64 = UART + 0x30;
 const IMSC: u64 = UART + 0x38;
+/// FR: the receive FIFO is empty.
+const RXFE: u32 = 1 << 4;
 /// FR: the transmit FIFO is full.
 const TXFF: u32 = 1 << 5;
 /// LCR_H: 8 bits, FIFOs on.
@@ -37,6 +39,14 @@ pub fn print(arguments: fmt::Arguments<'_>) {
     // The UART takes every byte: its formatter has no error to return.
     let _infallible = Port.write_fmt(arguments);
     BUSY.store(false, Ordering::Release);
+}
+
+/// Waits for the next byte that somebody sends.
+pub fn read() -> u8 {
+    while memory::load32(FR) & RXFE != 0 {
+        spin_loop();
+    }
+    memory::load32(DR) as u8
 }
 
 /// Prints although another CPU may have stopped while it printed.

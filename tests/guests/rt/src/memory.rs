@@ -84,6 +84,7 @@ pub fn store_tag(address: u64, tag: u8) {
     };
 }
 
+access!(load16, store16, u16, "ldrh", "strh", "w");
 access!(load32, store32, u32, "ldr", "str", "w");
 access!(load64, store64, u64, "ldr", "str", "x");
 access!(load8, store8, u8, "ldrb", "strb", "w");

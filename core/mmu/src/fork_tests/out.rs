@@ -9,7 +9,7 @@ use entresol_machine::Machine;
 
 use super::*;
 use crate::tests::host;
-use crate::{Frames, LeaveError, Reason, Shown, begin_out, discard};
+use crate::{CacheError, CopyError, Frames, LeaveError, Reason, Shown, begin_out, discard};
 
 type Shows<'a, 'h> = Shown<'a, 'h, FlatMachine, Stage2>;
 
@@ -99,6 +99,34 @@ fn what_leaves_is_not_mapped_and_reads_the_same_after() {
         assert_eq!(settled(&host), 0);
         assert_eq!(host.pool.stores().close(device.store), Ok(()));
     }
+}
+
+/// A page-frame cache knows nothing of a page that is out, and what is written through it after is not what the device has.
+#[test]
+fn a_cache_lets_its_page_go_and_finds_it_again() {
+    let host = host(4096);
+    let (vm, object) = with_memory(&host, Policy::Pages);
+    let mut device = Device::new(&host, 8);
+    let shown = [Shown { vm: &vm, object }];
+    vm.make_caches(1).unwrap();
+    store(&vm, gpa(5), 1);
+    vm.activate(CPU, 0, Gpa::new(gpa(5)), 8).unwrap();
+    for value in 2..5 {
+        assert_eq!(device.put_out(&shown, frames(5, 1)), 1, "a cache keeps nothing in memory");
+        assert!(vm.check(&host.epoch.pin(CPU), 0, 8).is_none());
+        let refused = vm.refresh(CPU, 0);
+        assert!(matches!(refused, Err(CacheError::Memory(CopyError::Absent { .. }))), "{refused:?}");
+        assert_eq!(device.load(&vm, gpa(5)), value - 1);
+        assert!(vm.check(&host.epoch.pin(CPU), 0, 8).is_none());
+        vm.refresh(CPU, 0).unwrap();
+        let pin = host.epoch.pin(CPU);
+        vm.write_piece(&vm.check(&pin, 0, 1).unwrap(), &[value]);
+        drop(pin);
+        assert_eq!(load(&vm, gpa(5)), value);
+    }
+    end(vm);
+    assert_eq!(settled(&host), 0);
+    assert_eq!(host.pool.stores().close(device.store), Ok(()));
 }
 
 #[test]

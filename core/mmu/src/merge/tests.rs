@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::vec::Vec;
 
 use entresol_addr::{Gpa, PAGE_SIZE, PageSize};
-use entresol_backing::{ObjectHandle, Order, Policy};
+use entresol_backing::{ObjectHandle, Order, Policy, Spec};
 use entresol_fault::{Access, Cause, Fault};
 use entresol_machine::Features;
 use entresol_machine::flat::FlatMachine;
@@ -52,6 +52,29 @@ fn used(host: &Host<FlatMachine>) -> u64 {
     settled(host) - host.merging.held_frames()
 }
 
+/// A page that becomes one with a stranger's is its own again before anything is written through a page-frame cache.
+#[test]
+fn a_cache_of_a_page_that_was_merged_writes_a_page_of_its_own() {
+    let host = host(8192);
+    let (one, _) = merging(&host, Policy::Pages);
+    let (other, _) = merging(&host, Policy::Pages);
+    one.make_caches(1).unwrap();
+    for vm in [&one, &other] {
+        store(vm, gpa(3), 7);
+    }
+    one.activate(CPU, 0, Gpa::new(gpa(3)), 8).unwrap();
+    assert!(one.check(&host.epoch.pin(CPU), 0, 8).is_some());
+    assert_eq!(rounds(2, &[&one, &other]).joined, 1);
+    assert!(one.check(&host.epoch.pin(CPU), 0, 8).is_none(), "the page is shared");
+    one.refresh(CPU, 0).unwrap();
+    let pin = host.epoch.pin(CPU);
+    one.write_piece(&one.check(&pin, 0, 1).unwrap(), &[9]);
+    drop(pin);
+    assert_eq!([load(&one, gpa(3)), load(&other, gpa(3))], [9, 7]);
+    end(one);
+    end(other);
+}
+
 #[test]
 fn equal_pages_of_strangers_become_one_and_part_in_one_trap() {
     for features in [coherent(), Features { forced_write_back: false, ..coherent() }] {
@@ -82,6 +105,35 @@ fn equal_pages_of_strangers_become_one_and_part_in_one_trap() {
         end(other);
         assert_eq!(settled(&host), 0);
     }
+}
+
+/// Private memory is neither compared nor joined, not even with itself, whatever the owner asks; other memory of the machine is.
+#[test]
+fn private_memory_is_not_merged() {
+    let host = host(8 * 512);
+    let vm = vm(&host);
+    let spec = Spec::Private { frames: FRAMES, policy: Policy::Pages };
+    let object = host.objects.create(&host.supply(CPU), spec).unwrap();
+    vm.set_slot(CPU, &slot(0, RAM, FRAMES, object, SlotFlags::empty())).unwrap();
+    let (other, _) = merging(&host, Policy::Pages);
+    vm.enable_merging(CPU).unwrap();
+    let at = |frame| Gpa::new(gpa(frame));
+    for frame in 0..4 {
+        vm.write(&host.epoch.pin(CPU), &Hint::new(), at(frame), &[7]).unwrap();
+        store(&other, gpa(frame), 7);
+    }
+    assert_eq!(vm.merge_pages(CPU, at(1), &vm, at(0)), Err(MergeRefusal::NoPage { gpa: at(0) }));
+    assert_eq!(vm.merge_pages(CPU, at(1), &other, at(0)), Err(MergeRefusal::Differs));
+    assert_eq!(other.merge_pages(CPU, at(1), &vm, at(0)), Err(MergeRefusal::NoPage { gpa: at(0) }));
+    let scanned = rounds(3, &[&vm]);
+    assert_eq!((scanned.pages, scanned.offered, scanned.joined), (0, 0, 0));
+    rounds(3, &[&vm, &other]);
+    assert!(host.merging.held_frames() > 0, "other memory is merged");
+    let mut found = [0];
+    vm.read(&host.epoch.pin(CPU), &Hint::new(), at(1), &mut found).unwrap();
+    assert_eq!((found, load(&other, gpa(1))), ([7], 7));
+    end(vm);
+    end(other);
 }
 
 #[test]

@@ -50,7 +50,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 57] = {
+pub const ZOO: [Exhibit; 58] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv8, Inv9, Inv10, Inv11, Inv12,
         Inv13, Inv14, Inv15, Maintenance, Panic, Slots, Written,

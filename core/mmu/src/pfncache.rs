@@ -189,20 +189,29 @@ impl PfnCache {
     }
 }
 
-/// The caches of one virtual machine.
-pub(crate) struct Caches {
-    all: Once<Box<[PfnCache]>>,
+/// The caches of one virtual machine, once they are made: a slice of one, which can be made where the heap may have no room.
+pub(crate) struct Caches(Once<Box<[Table]>>);
+
+/// All caches. Apart from the virtual machine, so that what faults use of that lies close together.
+struct Table {
+    all: Box<[PfnCache]>,
     /// Numbers of those that are active, or were a moment ago; there is room for all.
     list: Mutex<Vec<usize>>,
 }
 
 impl Caches {
     pub(crate) const fn new() -> Self {
-        Self { all: Once::new(), list: Mutex::new(Vec::new()) }
+        Self(Once::new())
     }
 
+    #[inline]
+    fn table(&self) -> Option<&Table> {
+        self.0.get()?.first()
+    }
+
+    #[inline]
     fn all(&self) -> &[PfnCache] {
-        self.all.get().map_or(&[], |caches| caches)
+        self.table().map_or(&[], |table| &table.all)
     }
 
     fn get(&self, index: usize) -> Result<&PfnCache, CacheError> {
@@ -211,7 +220,8 @@ impl Caches {
 
     /// Cache `index`, which is there, is one that invalidations look at.
     fn join(&self, index: usize) {
-        let mut list = self.list.lock();
+        let Some(table) = self.table() else { return };
+        let mut list = table.list.lock();
         if !list.contains(&index) {
             debug_assert!(list.len() < list.capacity(), "there is room for all");
             list.push(index);
@@ -219,7 +229,8 @@ impl Caches {
     }
 
     fn leave(&self, index: usize) {
-        let mut list = self.list.lock();
+        let Some(table) = self.table() else { return };
+        let mut list = table.list.lock();
         if let Some(place) = list.iter().position(|other| *other == index) {
             list.swap_remove(place);
         }
@@ -227,8 +238,9 @@ impl Caches {
 
     /// Calls `visit` with the state of each cache of a page of `range`, whose invalidation is in progress.
     fn of_range(&self, range: GfnRange, mut visit: impl FnMut(&PfnCache, &mut State)) {
-        let list = self.list.lock();
-        for cache in list.iter().filter_map(|index| self.all().get(*index)) {
+        let Some(table) = self.table() else { return };
+        let list = table.list.lock();
+        for cache in list.iter().filter_map(|index| table.all.get(*index)) {
             let mut state = cache.state.lock();
             if range.contains(state.gpa.frame()) {
                 visit(cache, &mut state);
@@ -273,8 +285,12 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let mut caches = Vec::new();
         caches.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
         caches.resize_with(count, PfnCache::new);
-        self.caches.list.lock().try_reserve_exact(count).map_err(|_| OutOfHeap)?;
-        self.caches.all.call_once(|| caches.into_boxed_slice());
+        let mut list = Vec::new();
+        list.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
+        let mut table = Vec::new();
+        table.try_reserve_exact(1).map_err(|_| OutOfHeap)?;
+        table.push(Table { all: caches.into_boxed_slice(), list: Mutex::new(list) });
+        self.caches.0.call_once(|| table.into_boxed_slice());
         Ok(())
     }
 

@@ -327,11 +327,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             cache.forget();
             (state.active, state.gpa, state.len, state.reach) = (true, gpa, len, reach);
         }
-        let found = self.refresh_cache(cpu, cache);
-        if planted!(ZX3) {
-            self.caches.join(index);
-        }
-        found
+        self.refresh_cache(cpu, cache)
     }
 
     /// Cache `index` knows nothing, and nobody looks at it any more.

@@ -122,7 +122,7 @@ pub enum Bug {
     ZX1,
     /// Z-X2, in no specification: an entry is as writable as its object allows, whatever its slot says.
     ZX2,
-    /// Z-X3, in no specification: a page-frame cache joins those that invalidations look at when it has found its page.
+    /// Z-X3, in no specification: a page-frame cache is activated and is not among those that invalidations look at.
     ZX3,
 }
 

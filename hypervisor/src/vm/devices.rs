@@ -30,7 +30,7 @@ use entresol_metal_arm64::cpu;
 use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use entresol_wire::bundle::FileIndex;
-use entresol_wire::config::{self, PrivateIo, ReadOnlyStore, UnclaimedMmio};
+use entresol_wire::config::{self, MAX_VCPUS, PrivateIo, ReadOnlyStore, UnclaimedMmio};
 use serde::{Deserialize, Serialize};
 
 use super::balloon::GuestPages;
@@ -84,8 +84,8 @@ pub struct Devices {
     port: Arc<VirtioPort>,
     entropy: Option<Arc<VirtioEntropy>>,
     balloon: Option<Arc<VirtioBalloon>>,
-    /// The page-frame caches of their queues.
-    caches: Range<usize>,
+    /// The page-frame caches of their queues. Small, so that faults reach the memory behind them by short offsets.
+    caches: Range<u16>,
     unfinished: AtomicU32,
     /// Those whose work waits for a page.
     absent: AtomicU32,
@@ -110,7 +110,7 @@ struct Wires<'a> {
     gic: &'a Arc<Vgic>,
     private_io: PrivateIo,
     /// The page-frame cache that no queue has yet.
-    next_cache: Cell<usize>,
+    next_cache: Cell<u16>,
 }
 
 impl Wires<'_> {
@@ -121,8 +121,8 @@ impl Wires<'_> {
     /// For a device of type `D`.
     fn memory<D: VirtioDevice>(&self) -> DeviceMemory {
         let first = self.next_cache.get();
-        self.next_cache.set(first + D::QUEUES * QUEUE_CACHES);
-        DeviceMemory::new(self.link.clone(), self.private_io, first)
+        self.next_cache.set(first + (D::QUEUES * QUEUE_CACHES) as u16);
+        DeviceMemory::new(self.link.clone(), self.private_io, first.into())
     }
 
     /// The line of transport `slot`.
@@ -182,7 +182,7 @@ impl Devices {
         config: &config::Vm<FileIndex>,
     ) -> Result<Self, OutOfHeap> {
         let private_io = config.private_io;
-        let first = config.vcpus as usize;
+        let first = config.vcpus as u16;
         let wires = Wires { link, gic, private_io, next_cache: Cell::new(first) };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(media.disks.len()).map_err(|_| OutOfHeap)?;
@@ -342,7 +342,7 @@ impl Devices {
 
     /// Page-frame caches that the machine needs: the vCPUs', then those of its devices' rings.
     pub fn caches(&self) -> usize {
-        self.caches.end
+        self.caches.end.into()
     }
 
     /// Work that was stalled goes on.
@@ -543,6 +543,11 @@ impl Vm {
         }
     }
 }
+
+const _: () = {
+    let queues = virt::VIRTIO_SLOTS as usize * virtio::QUEUES_MAX;
+    assert!(MAX_VCPUS as usize + queues * QUEUE_CACHES <= u16::MAX as usize, "page-frame caches have short numbers");
+};
 
 const _: () = {
     let windows = [

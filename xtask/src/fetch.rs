@@ -15,7 +15,7 @@ pub mod sources;
 pub mod toolchain;
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -57,14 +57,14 @@ pub fn qemu_x86() -> Result<Qemu> {
     qemu::ensure_qemu_x86(&cache)
 }
 
-/// Debian's amd64 kernel for virtual machines.
+/// Debian's amd64 guest files.
 ///
 /// # Errors
 /// As [`everything`].
-pub fn kernel_x86() -> Result<PathBuf> {
+pub fn guest_x86() -> Result<Guest> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
-    guest::ensure_kernel_x86(&cache)
+    guest::ensure_guest_x86(&cache)
 }
 
 /// A browser without a window, for the test of the lab's pages.

@@ -313,9 +313,9 @@ pub const TESTS: &[SystemTest] = &[
         run: x86::x86_guest_works_its_memory,
     },
     SystemTest {
-        name: "x86_linux_boots",
-        about: "x86-64: Debian's amd64 kernel boots under SVM and nested paging until it wants a root file system",
-        run: x86::x86_linux_boots,
+        name: "x86_linux_runs_a_script",
+        about: "x86-64: Debian's amd64 kernel boots under SVM and nested paging to user space, and powers off",
+        run: x86::x86_linux_runs_a_script,
     },
     SystemTest {
         name: "x86_mmio_entries",

@@ -11,7 +11,7 @@ use crate::progress::Step;
 
 /// As in [`super::qemu`].
 const FOLDER: &str = "guest-1";
-const FOLDER_X86: &str = "guest-x86-1";
+const FOLDER_X86: &str = "guest-x86-2";
 
 /// The fetched files.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Debian's kernel, an unmodified arm64 `Image`.
+    /// Debian's kernel, unmodified: an `Image`, or a `bzImage`.
     ///
     /// # Errors
     /// When the folder holds none.
@@ -68,23 +68,25 @@ pub fn ensure_guest(cache: &Path) -> Result<Guest> {
     Ok(guest)
 }
 
-/// Debian's amd64 kernel for virtual machines, an unmodified `bzImage`, fetched when it has to be.
+/// The same of amd64, as far as there is something: the kernel for virtual machines, an unmodified `bzImage`, its modules, a static busybox.
 ///
 /// # Errors
 /// As [`ensure_guest`].
-pub fn ensure_kernel_x86(cache: &Path) -> Result<PathBuf> {
+pub fn ensure_guest_x86(cache: &Path) -> Result<Guest> {
     let folder = cache.join(FOLDER_X86);
     if !folder.is_dir() {
-        let what = "fetching Debian's amd64 kernel";
+        let what = "fetching Debian's amd64 kernel and tools";
         let step = Step::start(what);
         let debian = host::debian(&Os::here(), cache)?;
         let root = Root::open(cache, Suite::Bookworm, &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
         step.say(what);
         let kernel = root.behind("linux-image-cloud-amd64:amd64", "linux-image-6")?;
         let kernel = format!("{}:amd64", kernel.trim_end_matches(":amd64"));
-        unpack(cache, &folder, &root, &[kernel], &step)?;
+        unpack(cache, &folder, &root, &[kernel, "busybox-static:amd64".into()], &step)?;
     }
-    only(&folder.join("boot"), "vmlinuz-").with_context(|| format!("remove {} and try again", folder.display()))
+    let guest = Guest { folder };
+    guest.kernel().with_context(|| format!("remove {} and try again", guest.folder.display()))?;
+    Ok(guest)
 }
 
 fn fetch(cache: &Path, folder: &Path) -> Result<()> {

@@ -10,6 +10,7 @@ use super::machine::Builder;
 use crate::bundle;
 use crate::fetch;
 use crate::guests;
+use crate::initrd::{self, Initrd};
 use crate::outer_x86::EPYC;
 
 fn vm(kernel: PathBuf, page_size: LargestEntry, services: bool) -> WrittenVm {
@@ -46,18 +47,24 @@ pub fn x86_mmio_entries(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Debian's amd64 kernel, unmodified, as far as it comes without a root file system: it then resets the machine, by the register that ACPI's tables name.
-pub fn x86_linux_boots(context: &Context) -> Result<()> {
-    let builder = Builder::new(context, "x86_linux_boots")?.outer("2G", 1);
+/// Debian's amd64 kernel, unmodified, boots to user space: a script works on memory, sleeps, and powers off by the register that ACPI's
+/// tables name.
+pub fn x86_linux_runs_a_script(context: &Context) -> Result<()> {
+    let guest = fetch::guest_x86()?;
+    let script = "set -e\nuname -m\ndd if=/dev/urandom of=/tmp/random bs=1M count=8 2>/dev/null\n\
+                  cmp /tmp/random /tmp/random && echo intact\nsleep 1\nexit 7\n";
+    let builder = Builder::new(context, "x86_linux_runs_a_script")?.outer("2G", 1);
+    let initrd = builder.file("initrd.cpio", &Initrd::scripted(script).pack(&guest)?)?;
     let vm = WrittenVm {
-        memory: "512M".into(),
         cmdline: "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=acpi".into(),
-        ..bundle::program("linux", &fetch::kernel_x86()?, "")
+        ..bundle::linux("linux", &guest.kernel()?, &initrd)
     };
     let mut machine = builder.boot_x86(EPYC, vec![vm])?;
     machine.expect("Linux version 6.")?;
-    machine.expect("Kernel panic - not syncing: VFS: Unable to mount root fs")?;
-    machine.expect("vm linux: asked for a reset")?;
+    machine.expect("x86_64")?;
+    machine.expect("intact")?;
+    machine.expect(&format!("{}7", initrd::SCRIPT_EXIT))?;
+    machine.expect("vm linux: powered off")?;
     machine.expect_power_off().map(drop)
 }
 

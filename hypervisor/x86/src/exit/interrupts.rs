@@ -7,6 +7,7 @@
 //!
 //! Known holes: no interrupt of the machine tells when a guest's timer is due: it is looked at whenever the guest comes back, and
 //! waited for, turning, while it halts. A guest that computes without ever coming back has no ticks.
+//! An exception that an access causes in the middle of an event's delivery takes the event's place.
 
 use entresol_devices::apic::Event;
 use entresol_metal_x86::cpu;

@@ -69,7 +69,8 @@ pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
             write_back(guest, &registers);
             match progress {
                 Progress::Done => go_on(guest, registers.rip),
-                Progress::Again => Next::Again,
+                // Between two steps it takes interrupts.
+                Progress::Again => Next::Look,
             }
         }
         Ok(Err(Unsupported::NoMemory)) | Err(Stop::Again) => Next::Again,

@@ -103,6 +103,14 @@ pub enum Command {
         #[arg(value_parser = number)]
         address: u64,
     },
+    /// Say that the memory behind a page is bad: nobody uses it again, and the guest's next access there is an external abort
+    Poison {
+        /// The virtual machine's name
+        vm: String,
+        /// A guest physical address in the page
+        #[arg(value_parser = number)]
+        gpa: u64,
+    },
     /// Put so much of a virtual machine's memory, what it used least lately, on the swap device; says how much left when no more does
     Reclaim {
         /// Its name
@@ -314,6 +322,13 @@ fn carry_out(ctl: Ctl) -> Result<Exit, Failure> {
             let op = Op::Probe { vm: vm.into(), address };
             match client.call(op.clone())? {
                 Answer::Probe(probe) => out.answer(&probe, || table::probe(&probe))?,
+                other => return Err(unexpected(&op, &other).into()),
+            }
+        }
+        Command::Poison { vm, gpa } => {
+            let op = Op::Poison { vm: vm.into(), gpa };
+            match client.call(op.clone())? {
+                Answer::Poisoned(poisoned) => out.answer(&poisoned, || table::poisoned(&poisoned))?,
                 other => return Err(unexpected(&op, &other).into()),
             }
         }

@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use entresol_wire::config::format_size;
-use entresol_wire::control::{Audit, Files, MergeStatus, PageRun, Posted, Probe, SlotRow, Stats, VmRow};
+use entresol_wire::control::{Audit, Files, MergeStatus, PageRun, Poisoned, Posted, Probe, SlotRow, Stats, VmRow};
 
 /// Columns whose numbers are easier to compare with their last digits above each other.
 fn table(header: &[&str], right: &[usize]) -> Table {
@@ -44,6 +44,7 @@ pub fn stats(stats: &Stats<'_>) -> String {
         ("faults", "permission", faults.permission),
         ("faults", "access flag", faults.access_flag),
         ("faults", "absent", faults.absent),
+        ("faults", "poisoned", faults.poisoned),
         ("faults", "fresh", faults.fresh),
         ("faults", "populated", faults.populated),
         ("faults", "retry", faults.retry),
@@ -61,6 +62,7 @@ pub fn stats(stats: &Stats<'_>) -> String {
         ("frames", "resident", stats.resident_frames),
         ("frames", "stored", stats.stored_frames),
         ("frames", "free", stats.free_frames),
+        ("frames", "poisoned", stats.poisoned_frames),
         ("mmio", "unclaimed", stats.unclaimed_mmio),
         ("merge", "scanned", stats.merge.scanned),
         ("merge", "offered", stats.merge.offered),
@@ -120,6 +122,10 @@ pub fn audit(audit: &Audit) -> String {
         ("private, mapped, leased", audit.leased),
         ("private, mapped, shared by the guest", audit.open),
         ("private, mapped, to be removed", audit.stuck),
+        ("poisoned", audit.poisoned),
+        ("blocks of 2 MiB, mapped", audit.own_blocks),
+        ("blocks of 2 MiB, mapped page by page", audit.own_tables),
+        ("blocks of 2 MiB, absent", audit.own_absent),
         ("wrong", audit.wrong),
     ];
     for (what, count) in rows {
@@ -127,6 +133,12 @@ pub fn audit(audit: &Audit) -> String {
     }
     let example = audit.example.map(|frame| format!("frame {frame:#x} is one that is wrong\n"));
     text(&table) + &example.unwrap_or_default()
+}
+
+/// `poison`.
+pub fn poisoned(poisoned: &Poisoned) -> String {
+    let kind = if poisoned.private { "private" } else { "not private" };
+    format!("frame {:#x}, {kind}, is never used again\n", poisoned.frame)
 }
 
 /// `probe`.
@@ -250,7 +262,7 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         let shown = super::stats(&stats);
         let line = |what: &str| shown.lines().find(|line| line.contains(what)).expect(what).split_whitespace().last();
         assert_eq!((line("translation"), line("injected"), line("wfi")), (Some("11"), Some("99"), Some("77")));
-        assert_eq!(shown.lines().count(), 1 + 29 + 1);
+        assert_eq!(shown.lines().count(), 1 + 31 + 1);
     }
 
     #[test]
@@ -262,6 +274,6 @@ SLOT        BASE  SIZE  OBJECT  KIND       FLAGS
         for line in [["balloon", "target", "5"], ["balloon", "actual", "3"], ["guest", "free-memory", "4096"]] {
             assert!(shown.contains(&line.to_vec()), "{line:?}");
         }
-        assert_eq!(shown.len(), 1 + 29 + 8 + 1);
+        assert_eq!(shown.len(), 1 + 31 + 8 + 1);
     }
 }

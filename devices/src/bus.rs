@@ -30,6 +30,11 @@ pub enum MemoryError {
         /// The first address that may not be reached.
         gpa: Gpa,
     },
+    /// The frame behind the page is bad.
+    Poisoned {
+        /// The first address that cannot be reached.
+        gpa: Gpa,
+    },
     /// The machine has no frame to back the page. The copy may be tried again when it has.
     OutOfMemory,
     /// The page is not in memory now. Whoever the memory belongs to brings it; then the copy may be tried again.
@@ -67,7 +72,7 @@ pub trait GuestMemory: Send + Sync {
     /// # Errors
     ///
     /// [`MemoryError::Outside`] if a byte lies in no slot or past the address space, [`MemoryError::OutOfMemory`] if a
-    /// page had to be populated and could not be, [`MemoryError::Private`], [`MemoryError::Absent`]. The content of `to` is then unspecified.
+    /// page had to be populated and could not be, [`MemoryError::Private`], [`MemoryError::Poisoned`], [`MemoryError::Absent`]. The content of `to` is then unspecified.
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError>;
 
     /// Stores `from` to guest memory at `gpa`.

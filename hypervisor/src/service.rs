@@ -280,7 +280,7 @@ fn tags(vcpu: &VcpuRef, address: u64, restores: bool) -> Option<()> {
     let (host, pin) = (host::get(), pin());
     let object = host.objects.get(&pin, vcpu.vm.ram()).filter(|object| object.is_tagged())?;
     let (machine, frame) = (&host.machine, address.checked_sub(virt::RAM_BASE)? / PAGE_SIZE);
-    let page = object.present(machine, frame).filter(|grant| grant.writable)?.frame(frame);
+    let page = object.present(&host.supply(pin.cpu()), frame).filter(|grant| grant.writable)?.frame(frame);
     if restores {
         machine.store_tags(page, &Tags::from_bytes(&black_box([0; Tags::BYTES])));
     } else {

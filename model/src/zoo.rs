@@ -50,7 +50,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 58] = {
+pub const ZOO: [Exhibit; 59] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv8, Inv9, Inv10, Inv11, Inv12,
         Inv13, Inv14, Inv15, Maintenance, Panic, Slots, Written,
@@ -188,6 +188,13 @@ pub const ZOO: [Exhibit; 58] = {
         exhibit!("Z-D7", ZD7, "cache-offset.toml", &[Inv11, Forbidden], "a cache keeps the place of another piece"),
         exhibit!("Z-D8", ZD8, "lease.toml", &[Inv10], "a lease is handed out before the frame is mapped again"),
         exhibit!("Z-D9", ZD9, "lease-hole.toml", &[Inv11], "a frame goes to its next owner unzeroed"),
+        exhibit!(
+            "Z-D10",
+            ZD10,
+            "poison-own.toml",
+            &[Inv7],
+            "a bad frame's entries go before those that are being made are there"
+        ),
         exhibit!(
             "Z-E1",
             ZE1,

@@ -23,6 +23,7 @@ mod mte;
 mod nbd;
 pub mod owner;
 mod page;
+mod poison;
 mod posted;
 mod private;
 mod programs;
@@ -161,6 +162,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "guests_share_less_than_they_use",
         about: "three guests of 512 MiB work on 400 MiB each with 800 MiB for all: memory is reclaimed unasked, nothing is lost",
         run: swap::guests_share_less_than_they_use,
+    },
+    SystemTest {
+        name: "poisoned_page_aborts_and_rest_goes_on",
+        about: "frames of a guest, its copy and a private guest are found to be bad: aborts, new pages, no frame comes back",
+        run: poison::poisoned_page_aborts_and_rest_goes_on,
     },
     SystemTest {
         name: "hostile_guests_harm_nobody",

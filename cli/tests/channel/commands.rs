@@ -144,6 +144,17 @@ fn an_audit_that_finds_something_fails_and_a_probe_says_what_it_met() {
 }
 
 #[test]
+fn a_bad_frame_is_named_and_a_refusal_says_the_rule() {
+    let fake = Fake::start(Manner::Good);
+    let poison = |vm, gpa| ctl(&fake, &["poison", vm, gpa]);
+    assert_eq!(text(&poison("web", "0x40200fff").stdout), "frame 0x40200, private, is never used again\n");
+    assert_eq!(text(&poison("db", "1M").stdout), "frame 0x100, not private, is never used again\n");
+    let refused = poison("db", "0");
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(text(&refused.stderr), "entresol: refused: gpa = 0x0: must be memory\n");
+}
+
+#[test]
 fn refusals_end_with_status_1() {
     let fake = Fake::start(Manner::Good);
     let output = ctl(&fake, &["stats", "wbe"]);

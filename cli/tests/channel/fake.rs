@@ -154,6 +154,14 @@ impl Guest {
                 let fault = (vm == "web").then_some(ProbeFault { esr: 0x9600_0006, far: 0x47e0_0000 });
                 self.respond(id, Ok(Answer::Probe(Probe { frame: 0x4_7e00, private: vm == "web", fault })));
             }
+            Op::Poison { vm, gpa } if *gpa != 0 => {
+                let private = vm == "web";
+                self.respond(id, Ok(Answer::Poisoned(Poisoned { frame: gpa >> 12, private })));
+            }
+            Op::Poison { .. } => {
+                let refusal = Refusal::new("gpa", "0x0", "must be memory");
+                self.respond(id, Err(Error::refused(Code::BadField, refusal)));
+            }
             Op::Console { vm } => {
                 self.vm = Some(vm.to_string());
                 self.respond(id, Ok(Answer::Done));

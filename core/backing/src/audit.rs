@@ -27,6 +27,8 @@ pub struct Audit {
     pub open: u64,
     /// Private frames that are mapped because their removal failed, and is tried again.
     pub stuck: u64,
+    /// Frames that are bad: never given out again, and absent if they are private.
+    pub poisoned: u64,
     /// Pages of private objects.
     pub pages: u64,
     /// Frames that break INV-10: private and mapped without a lease or a page that is shared, leased or shared and absent,
@@ -54,6 +56,7 @@ pub fn audit<M: Machine>(supply: &Supply<'_, M>, objects: &Objects, pin: &Pin<'_
         audit.leased += count(seen.leased);
         audit.open += count(seen.open);
         audit.stuck += count(seen.stuck);
+        audit.poisoned += count(seen.poisoned);
         if seen.mapped != (!seen.private || seen.leased || seen.open || seen.stuck) {
             audit.blame(seen.frames.start());
         }
@@ -62,7 +65,7 @@ pub fn audit<M: Machine>(supply: &Supply<'_, M>, objects: &Objects, pin: &Pin<'_
         let private = object.is_private();
         object.visit_content(supply.machine, &mut |frame, pfn, open| {
             audit.pages += u64::from(private);
-            let follows = !private || supply.pool.is_open(pfn) == open;
+            let follows = !private || supply.pool.is_open(pfn) == open || supply.pool.is_poisoned(pfn);
             if supply.pool.is_private(pfn) != private || !follows && !object.is_followed(supply, frame) {
                 audit.blame(pfn);
             }

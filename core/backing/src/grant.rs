@@ -66,6 +66,8 @@ pub enum GrantError {
         /// The place.
         slot: StoreSlot,
     },
+    /// The frame behind the page is bad: nobody reads or writes the page, until it is taken away and made anew.
+    Poisoned,
     /// Past the end of the object.
     Outside {
         /// The frame asked for.
@@ -84,6 +86,7 @@ impl fmt::Display for GrantError {
             Self::Forking => f.write_str("the object is being forked"),
             Self::Stored { slot } => write!(f, "the page is not in memory, but in place {}", slot.index()),
             Self::ReadOnly => f.write_str("write: the object is read-only"),
+            Self::Poisoned => f.write_str("the frame behind the page is bad"),
             Self::Outside { frame, frames } => write!(f, "frame {frame:#x}: the object has {frames:#x} frames"),
         }
     }

@@ -21,7 +21,9 @@
 //! even for writing, until somebody has fetched it ([`Fetch`], [`Object::restore`]). It reads the same, before and after (D2),
 //! so relatives share what is stored as they share frames.
 //!
-//! Invariants: INV-7 (a frame is in exactly one of these states: free, cached, taken, deferred; giving one back twice
+//! A frame may turn out to be bad ([`Object::poison`]): it is never given out again, and nobody reads what is in it.
+//!
+//! Invariants: INV-7 (a frame is in exactly one of these states: free, cached, taken, deferred, in quarantine; giving one back twice
 //! is caught in release builds too), INV-11 (a fresh page is zeroed before its word is published), INV-13. Everything
 //! that can fail is undone before it is reported: out of memory leaves a vacant word and exact counts (D8). Nothing
 //! is allocated on the heap after creation.
@@ -58,6 +60,8 @@ mod out_tag_tests;
 #[cfg(test)]
 mod out_tests;
 #[cfg(test)]
+mod poison_tests;
+#[cfg(test)]
 mod private_tests;
 #[cfg(test)]
 mod stored_tests;
@@ -75,8 +79,8 @@ use entresol_machine::Machine;
 pub use grant::{Grant, GrantError, Memory};
 pub use object::{
     AccessError, ConvertError, CreateError, DestroyError, Differences, Fetch, ForkError, Found, Frozen, Kind,
-    MAX_OBJECTS, Object, ObjectHandle, Objects, Out, OutError, Policy, PopulateError, PunchError, PutError, Reach,
-    Search, Spec, TableError,
+    MAX_OBJECTS, Object, ObjectHandle, Objects, Out, OutError, PoisonError, Policy, PopulateError, PunchError,
+    PutError, Reach, Search, Spec, TableError,
 };
 pub use pool::{AddError, FrameMeta, FramePool, Lease, LeaseError, Order};
 pub use store::{MAX_STORES, StoreError, StoreId, StoreSlot, Stores};

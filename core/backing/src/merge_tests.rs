@@ -29,7 +29,7 @@ impl Host {
                 return Merged::Gone;
             }
         }
-        self.on(offered.0, |object, _| object.offer(&self.machine, offered.1));
+        self.on(offered.0, |object, supply| object.offer(supply, offered.1));
         let pin = self.epoch.pin(0);
         let get = |handle| self.objects.get(&pin, handle).unwrap();
         let supply = self.supply(0);
@@ -40,7 +40,7 @@ impl Host {
     }
 
     fn standing(&self, (handle, frame): Place) -> Standing {
-        self.on(handle, |object, _| object.standing(&self.machine, frame))
+        self.on(handle, |object, supply| object.standing(supply, frame))
     }
 
     fn free(&self) -> u64 {
@@ -96,9 +96,9 @@ fn only_equal_own_pages_of_memory_are_merged() {
     let device = device.unwrap();
     host.on(device, |object, supply| {
         object.take_part();
-        assert_eq!(object.standing(&host.machine, 0), Standing::Other);
+        assert_eq!(object.standing(supply, 0), Standing::Other);
         assert_eq!(object.span(&host.machine, 0), Span::Nothing { next: u64::MAX });
-        assert!(!object.offer(&host.machine, 0) && object.hold_offered(supply, 0).is_none());
+        assert!(!object.offer(supply, 0) && object.hold_offered(supply, 0).is_none());
         assert_eq!((object.vacate(supply, 0), object.vacate_block(supply, 0)), (Merged::Gone, Merged::Gone));
         assert_eq!(object.break_block(supply, 0), Ok(false));
     });

@@ -203,7 +203,7 @@ fn relatives_share_a_page_that_is_out_and_one_frame_when_it_is_back() {
     // It comes from the child's frame.
     device.holds.clear();
     device.bring(&host, parent, 3);
-    let pfn = |handle| host.on(handle, |object, _| object.present(&host.machine, 3).unwrap().pfn);
+    let pfn = |handle| host.on(handle, |object, supply| object.present(supply, 3).unwrap().pfn);
     assert_eq!(pfn(parent), pfn(child));
     assert!(discard(&host, parent, 3) && discard(&host, child, 3), "nothing to write for either");
     assert_eq!(host.pool.stores().taken(device.store), Some(1));

@@ -283,7 +283,7 @@ fn traffic_keeps_every_frame_where_it_belongs() {
                         Ok(()) => drop(written.fetch_add(1, Ordering::Relaxed)),
                         Err(error) => assert_eq!(error, AccessError::OutOfMemory),
                     }
-                    let pfn = object.present(&host.machine, frame).map(|grant| grant.frame(frame));
+                    let pfn = object.present(&supply, frame).map(|grant| grant.frame(frame));
                     let lease = pfn.map(|pfn| host.pool.lease(&host.machine, pfn).unwrap());
                     if round % 5 == 0 {
                         object.punch(&supply, frame, 3).unwrap();
@@ -325,7 +325,7 @@ fn private_memory_is_not_merged() {
     let handle = host.private(2, Policy::Pages);
     (0..2).for_each(|frame| host.set(handle, frame, b"the same"));
     host.on(handle, |object, supply| {
-        assert_eq!(object.standing(supply.machine, 0), crate::Standing::Other);
-        assert!(!object.can_merge() && !object.offer(supply.machine, 0), "nobody may join it");
+        assert_eq!(object.standing(supply, 0), crate::Standing::Other);
+        assert!(!object.can_merge() && !object.offer(supply, 0), "nobody may join it");
     });
 }

@@ -115,7 +115,7 @@ fn a_stored_page_is_waited_for_read_and_then_written() {
         let stored = AccessError::Stored { frame: 3, slot };
         assert_eq!(object.read(&host.supply(0), 3 * PAGE_SIZE - 8, &mut [0; 16]), Err(stored));
         assert_eq!(object.write(supply, 3 * PAGE_SIZE, &[1]), Err(stored));
-        assert_eq!(object.present(&host.machine, 3), None);
+        assert_eq!(object.present(supply, 3), None);
         assert_eq!(object.grant(supply, 4, true).map(|grant| grant.writable), Ok(true));
     });
     let other = host.fetch(0, StoreSlot::new(store, 5)).unwrap();

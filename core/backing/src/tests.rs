@@ -75,8 +75,8 @@ fn a_page_is_made_once_zeroed_and_then_found() {
         assert!(host.machine.events().contains(&Event::Zero(PfnRange::single(fresh.pfn))));
         let again = object.grant(supply, 600, true).unwrap();
         assert_eq!(again, Grant { fresh: false, ..fresh });
-        assert_eq!(object.present(&host.machine, 600), Some(again));
-        assert_eq!(object.present(&host.machine, 601), None);
+        assert_eq!(object.present(supply, 600), Some(again));
+        assert_eq!(object.present(supply, 601), None);
         // A root of level 1 and one node below it.
         assert_eq!((object.resident_frames(), object.node_frames()), (1, 2));
         let outside = GrantError::Outside { frame: 700, frames: 700 };
@@ -94,7 +94,7 @@ fn trees_of_every_height_hold_their_last_frame() {
         let handle = host.anonymous(frames, Policy::Pages);
         host.on(handle, |object, supply| {
             let last = object.grant(supply, frames - 1, true).unwrap();
-            assert_eq!(object.present(&host.machine, frames - 1).unwrap().pfn, last.pfn);
+            assert_eq!(object.present(supply, frames - 1).unwrap().pfn, last.pfn);
             assert_eq!(object.node_frames(), nodes, "{frames:#x}");
             assert!(frames == 1 || !object.is_resident(&host.machine, 0));
         });
@@ -271,9 +271,9 @@ fn punching_a_part_of_a_block_keeps_the_rest_in_place() {
         object.write(supply, 9 * PAGE_SIZE, &[9; 3]).unwrap();
         object.write(supply, 100 * PAGE_SIZE, &[100; 3]).unwrap();
         assert_eq!(object.punch(supply, 10, 400), Ok(400));
-        assert_eq!(object.present(&host.machine, 9).unwrap().frame(9), block.frame(9));
-        assert_eq!(object.present(&host.machine, 410).unwrap().frame(410), block.frame(410));
-        assert_eq!(object.present(&host.machine, 10), None);
+        assert_eq!(object.present(supply, 9).unwrap().frame(9), block.frame(9));
+        assert_eq!(object.present(supply, 410).unwrap().frame(410), block.frame(410));
+        assert_eq!(object.present(supply, 10), None);
         let mut bytes = [7; 3];
         object.read(&host.supply(0), 9 * PAGE_SIZE, &mut bytes).unwrap();
         assert_eq!(bytes, [9; 3]);
@@ -297,7 +297,7 @@ fn a_block_that_cannot_be_split_stays() {
         object.grant(supply, 0, true).unwrap();
         while host.pool.take(1, Order::PAGE).is_ok() {}
         assert_eq!(object.punch(supply, 1, 1), Err(PunchError::OutOfMemory));
-        assert_eq!(object.present(&host.machine, 1).unwrap().size, PageSize::Size2M);
+        assert_eq!(object.present(supply, 1).unwrap().size, PageSize::Size2M);
         assert_eq!(object.punch(supply, 0, 512), Ok(512), "a whole block needs no split");
     });
 }

@@ -35,6 +35,11 @@ pub enum CopyError {
         /// The place of a store that has the page.
         slot: StoreSlot,
     },
+    /// The frame behind a page is bad ([`crate::Vm::poison`]).
+    Poisoned {
+        /// The first address that could not be copied.
+        gpa: Gpa,
+    },
     /// A page is private, and the access is of somebody who sees only what the guest shares.
     MemoryFault(MemoryFault),
     /// A write to memory that is being forked, or copied for this write while it is invalidated: unpin, then try again.
@@ -75,13 +80,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         Ok(())
     }
 
-    /// The machine's frame behind the page at `gpa`, if something backs it. It stays what it is as long as the caller is
+    /// The machine's frame behind the page at `gpa`, if something backs it that is not bad. It stays what it is as long as the caller is
     /// pinned.
     pub fn frame_behind(&self, pin: &Pin<'_>, hint: &Hint, gpa: Gpa) -> Option<Pfn> {
         let slot = self.slots.find(pin, gpa.frame(), hint)?;
         let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()))?;
         let frame = slot.object_frame(gpa.frame());
-        object.present(&self.host.machine, frame).map(|grant| grant.frame(frame))
+        object.present(&self.host.supply(pin.cpu()), frame).map(|grant| grant.frame(frame))
     }
 
     /// Stores `from` to guest memory at `gpa`. Pages of slots that log become dirty.
@@ -140,6 +145,7 @@ pub(crate) fn stopped(gpa: Gpa, error: AccessError) -> CopyError {
         AccessError::Private { .. } => CopyError::MemoryFault(MemoryFault::new(gpa, false)),
         AccessError::ReadOnly => CopyError::ReadOnly { gpa },
         AccessError::Stored { slot, .. } => CopyError::Absent { gpa, slot },
+        AccessError::Poisoned { .. } => CopyError::Poisoned { gpa },
         AccessError::Outside { .. } | AccessError::Device => CopyError::Outside { gpa },
     }
 }

@@ -320,6 +320,10 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 self.stats.absent.bump();
                 self.refused(Outcome::Exit(Reason::Stored { slot }))
             }
+            GrantError::Poisoned => {
+                self.stats.poisoned.bump();
+                self.refused(Outcome::Inject(Abort::External))
+            }
             GrantError::Outside { .. } => self.refused(Outcome::Exit(Reason::BadObject)),
         }
     }

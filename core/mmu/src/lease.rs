@@ -56,6 +56,7 @@ fn refused(gpa: Gpa, error: GrantError) -> CopyError {
         GrantError::OutOfMemory => CopyError::OutOfMemory,
         GrantError::ReadOnly => CopyError::ReadOnly { gpa },
         GrantError::Stored { slot } => CopyError::Absent { gpa, slot },
+        GrantError::Poisoned => CopyError::Poisoned { gpa },
         GrantError::Outside { .. } => CopyError::Outside { gpa },
         GrantError::Busy | GrantError::Shared | GrantError::Forking => CopyError::Busy,
     }

@@ -13,7 +13,8 @@
 //! that asks later sees it in progress (INV-3).
 //!
 //! Memory that relatives share has its own chapter, `share`; the fork of a machine is in `fork`; equal pages of strangers
-//! become one in `merge`; what a guest gives back is `discard`'s, what a private one shares `convert`'s.
+//! become one in `merge`; what a guest gives back is `discard`'s, what a private one shares `convert`'s; frames that are bad are
+//! `poison`'s.
 //!
 //! Invariants: INV-1, INV-2, INV-3, INV-4, INV-5, INV-6, INV-7, INV-8, INV-14. Nothing here allocates after creation but frames.
 //! Lock order: merging → fork → dirty logs → slot update → notifier → object → pool. Faults take no lock but a pool's.
@@ -51,6 +52,7 @@ mod notifier;
 mod out;
 mod outcome;
 mod pfncache;
+mod poison;
 mod share;
 mod stats;
 mod switches;
@@ -71,6 +73,8 @@ mod mmio_tests;
 mod pfncache_property_tests;
 #[cfg(test)]
 mod pfncache_tests;
+#[cfg(test)]
+mod poison_tests;
 #[cfg(test)]
 mod tag_tests;
 #[cfg(test)]
@@ -95,6 +99,7 @@ pub use notifier::{Invalidation, Notifier, Sample, TooMany};
 pub use out::{Frames, LeaveError, Shown, begin_out, discard};
 pub use outcome::{Abort, Outcome, Reason};
 pub use pfncache::{CacheError, Piece};
+pub use poison::{PoisonError, Poisoned};
 pub use stats::{Counter, Stats};
 pub use switches::Switches;
 pub use tags::TagError;

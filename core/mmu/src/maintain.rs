@@ -159,7 +159,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let machine = &self.host.machine;
         let frame = slot.object_frame(gpa.frame());
         let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()));
-        let grant = object.and_then(|object| object.present(machine, frame));
+        let grant = object.and_then(|object| object.present(&self.host.supply(pin.cpu()), frame));
         if let Some(grant) = grant.filter(|grant| grant.memory == Memory::Normal) {
             let page = PfnRange::single(grant.frame(frame));
             match operation {

@@ -16,9 +16,9 @@
 //! - Slot updates need no word: a cache keeps the generation that its slot was found in, and one of another is not used.
 //! - Private memory is absent from the hypervisor's own mapping, so a cache of it *leases* the frame for as long as it may be used.
 //!   What an invalidation takes away may be in use until the grace period is over, so the lease stays with the cache, and the
-//!   next refresh, which finds another frame or none, gives it back after one. A lease of a frame that was freed meanwhile is
+//!   next refresh, which finds another frame, or fails, gives it back after one. A lease of a frame that was freed meanwhile is
 //!   given back in vain: it died with the frame.
-//! - Who is answerable for the lease of an invalidated cache: if the frame goes (a hole, a freed object, poison), nobody; if it
+//! - Who is answerable for the lease of an invalidated cache: if the frame goes (a hole, a freed object, poison: [`Caches::forget_frame`]), nobody; if it
 //!   stays and its page is converted, whoever converts takes the lease from the cache after the grace period and releases it.
 //!   A hole after that finds no lease.
 //! - `activate` puts a cache on the list that invalidations walk before it samples anything; `deactivate` takes what it knows first.
@@ -39,7 +39,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use entresol_addr::{GfnRange, Gpa, Hpa, PAGE_SIZE};
+use entresol_addr::{GfnRange, Gpa, Hpa, PAGE_SIZE, Pfn};
 use entresol_backing::{GrantError, Lease, LeaseError, ObjectHandle, Reach};
 use entresol_machine::Machine;
 use entresol_slot::{Hint, SlotRef};
@@ -259,6 +259,17 @@ impl Caches {
             state.lease.take().into_iter().filter(|_| !planted!(ZD6)).for_each(&mut release);
         });
     }
+
+    /// Takes what caches know of `pfn`, which is bad and is granted no more. Their leases die with it.
+    pub(crate) fn forget_frame(&self, pfn: Pfn) {
+        for cache in self.all() {
+            let mut state = cache.state.lock();
+            if state.lease.as_ref().is_some_and(|lease| lease.pfn() == pfn) {
+                cache.forget();
+                state.lease = None;
+            }
+        }
+    }
 }
 
 impl<M: Machine, F: Format> Vm<'_, M, F> {
@@ -378,8 +389,17 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         self.refresh_cache(cpu, cache)
     }
 
-    /// The caller holds `refreshing`, so nobody else moves the piece.
+    /// The caller holds `refreshing`, so nobody else moves the piece. What fails leaves nothing mapped for the cache.
     fn refresh_cache(&self, cpu: usize, cache: &PfnCache) -> Result<(), CacheError> {
+        let refreshed = self.find_piece(cpu, cache);
+        if refreshed.is_err() {
+            let lease = cache.state.lock().lease.take();
+            self.give_back_used(lease);
+        }
+        refreshed
+    }
+
+    fn find_piece(&self, cpu: usize, cache: &PfnCache) -> Result<(), CacheError> {
         for _ in 0..TRIES {
             let (gpa, len, reach) = {
                 let state = cache.state.lock();
@@ -453,6 +473,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             Err(GrantError::OutOfMemory) => Err(CopyError::OutOfMemory),
             Err(GrantError::ReadOnly) => Err(CopyError::ReadOnly { gpa }),
             Err(GrantError::Stored { slot }) => Err(CopyError::Absent { gpa, slot }),
+            Err(GrantError::Poisoned) => Err(CopyError::Poisoned { gpa }),
             Ok(_) | Err(GrantError::Outside { .. }) => Err(CopyError::Outside { gpa }),
         }
     }

@@ -215,7 +215,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let features = self.host.features();
         for near in (0..window.count()).map(|offset| window.start().offset(offset)).filter(|near| *near != gfn) {
             let frame = slot.object_frame(near);
-            let Some(grant) = object.present(&self.host.machine, frame) else { continue };
+            let Some(grant) = object.present(&self.host.supply(pin.cpu()), frame) else { continue };
             let mapping = choose(slot, &grant, &made(near, Access::Read), PageSize::Size4K, features);
             // Where writes are logged nothing becomes writable but by a write (INV-4).
             let mapping = if slot.logs_dirty() { mapping.read_only() } else { mapping };
@@ -254,6 +254,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
                 Err(GrantError::ReadOnly) => return Err(CopyError::ReadOnly { gpa }),
                 Err(GrantError::Outside { .. }) => return Err(CopyError::Outside { gpa }),
                 Err(GrantError::Stored { slot }) => return Err(CopyError::Absent { gpa, slot }),
+                Err(GrantError::Poisoned) => return Err(CopyError::Poisoned { gpa }),
                 Err(GrantError::Forking | GrantError::Shared) => return Err(CopyError::Busy),
             };
             return match self.show_own(pin, sample, slot.object, frame, &grant, None) {
@@ -271,7 +272,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let Some((slot, object)) = self.behind(pin, gfn).filter(|_| invalidation.range().contains(gfn)) else {
             return false;
         };
-        let Some(grant) = object.present(&self.host.machine, slot.object_frame(gfn)) else {
+        let Some(grant) = object.present(&self.host.supply(pin.cpu()), slot.object_frame(gfn)) else {
             return false;
         };
         let grant = Grant { writable: false, ..grant };

@@ -58,6 +58,8 @@ pub struct Stats {
     pub outside: Counter,
     /// Faults on pages that are not in memory, but in a store.
     pub absent: Counter,
+    /// Faults on pages whose frames are bad: each an abort in the guest.
+    pub poisoned: Counter,
     /// Pages that left memory for a store.
     pub stored: Counter,
     /// Aborts put into the guest by the pipeline.

@@ -42,6 +42,7 @@ impl fmt::Display for TagError {
             Self::Copy(CopyError::ReadOnly { gpa }) => write!(f, "gpa {gpa:#x}: must be memory that may be written"),
             Self::Copy(CopyError::OutOfMemory) => entresol_backing::OutOfMemory.fmt(f),
             Self::Copy(CopyError::Absent { gpa, .. }) => write!(f, "gpa {gpa:#x}: the page is not in memory"),
+            Self::Copy(CopyError::Poisoned { gpa }) => write!(f, "gpa {gpa:#x}: must not be poisoned"),
             Self::Copy(CopyError::MemoryFault(_)) => f.write_str("the page is private"),
             Self::Copy(CopyError::Busy) => f.write_str("the memory is being forked"),
         }

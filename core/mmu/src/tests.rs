@@ -312,7 +312,8 @@ fn a_trapped_operation_reaches_the_caches_of_a_page_that_is_there() {
     vm.set_slot(CPU, &slot(0, RAM, 16, object, SlotFlags::empty())).unwrap();
     assert_eq!(touch(&vm, RAM, Access::Write), Outcome::Resume);
     let pin = host.epoch.pin(CPU);
-    let page = PfnRange::single(host.objects.get(&pin, object).unwrap().present(&host.machine, 0).unwrap().frame(0));
+    let page =
+        PfnRange::single(host.objects.get(&pin, object).unwrap().present(&host.supply(pin.cpu()), 0).unwrap().frame(0));
     drop(pin);
     host.machine.events();
     assert_eq!(by_trap(&vm, RAM + 64, Maintenance::Clean), Ended::Done);
@@ -385,7 +386,7 @@ fn parallel_faults_beside_invalidations() {
     for page in 0..256 {
         let at = vm.table().walk(&host.machine, Gfn::new((RAM >> 12) + page)).unwrap();
         let Entry::Leaf(leaf) = at.entry else { panic!("{at:?}") };
-        assert_eq!(leaf.pfn, backing.present(&host.machine, page).unwrap().frame(page));
+        assert_eq!(leaf.pfn, backing.present(&host.supply(pin.cpu()), page).unwrap().frame(page));
     }
 }
 

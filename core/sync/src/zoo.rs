@@ -78,6 +78,8 @@ pub enum Bug {
     ZD8,
     /// Z-D9: a frame of private memory is given to somebody else unzeroed.
     ZD9,
+    /// Z-D10: a bad frame's entries are taken away before those that were being made are there.
+    ZD10,
     /// Z-E1: the tags of a place are gone when its page has come back once.
     ZE1,
     /// Z-E2: a page is there before its tags are cleared.

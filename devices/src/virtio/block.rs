@@ -22,7 +22,7 @@ use virtio::blk::{F, S, T};
 
 use super::queue::{Head, Queue};
 use super::{Broken, OutOfMemory, QUEUE_SIZE_MAX, Service, Stop, VirtioDevice, bounce, registers};
-use crate::bus::Work;
+use crate::bus::{MemoryError, Work};
 
 /// Bytes of a sector, whatever the disk's own blocks are (virtio 5.2.6).
 pub const SECTOR: u64 = 512;
@@ -203,7 +203,9 @@ impl<D: Disk> Block<D> {
             let moved = match direction {
                 Direction::In => self.disk.read(at, piece),
                 Direction::Out => {
-                    service.chain.read(service.memory, HEADER + queue.progress, piece)?;
+                    if copied(service.chain.read(service.memory, HEADER + queue.progress, piece))? != S::Ok {
+                        return Ok(S::Ioerr.into());
+                    }
                     self.disk.write(at, piece)
                 }
             };
@@ -211,13 +213,24 @@ impl<D: Disk> Block<D> {
             if moved != S::Ok {
                 return Ok(moved.into());
             }
-            if direction == Direction::In {
-                service.chain.write(service.memory, queue.progress, piece)?;
+            if direction == Direction::In
+                && copied(service.chain.write(service.memory, queue.progress, piece))? != S::Ok
+            {
+                return Ok(S::Ioerr.into());
             }
             service.spend(piece_bytes);
             queue.progress += piece_bytes as u64;
         }
         Ok(S::Ok.into())
+    }
+}
+
+/// Of data: a bad page among it fails the request, and not the device.
+fn copied(result: Result<(), Stop>) -> Result<S, Stop> {
+    match result {
+        Ok(()) => Ok(S::Ok),
+        Err(Stop::Broken(Broken::Memory(MemoryError::Poisoned { .. }))) => Ok(S::Ioerr),
+        Err(stop) => Err(stop),
     }
 }
 

@@ -93,7 +93,7 @@ pub enum Broken {
     ReadAfterWrite,
     /// An indirect table inside another, one that chains on, one that is not whole descriptors, or without the feature.
     Indirect,
-    /// A buffer lies where the VM has no memory, or none that may be written.
+    /// A buffer lies where the VM has no memory, none that may be written, or a page that is bad.
     Memory(MemoryError),
     /// A request is too short for its header or has nowhere to put its answer.
     Request,
@@ -143,9 +143,10 @@ impl From<MemoryError> for Stop {
         match error {
             MemoryError::OutOfMemory => Self::OutOfMemory,
             MemoryError::Absent => Self::Absent,
-            MemoryError::Outside { .. } | MemoryError::ReadOnly { .. } | MemoryError::Private { .. } => {
-                Self::Broken(Broken::Memory(error))
-            }
+            MemoryError::Outside { .. }
+            | MemoryError::ReadOnly { .. }
+            | MemoryError::Private { .. }
+            | MemoryError::Poisoned { .. } => Self::Broken(Broken::Memory(error)),
         }
     }
 }

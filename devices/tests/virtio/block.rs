@@ -273,6 +273,25 @@ fn a_request_without_room_for_its_status_breaks_the_device() {
 }
 
 #[test]
+fn a_bad_page_fails_the_request_that_has_its_data_there_and_no_other() {
+    for kind in [IN, OUT] {
+        let mut bench = Bench::new(RamDisk::new(64));
+        let before = bench.disk.content(0, 64 * 512);
+        bench.driver.memory.poisoned.store(DATA + 0x1000, Ordering::Relaxed);
+        assert_eq!(bench.request(kind, 0, 16 * 512), IOERR, "the second page of the data");
+        assert_eq!(bench.request(kind, 0, 8 * 512), OK, "the first alone");
+        assert_eq!(bench.disk.content(8, 56 * 512), before[8 * 512..]);
+        assert_eq!(bench.driver.load(STATUS) & NEEDS_RESET, 0);
+        // Where the request itself lies there is nobody to tell it to.
+        bench.driver.memory.poisoned.store(HEADER & !0xfff, Ordering::Relaxed);
+        let chain = bench.prepare(kind, 0, 512);
+        bench.driver.submit(0, &chain);
+        assert_eq!(bench.driver.used(0), None);
+        assert_ne!(bench.driver.load(STATUS) & NEEDS_RESET, 0);
+    }
+}
+
+#[test]
 fn data_outside_memory_breaks_the_device() {
     for (gpa, kind) in [(0, IN), (RAM + RAM_BYTES - 256, OUT), (RAM + RAM_BYTES - 4096, IN), (1 << 63, OUT)] {
         let mut bench = Bench::new(RamDisk::new(64));

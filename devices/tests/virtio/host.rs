@@ -1,6 +1,6 @@
 //! The VM around a device, on plain host memory.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
@@ -21,6 +21,8 @@ pub struct Memory {
     pub copies_left: AtomicI64,
     /// They are [`MemoryError::Absent`] instead.
     pub absent: AtomicBool,
+    /// The address of a page whose frame is bad.
+    pub poisoned: AtomicU64,
     /// Copies so far.
     pub copies: AtomicUsize,
     /// Pieces of rings that were used since their queue's were forgotten: the ring, the first byte, how many.
@@ -33,6 +35,7 @@ impl Memory {
             bytes: Mutex::new(vec![0; RAM_BYTES as usize]),
             copies_left: AtomicI64::new(-1),
             absent: AtomicBool::new(false),
+            poisoned: AtomicU64::new(u64::MAX),
             copies: AtomicUsize::new(0),
             rings: Mutex::default(),
         })
@@ -46,6 +49,12 @@ impl Memory {
             return Err(MemoryError::Outside { gpa: Gpa::new(RAM + RAM_BYTES) });
         }
         Ok(offset as usize)
+    }
+
+    fn sound(&self, gpa: Gpa, len: usize) -> Result<(), MemoryError> {
+        let page = self.poisoned.load(Ordering::Relaxed);
+        let meets = gpa.get() < page.saturating_add(PAGE_SIZE) && page < gpa.get() + len as u64;
+        if meets { Err(MemoryError::Poisoned { gpa: Gpa::new(gpa.get().max(page)) }) } else { Ok(()) }
     }
 
     fn spend(&self) -> Result<(), MemoryError> {
@@ -87,6 +96,7 @@ impl Memory {
 impl GuestMemory for Memory {
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), MemoryError> {
         let at = Self::locate(gpa, to.len())?;
+        self.sound(gpa, to.len())?;
         self.spend()?;
         to.copy_from_slice(&self.bytes.lock().unwrap()[at..at + to.len()]);
         Ok(())
@@ -98,6 +108,7 @@ impl GuestMemory for Memory {
         if at + from.len() > read_only {
             return Err(MemoryError::ReadOnly { gpa: Gpa::new(RAM + at.max(read_only) as u64) });
         }
+        self.sound(gpa, from.len())?;
         self.spend()?;
         self.bytes.lock().unwrap()[at..at + from.len()].copy_from_slice(from);
         Ok(())

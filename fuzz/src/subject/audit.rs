@@ -37,7 +37,7 @@ impl Subject<'_> {
         for at in [gfn.get(), last] {
             let frame = slot.behind(at);
             let behind = self.host.objects.get(&pin, ObjectHandle::from_raw(slot.object));
-            let behind = behind.and_then(|object| object.present(&self.host.machine, frame));
+            let behind = behind.and_then(|object| object.present(&self.host.supply(CPU), frame));
             let expected = behind.map(|grant| grant.frame(frame));
             let shown = leaf.frame_of(Gfn::new(at));
             // Memory of a forked object that nobody has written reads as the one page of zeros.

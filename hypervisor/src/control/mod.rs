@@ -7,7 +7,7 @@
 //! | [`ring`], [`ports`], [`channel`] | move bytes through the outer machine's virtio console, never waiting |
 //! | [`stream`] | cuts them into lines, and holds a bounded amount of lines that wait |
 //! | [`session`] | one request after the other, and events of the attached console |
-//! | [`ops`], [`stored`], [`tags`] | what each request does |
+//! | [`ops`], [`private`], [`poison`], [`stored`], [`tags`] | what each request does |
 //! | [`later`] | an answer that a task gives |
 //!
 //! Protocol: everything is done in [`serve`], the host's work, on the boot CPU with no vCPU loaded and no grace period
@@ -26,6 +26,7 @@ mod channel;
 mod dirty;
 mod later;
 mod ops;
+mod poison;
 mod ports;
 mod private;
 mod ring;

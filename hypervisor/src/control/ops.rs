@@ -28,7 +28,7 @@ use super::later::Later;
 use super::private;
 use super::session::Attached;
 use super::{ATTACHED, NOBODY, ROOM, describe, dirty};
-use super::{stored, tags};
+use super::{poison, stored, tags};
 use crate::registry::{self, ForkRefusal, Row};
 use crate::vm::{Alias, ForkError, Pause, Status, Stop, Vm};
 use crate::{console, host, merge, sched, swap};
@@ -71,6 +71,7 @@ pub fn carry_out(op: &Op<'_>, attached: &mut Option<Attached>) -> Result<Outcome
         Op::Balloon { vm, size } => balloon(vm, *size)?.into(),
         Op::Audit => Answer::Audit(private::audit()).into(),
         Op::Probe { vm, address } => Answer::Probe(private::probe(&*alive(vm)?, *address)?).into(),
+        Op::Poison { vm, gpa } => Answer::Poisoned(poison::find(&*alive(vm)?, *gpa)?).into(),
         Op::Reclaim { vm, size } => Outcome::Later(reclaim(vm, *size)?),
         Op::SwapOff => Outcome::Later(swap_off()?),
         Op::SwapOn => Answer::Count(swap::add().map_err(|what| Error::new(Code::StoreFailed, what))?).into(),
@@ -156,6 +157,7 @@ fn stats(vm: &Vm) -> Stats<'static> {
             permission: counted.permission.get(),
             access_flag: counted.access_flag.get(),
             absent: counted.absent.get(),
+            poisoned: counted.poisoned.get(),
             fresh: counted.fresh.get(),
             populated: counted.populated.get(),
             retry: counted.retry.get(),
@@ -180,6 +182,7 @@ fn stats(vm: &Vm) -> Stats<'static> {
         resident_frames: vm.resident_frames(),
         stored_frames: vm.stored_frames(),
         free_frames: host.pool.free_frames(),
+        poisoned_frames: host.pool.poisoned_frames(),
         unclaimed_mmio: vm.unclaimed.get(),
         balloon: vm.balloon(),
         merge: control::Merge {

@@ -1,7 +1,7 @@
 //! Requests about private memory: audits of the hypervisor's own mapping, and reads that should fault.
 
 use entresol_addr::Gpa;
-use entresol_metal_arm64::{cpu, probe as hardware};
+use entresol_metal_arm64::{cpu, own, probe as hardware};
 use entresol_slot::Hint;
 use entresol_wire::Refusal;
 use entresol_wire::control::{Audit, Code, Error, Probe, ProbeFault};
@@ -14,11 +14,25 @@ pub fn audit() -> Audit {
     let host = host::get();
     let pin = host.epoch.pin(cpu::index());
     let found = entresol_backing::audit(&host.supply(pin.cpu()), &host.objects, &pin);
-    let entresol_backing::Audit { frames, private, leased, open, stuck, pages, wrong, example } = found;
+    let entresol_backing::Audit { frames, private, leased, open, stuck, poisoned, pages, wrong, example } = found;
+    let own = own::census();
     if let Some(frame) = example {
         log::error!("audit: {wrong} frames break INV-10, frame {frame:#x} among them");
     }
-    Audit { frames, private, leased, open, stuck, pages, wrong, example: example.map(|frame| frame.get()) }
+    Audit {
+        frames,
+        private,
+        leased,
+        open,
+        stuck,
+        poisoned,
+        pages,
+        own_blocks: own.blocks,
+        own_tables: own.tables,
+        own_absent: own.absent,
+        wrong,
+        example: example.map(|frame| frame.get()),
+    }
 }
 
 /// Reads the machine's address behind `address`, without a lease. What was read is told to nobody.
@@ -30,7 +44,11 @@ pub fn probe(vm: &Vm, address: u64) -> Result<Probe, Error> {
     let host = host::get();
     let pin = host.epoch.pin(cpu::index());
     let Some(frame) = vm.memory.frame_behind(&pin, &Hint::new(), Gpa::new(address)) else {
-        let refusal = Refusal::new("address", format_args!("{address:#x}"), "must be memory that was touched");
+        let refusal = Refusal::new(
+            "address",
+            format_args!("{address:#x}"),
+            "must be memory that was touched and is not poisoned",
+        );
         return Err(Error::refused(Code::BadField, refusal));
     };
     let private = host.pool.is_private(frame);

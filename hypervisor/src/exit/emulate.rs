@@ -166,7 +166,8 @@ fn fetch_unmapped(vcpu: &VcpuRef, state: &State) -> Result<u32, Stop> {
         Ok(()) => Ok(u32::from_le_bytes(word)),
         Err(CopyError::OutOfMemory) => Err(Stop::OutOfMemory),
         Err(CopyError::Absent { gpa, .. }) => Err(Stop::Absent { gpa }),
-        Err(CopyError::Busy) => Err(Stop::Again),
+        // The guest fetches it again, and takes the abort.
+        Err(CopyError::Busy | CopyError::Poisoned { .. }) => Err(Stop::Again),
         Err(CopyError::Outside { .. } | CopyError::ReadOnly { .. } | CopyError::MemoryFault(_)) => {
             Err(Stop::NoSyndrome(None))
         }
@@ -435,7 +436,7 @@ impl Span {
                 Ok(()) => {}
                 Err(CopyError::OutOfMemory) => return Err(Stop::OutOfMemory),
                 Err(CopyError::Absent { gpa, .. }) => return Err(Stop::Absent { gpa }),
-                Err(CopyError::ReadOnly { .. }) => return Err(abort(&piece)),
+                Err(CopyError::ReadOnly { .. } | CopyError::Poisoned { .. }) => return Err(abort(&piece)),
                 // The slot has gone since it was looked at, or memory is being forked.
                 Err(CopyError::Outside { .. } | CopyError::MemoryFault(_) | CopyError::Busy) => {
                     return Err(Stop::Again);

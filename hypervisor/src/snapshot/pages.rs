@@ -22,7 +22,7 @@ const AT_ONCE: u64 = 16;
 ///
 /// # Errors
 ///
-/// [`Failure::OutOfMemory`], [`Failure::Absent`].
+/// [`Failure::OutOfMemory`], [`Failure::Absent`], [`Failure::Poisoned`].
 pub async fn read(
     object: ObjectHandle,
     frame: u64,
@@ -63,6 +63,7 @@ fn look(object: ObjectHandle, frame: u64, page: &mut [u8; PAGE_SIZE as usize]) -
     match object.read(&supply, frame * PAGE_SIZE, page).and_then(|()| object.tags(&supply, frame)) {
         Ok(tags) => Ok(Look::Here(tags)),
         Err(AccessError::Stored { slot, .. }) => Ok(Look::Stored(slot)),
+        Err(AccessError::Poisoned { frame }) => Err(Failure::Poisoned { frame }),
         Err(_) => Err(Failure::OutOfMemory),
     }
 }

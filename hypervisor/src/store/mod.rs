@@ -51,6 +51,11 @@ pub enum Failure {
         /// Its number in the memory.
         frame: u64,
     },
+    /// A page of the machine's memory is bad.
+    Poisoned {
+        /// Its number in the memory.
+        frame: u64,
+    },
     /// The bytes of a file are not those that were written.
     Damaged {
         /// Its name.
@@ -70,6 +75,7 @@ impl fmt::Display for Failure {
             Self::Disk(error) => error.fmt(f),
             Self::OutOfMemory => f.write_str("the machine has no memory for the store's buffers"),
             Self::Absent { frame } => write!(f, "page {frame:#x} of the memory is on a disk, and cannot be read"),
+            Self::Poisoned { frame } => write!(f, "page {frame:#x} of the memory is poisoned, and cannot be read"),
             Self::Damaged { file, block } => write!(f, "file {file:?}: block {block} was damaged"),
         }
     }

@@ -102,6 +102,7 @@ fn device_error(vm: &Vm, error: CopyError) -> Option<MemoryError> {
         CopyError::ReadOnly { gpa } => Some(MemoryError::ReadOnly { gpa }),
         CopyError::OutOfMemory => Some(MemoryError::OutOfMemory),
         CopyError::Absent { gpa, .. } => absent(vm, gpa),
+        CopyError::Poisoned { gpa } => Some(MemoryError::Poisoned { gpa }),
         CopyError::MemoryFault(fault) => Some(MemoryError::Private { gpa: fault.gpa() }),
         CopyError::Busy => None,
     }

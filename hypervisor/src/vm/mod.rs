@@ -248,7 +248,7 @@ impl Vm {
 
     /// What backs frame `frame` of its memory, if that is in memory: for looking at its size.
     pub fn backing(&self, frame: u64) -> Option<Grant> {
-        self.with_ram(|object| object.present(&host::get().machine, frame)).flatten()
+        self.with_ram(|object| object.present(&host::get().supply(cpu::index()), frame)).flatten()
     }
 
     /// Whether its memory may be shared with others.

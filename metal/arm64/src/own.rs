@@ -2,7 +2,7 @@
 //!
 //! Purpose: frames of private guests are not in the identity map, so no speculation of EL2 reaches them. `paging` built the
 //! map with blocks of 2 MiB; here such a block goes away as one entry, gets a table when the first of its frames comes back
-//! alone, and becomes a block again when all are given back.
+//! alone, and becomes a block again when all are given back: [`census`] counts them.
 //!
 //! Protocol: [`init`] is given memory once, [`init_cpu`] runs on each CPU before a window is opened there. A block of 2 MiB
 //! leaves when all of its frames are the caller's and nobody uses any of them, so no entry changes under an access of
@@ -215,6 +215,32 @@ pub(crate) fn count_mapped(frames: PfnRange) -> u64 {
         frame = frame.offset(left);
     }
     count
+}
+
+/// How the blocks of 2 MiB are mapped whose frames can leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    /// As one entry.
+    pub blocks: u64,
+    /// By a table of pages.
+    pub tables: u64,
+    /// Not at all.
+    pub absent: u64,
+}
+
+/// How they are mapped now. Each is as it was at some moment of the call.
+pub fn census() -> Census {
+    let mut census = Census::default();
+    let first = Pfn::new(FIRST.load(Ordering::Relaxed));
+    for number in 0..BLOCKS.load(Ordering::Relaxed) {
+        let word = block_word(first.offset(number * OWN_BLOCK));
+        match word.map_or(VALID, |word| word.load(Ordering::Acquire)) & (VALID | TABLE) {
+            VALID => census.blocks += 1,
+            0 | TABLE => census.absent += 1,
+            _ => census.tables += 1,
+        }
+    }
+    census
 }
 
 /// Whether one of `frames` may be absent now or soon: the caller, who keeps them from being given away, uses windows. Else

@@ -63,6 +63,8 @@ pub struct Account {
     pub free: u64,
     /// Private ones that no object has.
     pub private: u64,
+    /// Bad ones that nobody has, and that are not private.
+    pub quarantined: u64,
     /// Those in second-stage tables, roots included.
     pub tables: u64,
     /// Those behind objects and in their trees, what relatives share once.
@@ -78,7 +80,7 @@ pub fn leases(audit: &Audit) -> Option<String> {
 
 /// The schedule has ended, nothing waits for a grace period.
 pub fn balance(account: &Account) -> Option<String> {
-    let used = account.private + account.tables + account.objects + account.logs;
+    let used = account.private + account.quarantined + account.tables + account.objects + account.logs;
     let missing = account.total as i64 - account.free as i64 - used as i64;
     (missing != 0).then(|| format!("{missing} frames are neither free nor used: {account:?}"))
 }

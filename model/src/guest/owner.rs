@@ -9,7 +9,7 @@ use entresol_table::{Permissions, Reserve, Retired, Straddle};
 use super::dirty;
 use super::record::SlotRecord;
 use super::stage::{Actor, Kind, Stage};
-use super::{memory, private, relatives, swap};
+use super::{memory, poison, private, relatives, swap};
 use crate::check::inv11::Place;
 use crate::check::{Check, inv03};
 use crate::lab::{self, Hardware};
@@ -55,6 +55,10 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         Step::Lease { vm, gpa } => private::lease(stage, actor, *vm, *gpa),
         Step::Use { to } => stage.result(to, private::use_leased(stage, actor)),
         Step::Release => private::release(stage, actor),
+        Step::Poison { vm, gpa, to } => {
+            let value = poison::find(stage, cpu, *vm, *gpa);
+            stage.result(to, value);
+        }
         Step::Cache { vm, what, to } => {
             let value = private::cached(stage, actor, *vm, *what);
             stage.result(to, value);

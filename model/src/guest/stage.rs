@@ -15,7 +15,7 @@ use super::context::Context;
 use super::format::LabFormat;
 use super::swap::Swap;
 use super::vcpu::{self, Attempt};
-use super::{dirty, owner, posted, private, relatives};
+use super::{dirty, owner, poison, posted, private, relatives};
 use crate::check::inv07::{self, Account};
 use crate::check::inv11::Oracle;
 use crate::check::{Check, inv14};
@@ -49,6 +49,8 @@ pub struct Stage<'h> {
     /// For each object whether it is made of blocks.
     pub blocks: Vec<bool>,
     private: bool,
+    /// Frames that were found to be bad.
+    pub poisoned: RefCell<Vec<Pfn>>,
     /// What the owner decided about guests.
     pub policy: GuestPolicy,
     /// The swap device.
@@ -153,7 +155,19 @@ impl<'h> Stage<'h> {
         let (policy, registers) = (scenario.policy, RefCell::default());
         let vms = vms.collect();
         let (swap, ring) = (Swap::of(host, scenario), Mutex::default());
-        let stage = Self { host, vms, objects, kinds, blocks, private, policy, swap, ring, registers };
+        let stage = Self {
+            host,
+            vms,
+            objects,
+            kinds,
+            blocks,
+            private,
+            policy,
+            swap,
+            ring,
+            registers,
+            poisoned: RefCell::default(),
+        };
         let mut actor = Actor::new(0);
         for step in &scenario.setup {
             stage.run(&mut actor, step);
@@ -321,6 +335,7 @@ impl<'h> Stage<'h> {
             total: pool.total_frames(),
             free: pool.free_frames(),
             private: pool.private_frames() - hidden,
+            quarantined: poison::quarantined(self, &frames),
             tables,
             objects: frames.len() as u64,
             logs: vms.iter().map(|vm| vm.log_frames(&pin)).sum(),
@@ -330,7 +345,7 @@ impl<'h> Stage<'h> {
 
     /// Destroys everything; afterwards every frame is free (INV-7).
     pub fn destroy(self) {
-        let Self { host, vms, objects, swap, .. } = self;
+        let Self { host, vms, objects, swap, poisoned, .. } = self;
         for (number, vm) in vms.into_iter().enumerate() {
             let vm = vm.into_inner().and_then(Rc::into_inner);
             if let Some(vm) = vm {
@@ -349,7 +364,8 @@ impl<'h> Stage<'h> {
         while host.pool.deferred_frames() != 0 && host.pool.reap(&host.epoch, 0, usize::MAX) != 0 {}
         while host.pool.dirty_frames() != 0 && host.supply(0).scrub(usize::MAX) != 0 {}
         let (total, free) = (host.pool.total_frames(), host.pool.free_frames());
-        let account = Account { total, free, ..Account::default() };
+        let (private, quarantined) = poison::left(host, &poisoned.borrow());
+        let account = Account { total, free, private, quarantined, ..Account::default() };
         let places = swap.map_or(0, |swap| swap.references(host));
         lab::with(|lab| {
             lab.found(Check::Inv7, inv07::balance(&account));

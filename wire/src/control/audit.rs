@@ -1,4 +1,4 @@
-//! What is in the hypervisor's own mapping: audits and probes.
+//! What is in the hypervisor's own mapping: audits and probes; and frames that are bad.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,8 +16,20 @@ pub struct Audit {
     pub open: u64,
     /// Private frames that are mapped because their removal failed, and is tried again.
     pub stuck: u64,
+    /// Frames that are bad: never used again, and absent if they are private.
+    #[serde(default)]
+    pub poisoned: u64,
     /// Pages that private virtual machines have.
     pub pages: u64,
+    /// Blocks of 2 MiB that are mapped as one.
+    #[serde(default)]
+    pub own_blocks: u64,
+    /// Blocks of 2 MiB that are mapped page by page, as far as they are mapped: each has a table.
+    #[serde(default)]
+    pub own_tables: u64,
+    /// Blocks of 2 MiB of which nothing is mapped.
+    #[serde(default)]
+    pub own_absent: u64,
     /// Frames that are mapped and should not be, or the reverse.
     pub wrong: u64,
     /// One of them.
@@ -44,4 +56,13 @@ pub struct ProbeFault {
     pub esr: u64,
     /// FAR_EL2.
     pub far: u64,
+}
+
+/// A frame that is bad from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Poisoned {
+    /// Its number.
+    pub frame: u64,
+    /// Whether it is private.
+    pub private: bool,
 }

@@ -64,7 +64,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-pub use audit::{Audit, Probe, ProbeFault};
+pub use audit::{Audit, Poisoned, Probe, ProbeFault};
 pub use bytes::Bytes;
 pub use dirty::{Dirty, PagePlace, PageRun, Pages};
 pub use encode::{Message, TooLong};

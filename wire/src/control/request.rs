@@ -80,6 +80,13 @@ pub enum Op<'a> {
         /// A guest physical address in the page.
         address: u64,
     },
+    /// The frame behind a page of it is bad: it is taken from everybody, and never used again.
+    Poison {
+        /// Whose.
+        vm: Cow<'a, str>,
+        /// A guest physical address in the page.
+        gpa: u64,
+    },
     /// So much of its memory shall leave for the swap device. Answered with the bytes that left, when no more do.
     Reclaim {
         /// Whose.
@@ -223,6 +230,7 @@ impl<'a> Op<'a> {
             Self::Balloon { .. } => "balloon",
             Self::Audit => "audit",
             Self::Probe { .. } => "probe",
+            Self::Poison { .. } => "poison",
             Self::Reclaim { .. } => "reclaim",
             Self::SwapOff => "swap-off",
             Self::SwapOn => "swap-on",
@@ -266,6 +274,7 @@ impl<'a> Op<'a> {
             | Self::Posted { vm }
             | Self::Balloon { vm, .. }
             | Self::Probe { vm, .. }
+            | Self::Poison { vm, .. }
             | Self::Reclaim { vm, .. }
             | Self::ReadTags { vm, .. }
             | Self::WriteTags { vm, .. }
@@ -302,6 +311,7 @@ impl<'a> Op<'a> {
             "balloon" => Self::Balloon { vm: fields.text("vm")?, size: fields.number("size")? },
             "audit" => Self::Audit,
             "probe" => Self::Probe { vm: fields.text("vm")?, address: fields.number("address")? },
+            "poison" => Self::Poison { vm: fields.text("vm")?, gpa: fields.number("gpa")? },
             "reclaim" => Self::Reclaim { vm: fields.text("vm")?, size: fields.number("size")? },
             "swap-off" => Self::SwapOff,
             "swap-on" => Self::SwapOn,
@@ -376,6 +386,7 @@ impl Serialize for Request<'_> {
                 map.serialize_entry("read_only", &slot.read_only)?;
             }
             Op::Probe { address, .. } => map.serialize_entry("address", address)?,
+            Op::Poison { gpa, .. } => map.serialize_entry("gpa", gpa)?,
             Op::Balloon { size, .. } | Op::Reclaim { size, .. } => map.serialize_entry("size", size)?,
             Op::ReadTags { gpa, size, .. } => {
                 map.serialize_entry("gpa", gpa)?;

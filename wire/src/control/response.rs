@@ -8,7 +8,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Audit, Bytes, Files, PROTOCOL, Pages, Posted, Probe, Stats};
+use super::{Audit, Bytes, Files, PROTOCOL, Pages, Poisoned, Posted, Probe, Stats};
 use crate::Refusal;
 use crate::refusal::shorten;
 
@@ -53,6 +53,8 @@ pub enum Answer<'a> {
     Audit(Audit),
     /// What a probe met.
     Probe(Probe),
+    /// Which frame is bad.
+    Poisoned(Poisoned),
     /// How many bytes of input the guest's console took.
     Accepted(u32),
     /// What is in the store.
@@ -280,6 +282,7 @@ impl Answer<'_> {
             Self::Merge(status) => Answer::Merge(status),
             Self::Audit(audit) => Answer::Audit(audit),
             Self::Probe(probe) => Answer::Probe(probe),
+            Self::Poisoned(poisoned) => Answer::Poisoned(poisoned),
             Self::Accepted(bytes) => Answer::Accepted(bytes),
             Self::Files(files) => Answer::Files(files.into_owned()),
         }

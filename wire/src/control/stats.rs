@@ -28,6 +28,9 @@ pub struct Stats<'a> {
     pub stored_frames: u64,
     /// Frames of the whole machine that nobody has now.
     pub free_frames: u64,
+    /// Frames of the whole machine that are bad, and never used again.
+    #[serde(default)]
+    pub poisoned_frames: u64,
     /// Accesses to addresses that no device claims.
     pub unclaimed_mmio: u64,
     /// Its balloon, if it has one.
@@ -88,6 +91,8 @@ pub struct Faults {
     pub access_flag: u64,
     /// The page was not in memory, but in a store.
     pub absent: u64,
+    /// The frame behind the page is bad: each was an abort in the guest.
+    pub poisoned: u64,
     /// The object had to make the page.
     pub fresh: u64,
     /// The object had the page already.

@@ -29,7 +29,7 @@ const LOAD: &str = "(while test ! -e /run/stop; do dd if=/dev/vda bs=64k count=6
      head -c 2097152 /dev/urandom | dd of=/dev/vda bs=64k seek=64 conv=fsync 2>/dev/null; \
      echo 3 > /proc/sys/vm/drop_caches; done; echo > /run/stopped) > /dev/ttyAMA0 & true";
 
-fn private(mut vm: WrittenVm, size: &str) -> WrittenVm {
+pub(super) fn private(mut vm: WrittenVm, size: &str) -> WrittenVm {
     vm.memory = WrittenMemory { size: size.to_owned(), private: true, ..Default::default() };
     vm
 }

@@ -39,6 +39,11 @@ pub enum AccessError {
         /// The object's frame.
         frame: u64,
     },
+    /// The frame behind a page is bad.
+    Poisoned {
+        /// The object's frame.
+        frame: u64,
+    },
     /// A page is not in memory: fetch it ([`crate::Fetch`]), then make the whole access again.
     Stored {
         /// The object's frame.
@@ -59,6 +64,7 @@ impl fmt::Display for AccessError {
             Self::OutOfMemory => OutOfMemory.fmt(f),
             Self::Forking => GrantError::Forking.fmt(f),
             Self::Private { frame } => write!(f, "frame {frame:#x}: must be shared with the hypervisor"),
+            Self::Poisoned { frame } => write!(f, "frame {frame:#x}: {}", GrantError::Poisoned),
             Self::Stored { frame, slot } => write!(f, "frame {frame:#x}: {}", GrantError::Stored { slot: *slot }),
         }
     }
@@ -134,7 +140,8 @@ impl Object {
     ///
     /// # Errors
     ///
-    /// [`AccessError::Outside`], [`AccessError::Device`], [`AccessError::Stored`].
+    /// [`AccessError::Outside`], [`AccessError::Device`], [`AccessError::Stored`], [`AccessError::Poisoned`]: of the last two, the bytes before
+    /// that page may have been read.
     pub fn read<M: Machine>(&self, supply: &Supply<'_, M>, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
         self.read_as(supply, Reach::Everything, offset, to)
     }
@@ -155,6 +162,9 @@ impl Object {
         for piece in pieces(offset, to.len()) {
             let bytes = &mut to[piece.buffer.clone()];
             match self.look(supply.machine, piece.frame) {
+                Look::Present(grant) if supply.pool.is_poisoned(grant.frame(piece.frame)) => {
+                    return Err(AccessError::Poisoned { frame: piece.frame });
+                }
                 Look::Present(grant) if self.is_private() => {
                     let work = Work::Read { at: piece.within as u16, to: bytes };
                     reach.access(supply, grant.frame(piece.frame), work, piece.frame)?;
@@ -225,6 +235,7 @@ impl Object {
     pub fn tags<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Tags, AccessError> {
         self.check_frame(frame)?;
         match self.look(supply.machine, frame) {
+            Look::Present(grant) if supply.pool.is_poisoned(grant.frame(frame)) => Err(AccessError::Poisoned { frame }),
             Look::Present(grant) if self.is_tagged() => Ok(supply.machine.load_tags(grant.frame(frame))),
             Look::Stored(slot) => Err(AccessError::Stored { frame, slot }),
             Look::Present(_) | Look::Vacant => Ok(Tags::ZERO),
@@ -268,6 +279,7 @@ impl AccessError {
     fn of(error: GrantError, frame: u64) -> Self {
         match error {
             GrantError::Stored { slot } => Self::Stored { frame, slot },
+            GrantError::Poisoned => Self::Poisoned { frame },
             GrantError::OutOfMemory => Self::OutOfMemory,
             GrantError::ReadOnly => Self::ReadOnly,
             GrantError::Outside { .. } => unreachable!("the extent was checked"),

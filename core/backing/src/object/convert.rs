@@ -91,8 +91,9 @@ impl Object {
             | GrantError::Shared
             | GrantError::ReadOnly
             | GrantError::Stored { .. }
+            | GrantError::Poisoned
             | GrantError::Outside { .. } => {
-                unreachable!("a tree waits for who is busy, private memory is in no store, and the extent was checked")
+                unreachable!("a tree waits for who is busy, private memory is in no store, a bad page is not copied, and the extent was checked")
             }
         })
     }

@@ -29,11 +29,11 @@ impl Object {
     }
 
     /// What stands at `frame`, without touching it. The caller is pinned.
-    pub fn standing<M: Machine>(&self, machine: &M, frame: u64) -> Standing {
+    pub fn standing<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Standing {
         if !self.can_merge() || frame >= self.frames() {
             return Standing::Other;
         }
-        self.tree.standing(machine, frame)
+        self.tree.standing(supply, frame)
     }
 
     /// What the 512 frames from `start`, a multiple of 512, hold. The caller is pinned.
@@ -45,15 +45,14 @@ impl Object {
     }
 
     /// The own page at `frame` is never written again, and others may join it. `false` if there is none.
-    pub fn offer<M: Machine>(&self, machine: &M, frame: u64) -> bool {
+    pub fn offer<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> bool {
         let _structure = self.structure.lock();
-        self.standing(machine, frame) != Standing::Other && self.tree.offer(machine, frame)
+        self.standing(supply, frame) != Standing::Other && self.tree.offer(supply.machine, frame)
     }
 
     /// A reference to the offered page at `frame`, if one is there that another page may join. The caller is pinned.
     pub fn hold_offered<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Option<Offered> {
-        matches!(self.standing(supply.machine, frame), Standing::Offered(_))
-            .then(|| self.tree.hold_offered(supply, frame))?
+        matches!(self.standing(supply, frame), Standing::Offered(_)).then(|| self.tree.hold_offered(supply, frame))?
     }
 
     /// Whether the own page at `frame` has the bytes and the tags of `offered`, now.
@@ -64,7 +63,7 @@ impl Object {
     /// The own page at `frame` becomes `offered`, if it has its bytes and its tags.
     pub fn join<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, offered: Offered) -> Merged {
         let _structure = self.structure.lock();
-        if self.standing(supply.machine, frame) == Standing::Other {
+        if self.standing(supply, frame) == Standing::Other {
             offered.give_back(supply);
             return Merged::Gone;
         }
@@ -74,7 +73,7 @@ impl Object {
     /// The own page at `frame` becomes vacant, if it is all zeros, its tags too.
     pub fn vacate<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Merged {
         let _structure = self.structure.lock();
-        if self.standing(supply.machine, frame) == Standing::Other {
+        if self.standing(supply, frame) == Standing::Other {
             return Merged::Gone;
         }
         self.tree.vacate(supply, frame)
@@ -101,7 +100,7 @@ impl Object {
     /// [`OutOfMemory`], for the node; nothing changed.
     pub fn break_block<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<bool, OutOfMemory> {
         let _structure = self.structure.lock();
-        if self.standing(supply.machine, frame) == Standing::Other {
+        if self.standing(supply, frame) == Standing::Other {
             return Ok(false);
         }
         self.tree.break_own_block(supply, frame)

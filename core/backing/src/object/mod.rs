@@ -11,6 +11,7 @@ mod convert;
 mod error;
 mod fork;
 mod merge;
+mod poison;
 mod search;
 mod stored;
 mod table;
@@ -23,6 +24,7 @@ use entresol_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use entresol_sync::{Mutex, planted};
 pub use error::{CreateError, DestroyError, PopulateError, PunchError, TableError};
 pub use fork::{Differences, ForkError, Frozen};
+pub use poison::PoisonError;
 pub use search::{Found, Search};
 pub use stored::{Fetch, Out, OutError, PutError};
 pub use table::{MAX_OBJECTS, ObjectHandle, Objects};
@@ -322,22 +324,23 @@ impl Object {
 
     /// Whether `grant`, got for frame `frame` and for reading, is what would be granted now.
     pub fn is_still<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, grant: &Grant) -> bool {
-        match self.present(supply.machine, frame) {
+        match self.present(supply, frame) {
             Some(now) => (now.pfn, now.size, now.extent_start) == (grant.pfn, grant.size, grant.extent_start),
+            // A bad page is not the zero page either.
             None => supply.pool.is_zero_page(grant.pfn),
         }
     }
 
-    /// What backs frame `frame`, if something does: for mapping around a fault, and for looking without touching.
-    pub fn present<M: Machine>(&self, machine: &M, frame: u64) -> Option<Grant> {
+    /// What backs frame `frame`, if something does that is not bad: for mapping around a fault, and for looking without touching.
+    pub fn present<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Option<Grant> {
         self.check_inside(frame).ok()?;
-        match self.look(machine, frame) {
-            Look::Present(grant) => Some(grant),
+        match self.look(supply.machine, frame) {
+            Look::Present(grant) => supply.pool.sound(grant, frame),
             Look::Stored(_) | Look::Vacant => None,
         }
     }
 
-    /// What there is for a frame inside.
+    /// What there is for a frame inside, bad or not.
     fn look<M: Machine>(&self, machine: &M, frame: u64) -> Look {
         match self.kind() {
             Kind::Anonymous(_) => self.tree.look(machine, frame),
@@ -346,9 +349,9 @@ impl Object {
         }
     }
 
-    /// Whether something backs frame `frame`.
+    /// Whether something backs frame `frame`, bad or not.
     pub fn is_resident<M: Machine>(&self, machine: &M, frame: u64) -> bool {
-        self.present(machine, frame).is_some()
+        self.check_inside(frame).is_ok() && matches!(self.look(machine, frame), Look::Present(_))
     }
 
     /// Makes the frames `start .. start + count`, as touching them would.
@@ -395,6 +398,7 @@ impl Object {
             | GrantError::Shared
             | GrantError::ReadOnly
             | GrantError::Stored { .. }
+            | GrantError::Poisoned
             | GrantError::Outside { .. } => {
                 unreachable!("a tree waits for who is busy, needs no content for this, and its extent was checked")
             }

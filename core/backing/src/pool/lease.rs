@@ -18,6 +18,7 @@
 //! | `open` | any | put back if it is absent |
 //! | `close` | 0 | entry removed, all TLBs invalidated, then return; with leases it stays until the last is released |
 //! | freed | any → 0 | zeroed, removed if it was mapped; the life is over |
+//! | poisoned | any → 0 | removed if it was mapped; the life is over |
 //!
 //! A removal that fails is tried again by whoever touches the frame next and by [`FramePool::retry_removals`]; until it
 //! succeeds the frame does not count as absent.
@@ -111,6 +112,8 @@ pub(crate) struct Seen {
     pub open: bool,
     /// Its removal failed.
     pub stuck: bool,
+    /// It is bad.
+    pub poisoned: bool,
     /// By the machine's tables.
     pub mapped: bool,
 }
@@ -179,11 +182,12 @@ pub(super) fn is_unused(word: &AtomicU32) -> bool {
     word.load(Ordering::Relaxed) & !LIFE == PRIVATE
 }
 
-pub(super) fn see(pfn: Pfn, word: &AtomicU32, mapped: impl FnOnce() -> bool) -> Seen {
+pub(super) fn see(pfn: Pfn, word: &AtomicU32, poisoned: bool, mapped: impl FnOnce() -> bool) -> Seen {
     let locked = Locked::new(word);
     let has = |bits| locked.value & bits != 0;
     let (leased, open, stuck) = (has(COUNT), has(OPEN), has(STUCK));
-    Seen { frames: PfnRange::single(pfn), private: locked.is_private(), leased, open, stuck, mapped: mapped() }
+    let private = locked.is_private();
+    Seen { frames: PfnRange::single(pfn), private, leased, open, stuck, poisoned, mapped: mapped() }
 }
 
 impl FramePool {
@@ -321,15 +325,27 @@ impl FramePool {
 
     /// Zeroes a frame that nobody has any more; its leases are over. Whether it is absent.
     pub(super) fn cleanse<M: Machine>(&self, machine: &M, index: u32) -> bool {
-        let pfn = self.frames.pfn(index);
         let mut locked = Locked::new(self.frames.lease(index));
         if !planted!(ZD9) {
-            machine.through_window(pfn, Work::Zero);
+            machine.through_window(self.frames.pfn(index), Work::Zero);
         }
+        self.end_life(machine, index, &mut locked)
+    }
+
+    /// The leases of a frame are over, whoever has it still; if it is private, it is absent, or its removal is tried again.
+    pub(super) fn end_leases<M: Machine>(&self, machine: &M, index: u32) {
+        let mut locked = Locked::new(self.frames.lease(index));
+        if locked.is_private() {
+            self.end_life(machine, index, &mut locked);
+        }
+    }
+
+    /// A private frame's life is over. Whether it is absent.
+    fn end_life<M: Machine>(&self, machine: &M, index: u32, locked: &mut Locked<'_>) -> bool {
         let mapped = locked.is_mapped();
         let next = u32::from(locked.life().wrapping_add(1));
         locked.value = locked.value & !(COUNT | OPEN | LIFE) | next;
-        !mapped || self.remove(machine, pfn, &mut locked)
+        !mapped || self.remove(machine, self.frames.pfn(index), locked)
     }
 
     /// Tries again what failed before. Returns how many frames are absent now.

@@ -80,6 +80,10 @@ pub(crate) enum State {
     Hidden,
     /// Private, given back, and not zero yet.
     Dirty(Order),
+    /// A single frame that is given out, and bad: see [`super::poison`].
+    Poisoned,
+    /// Bad, and nobody's any more. It stays so.
+    Quarantined,
 }
 
 /// Bits 3:0 of the word: the order. Bits 7:4: the kind. Bits 31:8: references to a frame that is given out, beyond the first.
@@ -100,6 +104,8 @@ impl State {
             Self::Leaving => 7 << KIND_SHIFT,
             Self::Hidden => 8 << KIND_SHIFT,
             Self::Dirty(order) => 9 << KIND_SHIFT | order.0 as u32,
+            Self::Poisoned => 10 << KIND_SHIFT,
+            Self::Quarantined => 11 << KIND_SHIFT,
         }
     }
 
@@ -116,16 +122,18 @@ impl State {
             7 => Self::Leaving,
             8 => Self::Hidden,
             9 => Self::Dirty(order),
+            10 => Self::Poisoned,
+            11 => Self::Quarantined,
             _ => unreachable!("only encode writes states"),
         }
     }
 
     const fn is_given_out(self) -> bool {
-        matches!(self, Self::Taken(_) | Self::Kept)
+        matches!(self, Self::Taken(_) | Self::Kept | Self::Poisoned)
     }
 
-    fn is_page(self) -> bool {
-        self == Self::Taken(Order::PAGE) || self == Self::Kept
+    const fn is_page(self) -> bool {
+        matches!(self, Self::Taken(Order::PAGE) | Self::Kept | Self::Poisoned)
     }
 }
 
@@ -237,13 +245,17 @@ impl Frames {
 
     /// One reference more to a single frame, if it is given out still.
     pub(crate) fn share_if_held(&self, index: u32) -> bool {
-        self.share_if_below(index, u32::MAX >> COUNT_SHIFT)
+        self.share_if(index, State::is_page, u32::MAX >> COUNT_SHIFT)
     }
 
-    /// The same, if it has at most `most` references, which can be counted.
-    pub(crate) fn share_if_below(&self, index: u32, most: u32) -> bool {
+    /// The same, if it is not bad and has at most `most` references, which can be counted.
+    pub(crate) fn share_if_sound(&self, index: u32, most: u32) -> bool {
+        self.share_if(index, |state| state.is_page() && state != State::Poisoned, most)
+    }
+
+    fn share_if(&self, index: u32, fits: impl Fn(State) -> bool, most: u32) -> bool {
         let one_more = |raw: u32| {
-            let held = State::decode(raw).is_page() && raw >> COUNT_SHIFT < most;
+            let held = fits(State::decode(raw)) && raw >> COUNT_SHIFT < most;
             held.then(|| raw + (1 << COUNT_SHIFT))
         };
         let word = &self.meta[index as usize].state;
@@ -360,7 +372,8 @@ mod tests {
         let sized = orders
             .flat_map(|order| [State::Free(order), State::Taken(order), State::Deferred(order), State::Dirty(order)]);
         let single = [State::Absent, State::Interior, State::Cached, State::Kept, State::Leaving, State::Hidden];
-        for state in single.into_iter().chain(sized) {
+        let single = single.into_iter().chain([State::Poisoned, State::Quarantined]);
+        for state in single.chain(sized) {
             assert_eq!(State::decode(state.encode()), state);
         }
         assert_eq!(Order::new(10), None);

@@ -8,7 +8,7 @@
 //! [`OutOfMemory`], it empties the caches of all CPUs.
 //!
 //! Frames that several trees refer to are counted ([`share`]). Frames of private memory have a pool of their own behind this
-//! one ([`private`]), and leases ([`lease`]).
+//! one ([`private`]), and leases ([`lease`]). Frames that are bad are never given out again ([`poison`]).
 //!
 //! Invariants: INV-7. Each frame is in exactly one [`meta::State`]; taking and giving check it with one exchange, in
 //! release builds too, so a frame given back twice, or by somebody who never had it, stops the machine at once.
@@ -21,6 +21,7 @@ mod buddy;
 mod deferred;
 mod lease;
 mod meta;
+mod poison;
 mod private;
 mod share;
 
@@ -36,6 +37,7 @@ pub(crate) use lease::Seen;
 pub use lease::{Lease, LeaseError};
 pub use meta::{FrameMeta, Order};
 use meta::{Frames, State};
+pub(crate) use poison::Marked;
 
 use crate::{OutOfHeap, OutOfMemory, Stores, try_boxed};
 
@@ -111,6 +113,7 @@ pub struct FramePool {
     shared: share::Shared,
     stores: Stores,
     private: private::Private,
+    bad: poison::Counts,
 }
 
 impl FramePool {
@@ -135,6 +138,7 @@ impl FramePool {
             total: AtomicU64::new(0),
             shared: share::Shared::new(),
             stores: Stores::new(),
+            bad: poison::Counts::new(),
         })
     }
 

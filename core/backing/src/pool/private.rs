@@ -272,7 +272,8 @@ impl FramePool {
                 Some(seen) => tally(seen),
                 None => indices().filter(|index| self.frames.state(*index) != State::Absent).for_each(|index| {
                     let pfn = self.frames.pfn(index);
-                    tally(lease::see(pfn, self.frames.lease(index), || machine.is_mapped_own(pfn)));
+                    let poisoned = self.frames.state(index).is_bad();
+                    tally(lease::see(pfn, self.frames.lease(index), poisoned, || machine.is_mapped_own(pfn)));
                 }),
             }
             next = end;
@@ -291,10 +292,13 @@ impl FramePool {
         let alike = |index| {
             let word = self.frames.lease(index);
             let same = if private { lease::is_unused(word) } else { !lease::is_private(word) };
-            same && self.frames.state(index) != State::Absent
+            let state = self.frames.state(index);
+            same && state != State::Absent && !state.is_bad()
         };
         let mapped = if private { 0 } else { frames.count() };
         let right = indices.all(alike) && machine.count_mapped_own(frames) == mapped;
-        right.then_some(Seen { frames, private, leased: false, open: false, stuck: false, mapped: !private })
+        let none =
+            Seen { frames, private, leased: false, open: false, stuck: false, poisoned: false, mapped: !private };
+        right.then_some(none)
     }
 }

@@ -33,7 +33,7 @@ use crate::{OutOfMemory, StoreId, StoreSlot};
 
 /// What the pool keeps for trees that share.
 pub(super) struct Shared {
-    blocks: Mutex<()>,
+    pub(super) blocks: Mutex<()>,
     /// The first dead node.
     dead: Mutex<u32>,
     /// The zero page's frame number plus one, 0 while there is none.
@@ -57,13 +57,13 @@ impl FramePool {
         self.frames.share_if_held(self.owned(pfn))
     }
 
-    /// One reference more to a single frame that has fewer than `most`, of which somebody else may be giving the last one
-    /// back.
-    pub(crate) fn share_if_below(&self, pfn: Pfn, most: u32) -> bool {
-        self.frames.share_if_below(self.owned(pfn), most)
+    /// One reference more to a single frame that has fewer than `most` and is not bad, of which somebody else may be giving
+    /// the last one back.
+    pub(crate) fn share_if_sound(&self, pfn: Pfn, most: u32) -> bool {
+        self.frames.share_if_sound(self.owned(pfn), most)
     }
 
-    /// Gives one reference to a single frame back; the last one defers it.
+    /// Gives one reference to a single frame back; the last one defers it, or leaves it in quarantine for good.
     pub(crate) fn release(&self, pfn: Pfn) {
         self.release_page(self.owned(pfn));
     }
@@ -71,6 +71,9 @@ impl FramePool {
     fn release_page(&self, index: u32) {
         let note = self.frames.note(index);
         let Some(was) = self.frames.leave(index) else { return };
+        if was == State::Poisoned {
+            return self.quarantine(index);
+        }
         if let (State::Kept, Some(note)) = (was, note) {
             self.forget(StoreSlot::from_raw(note), index);
         }
@@ -78,12 +81,12 @@ impl FramePool {
     }
 
     /// From now on the frame, to which the caller has a reference, is known to hold what `slot` does; the caller's reference to the place is the
-    /// frame's. `false` if it is known already: nothing changed.
+    /// frame's. `false` if it is known already, or bad: nothing changed.
     pub(crate) fn keep(&self, pfn: Pfn, slot: StoreSlot) -> bool {
         let index = self.owned(pfn);
-        // Two who share it may both want to.
+        // Two who share it may both want to, and it becomes bad under the same lock.
         let _blocks = self.shared.blocks.lock();
-        if self.frames.state(index) == State::Kept {
+        if matches!(self.frames.state(index), State::Kept | State::Poisoned) {
             return false;
         }
         // Nobody reads the note of a frame that is not kept.
@@ -95,7 +98,7 @@ impl FramePool {
     }
 
     /// Gives back a frame's reference to a place.
-    fn forget(&self, slot: StoreSlot, index: u32) {
+    pub(super) fn forget(&self, slot: StoreSlot, index: u32) {
         self.stores.set_frame(slot, index, false);
         self.stores.release(slot);
     }
@@ -209,7 +212,7 @@ impl FramePool {
     fn order(&self, index: u32) -> Order {
         match self.frames.state(index) {
             State::Taken(order) => order,
-            State::Kept => Order::PAGE,
+            State::Kept | State::Poisoned => Order::PAGE,
             state => panic!("frame {:#x} is {state:?}, and some tree refers to it", self.frames.pfn(index)),
         }
     }

@@ -10,6 +10,8 @@
 //! closes leaves the mapping after; who looks at a page in between asks its frame, under the frame's lock
 //! ([`crate::FramePool::access_open`]).
 //!
+//! The attribute of a page whose frame is bad changes like any other; the frame, which is absent for good, does not follow it.
+//!
 //! Devices may fill or copy pages of the range meanwhile: what they claim is waited for, and they carry the bit that they found.
 //!
 //! Invariants: INV-7, INV-10 (an open page's frame is mapped, a private one's is not but for leases), INV-11.
@@ -68,7 +70,11 @@ impl Tree {
             };
             if shared() {
                 let mut none = Ahead::NONE;
-                waited(|| self.own(supply, frame, &mut none))?;
+                match waited(|| self.own(supply, frame, &mut none)) {
+                    // Only its attribute changes.
+                    Ok(_) | Err(GrantError::Poisoned) => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
         Ok((start..end).map(|frame| u64::from(self.convert_page(supply, frame, open))).sum())
@@ -86,6 +92,12 @@ impl Tree {
             let changed = raw & !OPEN | attribute;
             match Entry::decode(raw) {
                 Entry::Vacant if supply.machine.compare_exchange(word, raw, changed).is_ok() => return true,
+                // A bad frame is absent, whatever its page's attribute is.
+                Entry::Page(pfn) if supply.pool.is_poisoned(pfn) => {
+                    if supply.machine.compare_exchange(word, raw, changed).is_ok() {
+                        return true;
+                    }
+                }
                 Entry::Page(pfn) => {
                     assert!(raw & SHARED == 0, "a page that changes was copied, and what is the tree's own stays so");
                     if open {
@@ -154,7 +166,7 @@ impl Tree {
     pub(crate) fn is_followed<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> bool {
         let found = self.locate(supply.machine, frame);
         match found.entry {
-            Entry::Page(pfn) => supply.pool.is_open(pfn) == (found.marks & OPEN != 0),
+            Entry::Page(pfn) => supply.pool.is_poisoned(pfn) || supply.pool.is_open(pfn) == (found.marks & OPEN != 0),
             Entry::Block(_) | Entry::Vacant | Entry::Filling | Entry::Node(_) | Entry::Stored(_) => true,
         }
     }

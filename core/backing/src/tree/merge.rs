@@ -40,7 +40,7 @@ const CHUNK: usize = 1024;
 /// What a scanner finds at one frame of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Nothing that can be merged: vacant, being made, shared by relatives with the way to it, or as a store has it.
+    /// Nothing that can be merged: vacant, being made, shared by relatives with the way to it, bad, or as a store has it.
     Other,
     /// A page, or a part of a block, that is the object's own and may be written.
     Own(Pfn),
@@ -102,10 +102,10 @@ impl Tree {
     }
 
     /// What stands at `frame`, which lies inside.
-    pub(crate) fn standing<M: Machine>(&self, machine: &M, frame: u64) -> Standing {
-        let Some((_, raw, _)) = self.own_word(machine, frame) else { return Standing::Other };
+    pub(crate) fn standing<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Standing {
+        let Some((_, raw, _)) = self.own_word(supply.machine, frame) else { return Standing::Other };
         match Entry::decode(raw) {
-            Entry::Page(_) if raw & CLEAN != 0 => Standing::Other,
+            Entry::Page(pfn) if raw & CLEAN != 0 || supply.pool.is_poisoned(pfn) => Standing::Other,
             Entry::Page(pfn) if raw & SHARED != 0 => Standing::Offered(pfn),
             Entry::Page(pfn) => Standing::Own(pfn),
             Entry::Block(pfn) if raw & SHARED == 0 => Standing::Own(pfn.offset(frame & (BLOCK_FRAMES - 1))),
@@ -133,18 +133,22 @@ impl Tree {
 
     /// A reference to the offered page at `frame`. The caller is pinned.
     pub(crate) fn hold_offered<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Option<Offered> {
-        let Standing::Offered(pfn) = self.standing(supply.machine, frame) else { return None };
+        let Standing::Offered(pfn) = self.standing(supply, frame) else { return None };
         // The caller is pinned, so the frame is nobody else's: what was released since is deferred.
-        supply.pool.share_if_below(pfn, MOST_JOINED).then_some(Offered { pfn, tagged: self.is_tagged() })
+        supply.pool.share_if_sound(pfn, MOST_JOINED).then_some(Offered { pfn, tagged: self.is_tagged() })
     }
 
     /// Whether the own page at `frame` has the bytes and the tags of `offered`.
     pub(crate) fn reads_as<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, offered: &Offered) -> bool {
-        matches!(self.standing(supply.machine, frame), Standing::Own(pfn) if self.same(supply.machine, pfn, offered))
+        matches!(self.standing(supply, frame), Standing::Own(pfn) if self.same(supply, pfn, offered))
     }
 
     /// Whether the own page `pfn` has the bytes and the tags of `offered`.
-    fn same<M: Machine>(&self, machine: &M, pfn: Pfn, offered: &Offered) -> bool {
+    fn same<M: Machine>(&self, supply: &Supply<'_, M>, pfn: Pfn, offered: &Offered) -> bool {
+        let machine = supply.machine;
+        if supply.pool.is_poisoned(offered.pfn) {
+            return false;
+        }
         let tagged = self.is_tagged();
         let same_tags = || !tagged || machine.load_tags(pfn) == machine.load_tags(offered.pfn);
         (tagged == offered.tagged && same_tags() || planted!(ZE6)) && same_content(machine, pfn, offered.pfn)
@@ -158,7 +162,7 @@ impl Tree {
     /// The own page at `frame`, if it has the bytes and the tags of `offered`, becomes that frame.
     pub(crate) fn join<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64, offered: Offered) -> Merged {
         let outcome = match self.own_page(supply.machine, frame) {
-            Some((_, _, pfn)) if !planted!(ZG3) && !self.same(supply.machine, pfn, &offered) => Merged::Differs,
+            Some((_, _, pfn)) if !planted!(ZG3) && !self.same(supply, pfn, &offered) => Merged::Differs,
             Some((word, raw, pfn)) => {
                 let joined = Entry::Page(offered.pfn).encode() | SHARED;
                 self.replace(supply, word, raw, joined, pfn)

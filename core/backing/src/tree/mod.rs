@@ -42,6 +42,12 @@
 //! shared word ([`stored`]): one exchange, from exactly what was there, by a caller that is pinned. All who copy or take away
 //! words count with that: they look again after they have counted, or take the word by an exchange.
 //!
+//! # Bad frames
+//!
+//! A frame may be found to be bad, whoever refers to it ([`crate::FramePool::mark`]). Its words stay, and so does the sharing; a word that was the
+//! tree's own is marked shared, so that it is not on the shortest path any more, and whoever takes the longer one asks the frame
+//! ([`poison`]). Nobody copies or reads it; who takes the word away has a vacant page again.
+//!
 //! # Tags
 //!
 //! Where a guest may use allocation tags, every frame that its tree reads has valid ones: cleared with the bytes and copied
@@ -67,6 +73,7 @@ mod entry;
 mod fork;
 mod merge;
 mod own;
+mod poison;
 mod stored;
 mod structure;
 
@@ -168,6 +175,18 @@ fn page(pfn: Pfn, frame: u64, writable: bool, fresh: bool) -> Grant {
 fn block(pfn: Pfn, frame: u64, writable: bool, fresh: bool) -> Grant {
     let extent_start = frame & !(BLOCK_FRAMES - 1);
     Grant { pfn, extent_start, size: PageSize::Size2M, writable, memory: Memory::Normal, fresh }
+}
+
+/// The grant, or what is left of it where a frame is bad.
+#[inline]
+fn sound<M>(supply: &Supply<'_, M>, grant: Grant, frame: u64) -> Result<Grant, GrantError> {
+    supply.pool.sound(grant, frame).ok_or(GrantError::Poisoned)
+}
+
+/// Why what is shared is not granted for writing.
+#[inline]
+fn refusal<M>(supply: &Supply<'_, M>, pfn: Pfn) -> GrantError {
+    if supply.pool.is_poisoned(pfn) { GrantError::Poisoned } else { GrantError::Shared }
 }
 
 /// Where a walk ended: the first word that does not lead to a node.
@@ -308,9 +327,10 @@ impl Tree {
         let found = self.locate(supply.machine, frame);
         let shared = found.is_shared();
         match found.entry {
-            Entry::Page(_) | Entry::Block(_) if write & shared => Err(GrantError::Shared),
-            Entry::Page(pfn) => Ok(page(pfn, frame, !shared, false)),
-            Entry::Block(pfn) => Ok(block(pfn, frame, !shared, false)),
+            Entry::Page(pfn) if write & shared => Err(refusal(supply, pfn)),
+            Entry::Block(pfn) if write & shared => Err(refusal(supply, pfn.offset(frame & (BLOCK_FRAMES - 1)))),
+            Entry::Page(pfn) => sound(supply, page(pfn, frame, !shared, false), frame),
+            Entry::Block(pfn) => sound(supply, block(pfn, frame, !shared, false), frame),
             Entry::Stored(slot) => Err(GrantError::Stored { slot }),
             Entry::Vacant => self.touch(supply, found.word, found.level, frame, write),
             Entry::Filling | Entry::Node(_) => Err(GrantError::Busy),
@@ -341,7 +361,7 @@ impl Tree {
         Ok(page(supply.pool.zero_page(supply.machine, supply.cpu)?, frame, false, false))
     }
 
-    /// What there is for `frame`, which lies inside.
+    /// What there is for `frame`, which lies inside, bad or not.
     pub(crate) fn look<M: Machine>(&self, machine: &M, frame: u64) -> Look {
         let found = self.locate(machine, frame);
         match found.entry {

@@ -57,7 +57,7 @@ impl Tree {
     pub(crate) fn copy_ahead<M: Machine>(&self, supply: &Supply<'_, M>, frame: u64) -> Result<Ahead, OutOfMemory> {
         let found = self.locate(supply.machine, frame);
         let Entry::Page(from) = found.entry else { return Ok(Ahead::NONE) };
-        if !found.is_shared() {
+        if !found.is_shared() || supply.pool.is_poisoned(from) {
             return Ok(Ahead::NONE);
         }
         let to = self.take_page(supply)?;
@@ -147,6 +147,9 @@ impl Tree {
         frame: u64,
         ahead: &mut Ahead,
     ) -> Result<Grant, GrantError> {
+        if supply.pool.is_poisoned(pfn) {
+            return Err(GrantError::Poisoned);
+        }
         claim_copy(supply, word, raw)?;
         if raw & SHARED == 0 && supply.pool.stop_keeping(pfn) {
             supply.machine.store(word, Entry::Page(pfn).encode() | raw & OPEN);
@@ -178,7 +181,7 @@ impl Tree {
         pfn: Pfn,
         frame: u64,
     ) -> Result<Option<Grant>, GrantError> {
-        if !self.copies_blocks.load(Ordering::Relaxed) {
+        if !self.copies_blocks.load(Ordering::Relaxed) || supply.pool.has_poison(pfn) {
             return self.break_block(supply, word, raw, pfn).map(|()| None);
         }
         claim_copy(supply, word, raw)?;

@@ -70,6 +70,10 @@ impl Tree {
             return false;
         }
         let pfn = fetch.pfn();
+        // Another had it in memory, and it is bad by now: who waits has it read again.
+        if supply.pool.is_poisoned(pfn) {
+            return false;
+        }
         supply.pool.share(pfn);
         let clean = Entry::Page(pfn).encode() | raw & SHARED | CLEAN;
         self.cleaned.store(true, Ordering::Release);
@@ -97,7 +101,7 @@ impl Tree {
             let found = self.locate(supply.machine, frame);
             let raw = supply.machine.load(found.word);
             let pfn = match Entry::decode(raw) {
-                Entry::Page(pfn) if raw & COPYING == 0 => pfn,
+                Entry::Page(pfn) if raw & COPYING == 0 && !supply.pool.is_poisoned(pfn) => pfn,
                 // Only the tree's own block is split: the words of a shared one are not its to change.
                 Entry::Block(pfn) if !found.is_shared() && raw & SHARED == 0 => {
                     self.split_block(supply, found.word, pfn)?;

@@ -175,11 +175,11 @@ impl Tree {
             match Entry::decode(raw) {
                 Entry::Vacant => {}
                 Entry::Filling => unreachable!("whoever fills is pinned, and a grace period has passed"),
-                _ if raw & SHARED != 0 => let_go(supply, raw),
                 Entry::Stored(_) | Entry::Page(_) if changes_in_place(Entry::decode(raw), raw) => {
                     self.resident.fetch_sub(1, Ordering::Relaxed);
                     let_go(supply, raw);
                 }
+                _ if raw & SHARED != 0 => let_go(supply, raw),
                 Entry::Stored(_) => unreachable!("it changes in place"),
                 Entry::Page(pfn) => give(pfn, Order::PAGE),
                 Entry::Block(pfn) => give(pfn, Order::BLOCK),

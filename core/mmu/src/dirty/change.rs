@@ -107,7 +107,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     fn may_be_block(&self, pin: &Pin<'_>, gfn: Gfn) -> bool {
         let block = |slot: SlotRef| {
             let object = self.host.objects.get(pin, ObjectHandle::from_raw(slot.object.get()))?;
-            let grant = object.present(&self.host.machine, slot.object_frame(gfn))?;
+            let grant = object.present(&self.host.supply(pin.cpu()), slot.object_frame(gfn))?;
             Some(choose(&slot, &grant, &made(gfn, Access::Read), self.options.largest, self.host.features()).leaf.size)
         };
         self.slots.find(pin, gfn, &Hint::new()).and_then(block).is_some_and(|size| size != PageSize::Size4K)

@@ -213,7 +213,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         };
         match action {
             Action::Leave => {}
-            Action::Offer => done.offered += u64::from(object.offer(supply.machine, frame)),
+            Action::Offer => done.offered += u64::from(object.offer(&supply, frame)),
             Action::Join(offered) => done.joined += counted(object.join(&supply, frame, offered)),
             Action::Vacate => done.vacated += counted(object.vacate(&supply, frame)),
         }

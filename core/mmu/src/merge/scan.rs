@@ -144,7 +144,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let pin = self.host.epoch.pin(cpu);
         let here = Location { object: state.areas[place].object(), frame };
         let Some(object) = self.host.objects.get(&pin, here.object) else { return Action::Leave };
-        let standing = object.standing(machine, frame);
+        let standing = object.standing(&self.host.supply(cpu), frame);
         scan.looked += 1;
         let last = state.areas[place].sum(machine, frame);
         let sum = match standing {
@@ -193,7 +193,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     fn partner(&self, cpu: usize, object: &Object, frame: u64) -> Partner {
         let supply = self.host.supply(cpu);
-        match object.standing(supply.machine, frame) {
+        match object.standing(&supply, frame) {
             Standing::Own(_) => Partner::Own,
             Standing::Offered(_) => object.hold_offered(&supply, frame).map_or(Partner::None, Partner::Offered),
             Standing::Other => Partner::None,

@@ -33,16 +33,17 @@ enum Stop {
     Again,
     /// No frame is free.
     OutOfMemory,
-    /// The guest's tables, or its code, are where no memory is.
+    /// The guest's tables, or its code, are where no memory is, or none that can be read.
     Outside(Gpa),
 }
 
 impl From<CopyError> for Stop {
     fn from(error: CopyError) -> Self {
         match error {
-            CopyError::Outside { gpa } | CopyError::ReadOnly { gpa } | CopyError::Absent { gpa, .. } => {
-                Self::Outside(gpa)
-            }
+            CopyError::Outside { gpa }
+            | CopyError::ReadOnly { gpa }
+            | CopyError::Absent { gpa, .. }
+            | CopyError::Poisoned { gpa } => Self::Outside(gpa),
             CopyError::MemoryFault(fault) => Self::Outside(fault.gpa()),
             CopyError::OutOfMemory => Self::OutOfMemory,
             CopyError::Busy => Self::Again,

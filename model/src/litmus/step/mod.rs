@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 60] = [
+pub const VERBS: [(&str, &str); 61] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -78,6 +78,7 @@ pub const VERBS: [(&str, &str); 60] = [
         "convert GPA PAGES open|private",
         "the guest shares pages of private memory with the hypervisor, or takes them back",
     ),
+    ("poison GPA", "the frame behind the page at GPA is found to be bad: 1, or 0 if there is none that could be"),
     ("cache GPA", "the CPU's page-frame cache is for the word at GPA"),
     ("tell VALUE", "the word is stored through the cache: 1, or 0 if the cache knows nothing"),
     ("refresh", "the cache finds out where its word lies"),
@@ -282,6 +283,15 @@ pub enum Step {
     },
     /// What was leased last is released.
     Release,
+    /// A frame is found to be bad.
+    Poison {
+        /// In whose memory.
+        vm: usize,
+        /// Behind which page.
+        gpa: Gpa,
+        /// The register for whether it was.
+        to: Option<String>,
+    },
     /// The slots' generation moves ahead.
     Generation {
         /// Whose.
@@ -447,6 +457,7 @@ impl Step {
             | Self::Out { to, .. }
             | Self::SwapOff { to }
             | Self::Use { to }
+            | Self::Poison { to, .. }
             | Self::Cache { what: CacheVerb::Tell { .. }, to, .. }
             | Self::Drain { to } => to.as_deref(),
             _ => None,
@@ -469,6 +480,7 @@ impl Step {
             | Self::Log { vm, .. }
             | Self::Ring { vm, .. }
             | Self::Lease { vm, .. }
+            | Self::Poison { vm, .. }
             | Self::Generation { vm, .. }
             | Self::Cache { vm, .. }
             | Self::Out { vm, .. }

@@ -213,6 +213,7 @@ impl Said<'_> {
             "lease" => Step::Lease { vm, gpa: words.gpa()? },
             "use" => Step::Use { to: self.to.clone() },
             "release" => Step::Release,
+            "poison" => Step::Poison { vm, gpa: words.gpa()?, to: self.to.clone() },
             "generation" => Step::Generation { vm, count: words.number("COUNT")? },
             "cache" => Step::Cache { vm, what: CacheVerb::Activate { gpa: words.gpa()? }, to: None },
             "tell" => Step::Cache { vm, what: CacheVerb::Tell { value: words.number("VALUE")? }, to: self.to.clone() },

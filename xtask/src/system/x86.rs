@@ -51,8 +51,8 @@ pub fn x86_mmio_entries(context: &Context) -> Result<()> {
 /// tables name.
 pub fn x86_linux_runs_a_script(context: &Context) -> Result<()> {
     let guest = fetch::guest_x86()?;
-    let script = "set -e\nuname -m\ndd if=/dev/urandom of=/tmp/random bs=1M count=8 2>/dev/null\n\
-                  cmp /tmp/random /tmp/random && echo intact\nsleep 1\nexit 7\n";
+    let script = "set -e\nuname -m\ncd /tmp\ndd if=/dev/urandom of=random bs=1M count=8 2>/dev/null\n\
+                  cp random copy && cmp random copy && echo intact\nsleep 1\nexit 7\n";
     let builder = Builder::new(context, "x86_linux_runs_a_script")?.outer("2G", 1);
     let initrd = builder.file("initrd.cpio", &Initrd::scripted(script).pack(&guest)?)?;
     let vm = WrittenVm {

@@ -130,6 +130,9 @@ pub fn fork(number: usize, names: &[String]) -> Result<(), ForkRefusal> {
     let ticks = timer::now() - since;
     note_fork(Forked { number, times: names.len(), ticks });
     host_work::raise(Work::Reclaim);
+    for (_, Child { vm, .. }) in &children {
+        vm.equip().map_err(ForkRefusal::Failed)?;
+    }
     for (number, Child { vm, media, terminal }) in children {
         settle_in(number, vm, terminal, media, status);
     }

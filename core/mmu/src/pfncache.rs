@@ -144,7 +144,7 @@ impl Piece<'_, '_> {
 }
 
 impl PfnCache {
-    fn new() -> Self {
+    const fn new() -> Self {
         let state = State { active: false, gpa: Gpa::new(0), len: 0, reach: Reach::Everything, lease: None };
         Self {
             refreshing: Mutex::new(()),
@@ -295,7 +295,8 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     pub fn make_caches(&self, count: usize) -> Result<(), OutOfHeap> {
         let mut caches = Vec::new();
         caches.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
-        caches.resize_with(count, PfnCache::new);
+        // Copies of a constant: a fork makes many.
+        caches.resize_with(count, || const { PfnCache::new() });
         let mut list = Vec::new();
         list.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
         let mut table = Vec::new();

@@ -1,8 +1,8 @@
 //! A second virtual machine that goes on where a running one is (design D2, D3).
 //!
 //! Protocol, host's work: [`Vm::hold`] keeps the parent's vCPUs off every CPU, at an instruction boundary, with their
-//! registers, interrupts and timers saved; [`Vm::fork`] makes a child from it, which is paused; [`Vm::follow`] puts the child in
-//! the parent's status; dropping the [`Hold`] lets the parent go on. Memory is shared by the core in a time that does
+//! registers, interrupts and timers saved; [`Vm::fork`] makes a child from it, which is paused; dropping the [`Hold`] lets the parent
+//! go on; [`Vm::equip`] makes what only a child that runs needs; [`Vm::follow`] puts it in the parent's status. Memory is shared by the core in a time that does
 //! not grow with it; what is copied here is the rest: vCPUs, interrupt controller, device registers. The child's disks and
 //! terminal are its own, and the caller's to make.
 //!
@@ -178,10 +178,18 @@ impl Vm {
             hcr: self.hcr,
             last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
         });
-        vm.memory.make_caches(vm.devices.caches()).map_err(|_| OutOfHeap)?;
         link.tie(&vm);
         vm.devices.renew_generation();
         Ok(vm)
+    }
+
+    /// Gives a fresh copy that is to run what its parent does not have to wait for: page-frame caches.
+    ///
+    /// # Errors
+    ///
+    /// [`ForkError::OutOfHeap`].
+    pub fn equip(&self) -> Result<(), ForkError> {
+        Ok(self.memory.make_caches(self.devices.caches()).map_err(|_| OutOfHeap)?)
     }
 
     fn fork_vcpus(&self) -> Result<Box<[Vcpu]>, OutOfHeap> {

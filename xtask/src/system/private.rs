@@ -224,6 +224,9 @@ pub fn rings_lie_where_they_should_not(context: &Context) -> Result<()> {
 /// Who forks and is saved, its copy, and who is made from the file.
 const FAMILY: [&str; 3] = ["secret", "copy", "back"];
 
+/// Blocks that private machines which work take out of the hypervisor's mapping, at least.
+const MANY: u64 = 32;
+
 /// Nothing is where it should not be, and what is there of private machines.
 fn audited(told: &mut Listener) -> Result<Audit> {
     match told.ask(Op::Audit)? {
@@ -300,7 +303,7 @@ fn conversions_are_kept(told: &mut Listener) -> Result<()> {
 }
 
 /// A private machine that works is forked, saved, and made again from the file. All have its data, write their own, and go on;
-/// each is private; when they have ended nothing of them is left. Another one's shared pages are kept by all of that.
+/// each is private; when they have ended nothing of them is left, and the hypervisor's mapping is put together again. Another one's shared pages are kept by all of that.
 pub fn private_machines_fork_and_are_saved(context: &Context) -> Result<()> {
     const NAME: &str = "private_machines_fork_and_are_saved";
     let builder = Builder::new(context, NAME)?.outer("2G", 2);
@@ -320,6 +323,7 @@ pub fn private_machines_fork_and_are_saved(context: &Context) -> Result<()> {
     // Somebody must be left when all of them have ended.
     let mut machine = builder.store(&store).boot(vec![vm, sharer, guest("witness")?])?;
     let (mut told, mut asked) = (Listener::attach(machine.control()?, first)?, 0);
+    let built = audited(&mut told)?;
     told.done(Op::Resume { vm: first.into() })?;
     told.hear(initrd::READY)?;
     let mut ask = |told: &mut Listener, command: &str| {
@@ -348,21 +352,24 @@ pub fn private_machines_fork_and_are_saved(context: &Context) -> Result<()> {
         all.leased <= LEASED * FAMILY.len() as u64 && all.pages > 2 * alone.pages,
         "{alone:?} of one, {all:?} of three"
     );
+    ensure!(
+        all.own_absent > built.own_absent + MANY && all.own_blocks + MANY < built.own_blocks,
+        "{built:?} before any had run, {all:?} with three"
+    );
     for name in FAMILY {
         told.done(Op::Kill { vm: name.into() })?;
     }
+    // What left the hypervisor's mapping in blocks is blocks again.
+    let is_over = |left: &Audit| left.leased == 0 && left.pages < built.pages && left.own_blocks >= built.own_blocks;
     // Frames that a grace period keeps come back with the host's next work: each question is some.
     let mut left = audited(&mut told)?;
     for _ in 0..QUESTIONS {
-        if left.leased == 0 && left.pages < alone.pages {
+        if is_over(&left) {
             break;
         }
         left = audited(&mut told)?;
     }
-    ensure!(
-        left.leased == 0 && left.pages < alone.pages,
-        "of ended machines {left:?} is left, and one alone had {alone:?}"
-    );
+    ensure!(is_over(&left), "of ended machines {left:?} is left, and before any had run there was {built:?}");
     conversions_are_kept(&mut told)?;
     told.done(Op::Shutdown)?;
     machine.expect_power_off().map(drop)

@@ -3,6 +3,7 @@
 //! Protocol: [`begin`], in host's work, answers when the moment is over; the rest is a task. A file that cannot be written
 //! whole leaves the store as it was; the machine knows nothing of it.
 
+use alloc::collections::TryReserveError;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -144,9 +145,8 @@ impl Taken {
             group.write(writer).await?;
         }
         let shared = shared::list(self.image.ram, self.records).await?;
-        let no_room = |_| Failure::OutOfMemory;
         let list = shared.as_ref().map_or(Ok(Vec::new()), |shared| shared.encode().map_err(no_room))?;
-        let bytes = index.encode();
+        let bytes = index.encode().map_err(no_room)?;
         let trailer = Trailer {
             base: self.base.as_ref().map_or(0, |(id, _)| *id),
             pages: index.checksums.len() as u64,
@@ -184,7 +184,7 @@ impl Taken {
                 let differs = |tags: &Tags| number != 0 || *tags != Tags::ZERO || page != [0; PAGE_SIZE as usize];
                 if let Some(found) = found.filter(differs) {
                     let found = tags.is_some().then(|| found.to_bytes());
-                    index.push(number, frame, Some(page_checksum(&page, found.as_ref())));
+                    index.push(number, frame, Some(page_checksum(&page, found.as_ref()))).map_err(no_room)?;
                     writer.page(|block| block.copy_from_slice(&page)).await?;
                     if let Some((group, found)) = tags.as_mut().zip(found) {
                         group.add(writer, &found).await?;
@@ -193,13 +193,17 @@ impl Taken {
                         log::info!("snapshot {}: {} pages so far", self.file, index.checksums.len());
                     }
                 } else if base.is_some() {
-                    index.push(number, frame, None);
+                    index.push(number, frame, None).map_err(no_room)?;
                 }
             }
             store::task::pause().await;
         }
         Ok(())
     }
+}
+
+fn no_room(_: TryReserveError) -> Failure {
+    Failure::OutOfMemory
 }
 
 /// Tags of pages that are in the file, whose block is not.

@@ -46,6 +46,7 @@
 //! Trust: every number is checked before it is used ([`Trailer::decode`], [`Index::decode`]); the state is read by whoever
 //! made it.
 
+use alloc::collections::TryReserveError;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -331,20 +332,32 @@ pub struct Index {
 
 impl Index {
     /// One frame more, behind all others: vacant, or the next page of the file, with its CRC-32.
-    pub fn push(&mut self, object: u32, frame: u64, page: Option<u32>) {
+    ///
+    /// # Errors
+    /// The heap has no room: the index is as it was.
+    pub fn push(&mut self, object: u32, frame: u64, page: Option<u32>) -> Result<(), TryReserveError> {
         let vacant = page.is_none();
-        self.checksums.extend(page);
+        self.checksums.try_reserve(1)?;
         match self.runs.last_mut() {
             Some(run) if run.object == object && run.vacant == vacant && run.first + run.count == frame => {
                 run.count += 1
             }
-            _ => self.runs.push(Run { object, vacant, first: frame, count: 1 }),
+            _ => {
+                self.runs.try_reserve(1)?;
+                self.runs.push(Run { object, vacant, first: frame, count: 1 });
+            }
         }
+        self.checksums.extend(page);
+        Ok(())
     }
 
     /// Its bytes, without what fills up the last block.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.runs.len() * RUN + self.checksums.len() * 4);
+    ///
+    /// # Errors
+    /// The heap has no room.
+    pub fn encode(&self) -> Result<Vec<u8>, TryReserveError> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(self.runs.len() * RUN + self.checksums.len() * 4)?;
         for run in &self.runs {
             bytes.extend(run.object.to_le_bytes());
             bytes.extend(u32::from(run.vacant).to_le_bytes());
@@ -352,7 +365,7 @@ impl Index {
             bytes.extend(run.count.to_le_bytes());
         }
         bytes.extend(self.checksums.iter().flat_map(|checksum| checksum.to_le_bytes()));
-        bytes
+        Ok(bytes)
     }
 
     /// The index in `bytes`, of a machine whose objects have so many frames each.
@@ -365,6 +378,9 @@ impl Index {
         check_part("index", bytes, trailer.index_checksum)?;
         let (runs, checksums) = bytes.split_at(trailer.runs as usize * RUN);
         let (mut index, mut pages, mut behind) = (Self::default(), 0, (0, 0));
+        let room = index.runs.try_reserve_exact(runs.len() / RUN);
+        let room = room.and_then(|()| index.checksums.try_reserve_exact(checksums.len() / 4));
+        room.map_err(|_| field("index", trailer.runs, "must fit into the heap"))?;
         for bytes in runs.as_chunks::<RUN>().0 {
             let run = Run {
                 object: small(bytes, 0),

@@ -17,8 +17,7 @@ use entresol_loader::x86::map::LOW_END;
 use entresol_loader::x86::start::{self, Start};
 use entresol_loader::x86::{self, Boot};
 use entresol_loader::{Memory as LoaderMemory, Region};
-use entresol_metal_x86::switch::vmcb::{self, first, second};
-use entresol_metal_x86::switch::{FpState, Guest, IoPermissions, MsrPermissions, Segment};
+use entresol_metal_x86::switch::{self, FpState, Guest, Segment};
 use entresol_metal_x86::{Metal, cpu, features, timer};
 use entresol_mmu::{CopyError, LogError, MmioCache, Options, ReadOnlyIvac, Vm as Memory};
 use entresol_slot::{Hint, ObjectId, SlotError, SlotFlags, SlotRequest};
@@ -39,11 +38,6 @@ const LOW: u32 = 0;
 const HIGH: u32 = 1;
 /// Bits of guest physical address.
 const GPA_BITS: u8 = 40;
-/// PAT as it is after a reset (APM 7.8.2).
-const PAT: u64 = 0x0007_0406_0007_0406;
-
-static PORTS: IoPermissions = IoPermissions::NONE;
-static REGISTERS: MsrPermissions = MsrPermissions::KEPT;
 
 /// Why a virtual machine was not made: which, and the rule.
 pub struct BuildError(String);
@@ -103,7 +97,7 @@ pub struct Vm {
 
 /// Its vCPU.
 pub struct Vcpu {
-    /// Registers and VMCB.
+    /// Registers, and what the processor works on.
     pub guest: Box<Guest>,
     pub fp: FpState,
     /// The slot that was found last.
@@ -175,7 +169,7 @@ impl Vm {
     pub fn load(&mut self, cpu: usize) {
         // Its translations are told apart by who ran last on the CPU, not by the number.
         let _number = self.memory.load(cpu);
-        self.vcpu.guest.control().nested_cr3 = self.memory.table().root().start().base().get();
+        self.vcpu.guest.set_root(self.memory.table().root().start());
         self.vcpu.fp.load();
     }
 
@@ -282,51 +276,25 @@ fn fill(memory: &Made, bytes: u64, policy: Policy, boot: &Boot<'_>) -> Result<Sl
 /// The vCPU's processor state, as the loader wants it.
 fn guest(boot: &Start) -> Box<Guest> {
     let mut guest = Box::new(Guest::new());
-    let control = guest.control();
-    control.intercepts.exceptions = vmcb::MACHINE_CHECK;
-    control.intercepts.first = first::INTR
-        | first::NMI
-        | first::SMI
-        | first::INIT
-        | first::CPUID
-        | first::INVD
-        | first::HLT
-        | first::INVLPGA
-        | first::IO
-        | first::MSR
-        | first::TASK_SWITCH
-        | first::SHUTDOWN;
-    control.intercepts.second = second::VMRUN
-        | second::VMMCALL
-        | second::VMLOAD
-        | second::VMSAVE
-        | second::STGI
-        | second::CLGI
-        | second::SKINIT
-        | second::WBINVD
-        | second::MONITOR
-        | second::MWAIT
-        | second::XSETBV;
-    control.iopm_base = PORTS.address();
-    control.msrpm_base = REGISTERS.address();
-    control.asid = 1;
-    control.virtual_interrupts = vmcb::VIRTUAL_MASKING;
-    control.nested = vmcb::NESTED_PAGING;
-    let state = guest.state();
     let segment = |from: &start::Segment| Segment {
         selector: from.selector,
         attributes: from.attributes,
         limit: from.limit,
         base: from.base,
     };
-    state.cs = segment(&boot.code);
-    (state.ds, state.es, state.ss) = (segment(&boot.data), segment(&boot.data), segment(&boot.data));
-    state.tr = segment(&boot.task);
-    (state.gdtr.base, state.gdtr.limit) = (boot.gdt.base, boot.gdt.limit.into());
-    (state.cr0, state.cr3, state.cr4) = (boot.cr0, boot.cr3, boot.cr4);
-    state.efer = boot.efer | crate::exit::EFER_SVME;
-    (state.rip, state.rflags) = (boot.rip, boot.rflags);
-    (state.dr6, state.dr7, state.g_pat) = (0xffff_0ff0, 0x400, PAT);
+    guest.start(&switch::Start {
+        rip: boot.rip,
+        rflags: boot.rflags,
+        cr0: boot.cr0,
+        cr3: boot.cr3,
+        cr4: boot.cr4,
+        efer: boot.efer,
+        code: segment(&boot.code),
+        data: segment(&boot.data),
+        task: segment(&boot.task),
+        gdt_base: boot.gdt.base,
+        gdt_limit: boot.gdt.limit,
+    });
     (guest.registers.rbx, guest.registers.rsi) = (boot.rbx, boot.rsi);
     guest
 }

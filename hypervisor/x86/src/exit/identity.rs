@@ -13,8 +13,6 @@ use super::{GENERAL_PROTECTION, Next, inject, skip};
 use crate::devices::VCPU;
 use crate::vm::Vm;
 
-/// EFER.SVME, which VMRUN demands of every guest, and which none sees.
-pub const EFER_SVME: u64 = 1 << 12;
 const CR4_OSXSAVE: u64 = 1 << 18;
 const PAT: u32 = 0x277;
 
@@ -22,10 +20,10 @@ const PAT: u32 = 0x277;
 pub fn cpuid(vm: &mut Vm) -> Next {
     let physical_bits = vm.memory.ipa_bits();
     let guest = &mut *vm.vcpu.guest;
-    let osxsave = guest.state().cr4 & CR4_OSXSAVE != 0;
+    let osxsave = guest.cr4() & CR4_OSXSAVE != 0;
     let vcpu = cpuid::Vcpu { id: VCPU as u8, count: 1, physical_bits, osxsave, xcr0: 1, states: 0, clock: true };
-    let answer = cpuid::answer(guest.state().rax as u32, guest.registers.rcx as u32, &vcpu, machine);
-    guest.state().rax = answer.eax.into();
+    let answer = cpuid::answer(*guest.rax() as u32, guest.registers.rcx as u32, &vcpu, machine);
+    *guest.rax() = answer.eax.into();
     let registers = &mut guest.registers;
     (registers.rbx, registers.rcx, registers.rdx) = (answer.ebx.into(), answer.ecx.into(), answer.edx.into());
     skip(guest, 2)
@@ -38,7 +36,7 @@ fn machine(leaf: u32, subleaf: u32) -> Words {
 
 /// The guest's time stamp counter.
 pub fn guest_time(guest: &mut Guest) -> u64 {
-    timer::now().wrapping_add(guest.control().tsc_offset)
+    timer::now().wrapping_add(*guest.time_offset())
 }
 
 /// RDMSR.
@@ -47,17 +45,17 @@ pub fn read_register(vm: &mut Vm) -> Next {
     let (register, now) = (guest.registers.rcx as u32, guest_time(guest));
     let value = match msr::rule(register, true) {
         Rule::Constant(value) => Some(value),
-        Rule::Emulate(Part::Efer) => Some(guest.state().efer & !EFER_SVME),
+        Rule::Emulate(Part::Efer) => Some(guest.efer()),
         Rule::Emulate(Part::Tsc) => Some(now),
         Rule::Emulate(Part::Apic) => vm.devices.apic.read_msr(VCPU, register, now).ok(),
-        Rule::Pass if register == PAT => Some(guest.state().g_pat),
+        Rule::Pass if register == PAT => Some(*guest.pat()),
         Rule::Emulate(Part::SystemTime) => Some(vm.clock.system_time()),
         Rule::Emulate(Part::WallClock) => Some(vm.clock.wall_clock()),
         // The others that pass do not come here.
         Rule::Refuse | Rule::Pass => None,
     };
     let Some(value) = value else { return inject(guest, GENERAL_PROTECTION, Some(0)) };
-    guest.state().rax = value & 0xffff_ffff;
+    *guest.rax() = value & 0xffff_ffff;
     guest.registers.rdx = value >> 32;
     skip(guest, 2)
 }
@@ -66,22 +64,21 @@ pub fn read_register(vm: &mut Vm) -> Next {
 pub fn write_register(cpu: usize, vm: &mut Vm) -> Next {
     let guest = &mut *vm.vcpu.guest;
     let (register, now) = (guest.registers.rcx as u32, guest_time(guest));
-    let value = guest.state().rax & 0xffff_ffff | guest.registers.rdx << 32;
+    let value = *guest.rax() & 0xffff_ffff | guest.registers.rdx << 32;
     let taken = match msr::rule(register, true) {
         Rule::Constant(_) => Some(()),
         Rule::Emulate(Part::Efer) => {
-            let state = guest.state();
-            let efer = msr::efer(state.efer & !EFER_SVME, value, state.cr0).ok();
-            efer.map(|efer| state.efer = efer | EFER_SVME)
+            let efer = msr::efer(guest.efer(), value, guest.cr0()).ok();
+            efer.map(|efer| guest.set_efer(efer))
         }
         Rule::Emulate(Part::Tsc) => {
             let offset = value.wrapping_sub(timer::now());
-            let delta = offset.wrapping_sub(core::mem::replace(&mut guest.control().tsc_offset, offset));
+            let delta = offset.wrapping_sub(core::mem::replace(guest.time_offset(), offset));
             vm.clock.moved(cpu, &vm.memory, delta).ok()
         }
         // The one vCPU is out of its guest, and looks before it goes on.
         Rule::Emulate(Part::Apic) => vm.devices.apic.write_msr(VCPU, register, value, now).map(|_kicked| ()).ok(),
-        Rule::Pass if register == PAT => is_pat(value).then(|| guest.state().g_pat = value),
+        Rule::Pass if register == PAT => is_pat(value).then(|| *guest.pat() = value),
         Rule::Emulate(Part::SystemTime) => vm.clock.set_system_time(cpu, &vm.memory, value).ok(),
         Rule::Emulate(Part::WallClock) => vm.clock.set_wall_clock(cpu, &vm.memory, value).ok(),
         Rule::Refuse | Rule::Pass => None,

@@ -78,7 +78,7 @@ pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
         Ok(Err(Unsupported::Invalid)) => inject(guest, UNDEFINED, None),
         Ok(Err(unsupported)) => Next::End(End::Crash(Crash::Instruction { gpa: fault.gpa, unsupported })),
         Err(Stop::Fault { linear, code }) => {
-            guest.state().cr2 = linear;
+            guest.set_cr2(linear);
             inject(guest, PAGE_FAULT, Some(code))
         }
         Err(Stop::NonCanonical) => inject(guest, GENERAL_PROTECTION, Some(0)),
@@ -111,7 +111,7 @@ fn carry_out(
 
 /// CS among the bases.
 const CS: usize = 1;
-/// D/B and L of a segment's attributes in a VMCB.
+/// L and D/B of a segment's attributes.
 const ATTRIBUTE_L: u16 = 1 << 9;
 const ATTRIBUTE_D: u16 = 1 << 10;
 const EFER_LMA: u64 = 1 << 10;
@@ -119,32 +119,17 @@ const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
 
 fn code_size(guest: &mut Guest) -> CodeSize {
-    let state = guest.state();
-    let attributes = state.cs.attributes;
-    CodeSize::of(state.efer & EFER_LMA != 0, attributes & ATTRIBUTE_L != 0, attributes & ATTRIBUTE_D != 0)
+    let (attributes, efer) = (guest.code().attributes, guest.efer());
+    CodeSize::of(efer & EFER_LMA != 0, attributes & ATTRIBUTE_L != 0, attributes & ATTRIBUTE_D != 0)
 }
 
 fn registers(guest: &mut Guest) -> Registers {
-    let registers = &guest.registers;
-    let [r8, r9, r10, r11, r12, r13, r14, r15] = registers.r;
-    let (rcx, rdx, rbx, rbp, rsi, rdi) =
-        (registers.rcx, registers.rdx, registers.rbx, registers.rbp, registers.rsi, registers.rdi);
-    let state = guest.state();
-    Registers {
-        general: [state.rax, rcx, rdx, rbx, state.rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15],
-        rip: state.rip,
-        rflags: state.rflags,
-        bases: [state.es.base, state.cs.base, state.ss.base, state.ds.base, state.fs.base, state.gs.base],
-    }
+    Registers { general: guest.generals(), rip: guest.rip(), rflags: *guest.rflags(), bases: guest.bases() }
 }
 
 fn write_back(guest: &mut Guest, from: &Registers) {
-    let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r @ ..] = from.general;
-    let registers = &mut guest.registers;
-    (registers.rcx, registers.rdx, registers.rbx) = (rcx, rdx, rbx);
-    (registers.rbp, registers.rsi, registers.rdi, registers.r) = (rbp, rsi, rdi, r);
-    let state = guest.state();
-    (state.rax, state.rsp, state.rflags) = (rax, rsp, from.rflags);
+    guest.set_generals(&from.general);
+    *guest.rflags() = from.rflags;
 }
 
 /// The guest's memory by its linear addresses, for the length of one instruction.
@@ -164,9 +149,8 @@ struct View<'v> {
 
 impl<'v> View<'v> {
     fn new(memory: &'v Made, devices: &'v Devices, pin: &'v Pin<'v>, hint: &'v Hint, guest: &mut Guest) -> Self {
-        let state = guest.state();
-        let (user, by_leave) = (state.cpl == 3, state.rflags & RFLAGS_AC != 0);
-        let (cr0, cr3, cr4, efer) = (state.cr0, state.cr3, state.cr4, state.efer);
+        let (user, by_leave) = (guest.privilege() == 3, *guest.rflags() & RFLAGS_AC != 0);
+        let (cr0, cr3, cr4, efer) = (guest.cr0(), guest.cr3(), guest.cr4(), guest.efer());
         let mut controls = Controls::empty();
         for (set, flag) in [
             (cr0 & 1 << 16 != 0, Controls::WRITE_PROTECT),

@@ -24,12 +24,9 @@ mod ports;
 mod service;
 
 use entresol_arch_x86::exit::Exit;
-use entresol_metal_x86::features;
-use entresol_metal_x86::switch::Guest;
-use entresol_metal_x86::switch::vmcb::{INJECT_ERROR_CODE, INJECT_EXCEPTION};
+use entresol_metal_x86::switch::{Event, Guest};
 
 use crate::vm::{Crash, End, Vm};
-pub use identity::EFER_SVME;
 
 /// What comes after an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,15 +46,15 @@ const VMLOAD: u64 = 0x82;
 const SKINIT: u64 = 0x86;
 
 /// Exceptions (APM 8.2).
-pub const UNDEFINED: u64 = 6;
-pub const GENERAL_PROTECTION: u64 = 13;
-pub const PAGE_FAULT: u64 = 14;
+pub const UNDEFINED: u8 = 6;
+pub const GENERAL_PROTECTION: u8 = 13;
+pub const PAGE_FAULT: u8 = 14;
 
 /// Answers the exit that the vCPU came back with.
 #[inline(always)]
 pub fn handle(cpu: usize, vm: &mut Vm) -> Next {
     if vm.vcpu.guest.was_delivering() {
-        interrupts::again(&mut vm.vcpu.guest);
+        vm.vcpu.guest.redeliver();
     }
     if let Some(fault) = vm.vcpu.guest.nested_fault() {
         return memory::fault(cpu, vm, fault);
@@ -105,26 +102,20 @@ fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
 /// The guest goes on behind its instruction of `length` bytes.
 #[inline]
 pub fn skip(guest: &mut Guest, length: u64) -> Next {
-    let next = guest.control().next_rip;
-    if features::get().next_rip && next != 0 {
-        return go_on(guest, next);
-    }
-    let rip = guest.state().rip.wrapping_add(length);
-    go_on(guest, rip)
+    guest.skip(length);
+    Next::Look
 }
 
-/// The guest goes on at `rip`: out of an interrupt shadow, with the trap that its own single step wants left to the processor.
+/// The guest goes on at `rip`.
 #[inline]
 pub fn go_on(guest: &mut Guest, rip: u64) -> Next {
-    guest.state().rip = rip;
-    guest.control().interrupt_shadow = 0;
+    guest.go_on(rip);
     Next::Look
 }
 
 /// The guest gets an exception where it is.
 #[cold]
-pub fn inject(guest: &mut Guest, vector: u64, error: Option<u32>) -> Next {
-    let code = error.map_or(0, |error| INJECT_ERROR_CODE | u64::from(error) << 32);
-    guest.control().event_injection = vector | INJECT_EXCEPTION | code;
+pub fn inject(guest: &mut Guest, vector: u8, error: Option<u32>) -> Next {
+    guest.inject(Event::Exception { vector, error });
     Next::Again
 }

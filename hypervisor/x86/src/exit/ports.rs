@@ -15,11 +15,10 @@ pub fn access(vm: &mut Vm, io: Io) -> Next {
     if io.string {
         return inject(guest, UNDEFINED, None);
     }
-    // EXITINFO2 is the next instruction's address (APM 15.10.2).
-    let next = guest.control().exit_info_2;
+    let next = guest.behind_port();
     let mask = u32::MAX >> (32 - 8 * u32::from(io.size));
     if io.write {
-        let value = guest.state().rax as u32 & mask;
+        let value = *guest.rax() as u32 & mask;
         return match vm.devices.port_out(io.port, io.size, value) {
             None => go_on(guest, next),
             Some(Request::Off) => Next::End(End::PowerOff),
@@ -27,7 +26,7 @@ pub fn access(vm: &mut Vm, io: Io) -> Next {
         };
     }
     let value = u64::from(vm.devices.port_in(io.port, io.size) & mask);
-    let rax = &mut guest.state().rax;
+    let rax = guest.rax();
     // A 32-bit result clears the upper half; narrower ones leave the rest (APM volume 3, 1.2.3).
     *rax = if io.size == 4 { value } else { *rax & !u64::from(mask) | value };
     go_on(guest, next)

@@ -31,7 +31,7 @@ pub fn call(cpu: usize, vm: &mut Vm) -> Next {
     }
     let registers = &vm.vcpu.guest.registers;
     let (first, second) = (registers.rbx, registers.rcx);
-    let function = vm.vcpu.guest.state().rax as u32;
+    let function = *vm.vcpu.guest.rax() as u32;
     let answer = match function {
         NOTHING => 0,
         ZAP => zap(cpu, vm, first, second),
@@ -43,7 +43,7 @@ pub fn call(cpu: usize, vm: &mut Vm) -> Next {
         }
         _ => NOT_SUPPORTED,
     };
-    vm.vcpu.guest.state().rax = answer;
+    *vm.vcpu.guest.rax() = answer;
     skip(&mut vm.vcpu.guest, 3)
 }
 

@@ -3,7 +3,7 @@
 //! Purpose: [`enter`] is the whole of what happens at every exit. The processor loads and saves what is in the [`Vmcb`]; the
 //! general registers but RAX and RSP are moved here.
 //!
-//! Protocol: a vCPU is a [`Guest`], whose VMCB its owner fills in. GIF is clear from before the guest's state is loaded until ours is
+//! Protocol: a vCPU is a [`Guest`], which hides its VMCB. GIF is clear from before the guest's state is loaded until ours is
 //! back (15.17), so no NMI finds the guest's segment bases. VMLOAD and VMSAVE move what VMRUN leaves alone (15.5.2): FS, GS, TR,
 //! LDTR with their hidden state, KernelGSBase, STAR, LSTAR, CSTAR, SFMASK and SYSENTER's; ours were saved once
 //! and never change.
@@ -14,23 +14,20 @@
 //! Sources: APM 15.5 (VMRUN), 15.16 (TLB control), 15.17 (global interrupt flag).
 
 pub mod fp;
-pub mod permissions;
-pub mod vmcb;
+mod guest;
+mod permissions;
+mod vmcb;
 
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::mem::offset_of;
 
-use entresol_arch_x86::exit::Exit;
-use entresol_arch_x86::fault::{self, SecondStage};
-use entresol_arch_x86::svm;
-
-use crate::flush::Tenant;
+use crate::cpu;
 use crate::machine::FLUSHES;
-use crate::{cpu, features};
 pub use fp::FpState;
-pub use permissions::{IoPermissions, MsrPermissions};
-pub use vmcb::{Control, Intercepts, SaveArea, Segment, Vmcb};
+pub use guest::Guest;
+pub use vmcb::Segment;
+use vmcb::Vmcb;
 
 /// A guest's general registers but RAX and RSP, which are in its VMCB, in the order of their numbers.
 #[repr(C)]
@@ -52,73 +49,47 @@ pub struct Registers {
     pub r: [u64; 8],
 }
 
-/// What of a vCPU the processor works on. It stays where it is: the VMCB is named by its address.
-pub struct Guest {
-    vmcb: Vmcb,
-    /// General registers.
-    pub registers: Registers,
-    tenant: Tenant,
+/// The state in which a vCPU begins. What is not named is zero, or as after a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// First instruction.
+    pub rip: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+    /// CR0.
+    pub cr0: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// EFER, with LMA as CR0 makes it.
+    pub efer: u64,
+    /// CS.
+    pub code: Segment,
+    /// DS, ES and SS.
+    pub data: Segment,
+    /// TR.
+    pub task: Segment,
+    /// Where the global descriptor table is.
+    pub gdt_base: u64,
+    /// Its last byte.
+    pub gdt_limit: u16,
 }
 
-impl Default for Guest {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Guest {
-    /// All zero: the processor refuses it as it is.
-    pub fn new() -> Self {
-        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), tenant: Tenant::default() }
-    }
-
-    /// What the processor is told, and tells.
-    #[inline]
-    pub fn control(&mut self) -> &mut Control {
-        &mut self.vmcb.control
-    }
-
-    /// The guest's state.
-    #[inline]
-    pub fn state(&mut self) -> &mut SaveArea {
-        &mut self.vmcb.save
-    }
-
-    /// Whether an event was being delivered to it.
-    #[inline]
-    pub fn was_delivering(&self) -> bool {
-        const VALID: u64 = 1 << 31;
-        self.vmcb.control.exit_interrupt_info & VALID != 0
-    }
-
-    /// The nested page fault that it came back with last, if it was one.
-    #[inline]
-    pub fn nested_fault(&self) -> Option<SecondStage> {
-        let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
-        svm::is_nested_fault(exit_code).then(|| fault::nested(exit_info_1, exit_info_2))
-    }
-
-    /// Why it came back last.
-    #[inline]
-    pub fn exit(&self) -> Exit {
-        let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
-        svm::decode(exit_code, exit_info_1, exit_info_2, features::get().decode_assists)
-    }
-
-    /// General register `number` (0 RAX to 15), whole.
-    pub fn general(&mut self, number: u8) -> &mut u64 {
-        match number & 15 {
-            0 => &mut self.vmcb.save.rax,
-            1 => &mut self.registers.rcx,
-            2 => &mut self.registers.rdx,
-            3 => &mut self.registers.rbx,
-            4 => &mut self.vmcb.save.rsp,
-            5 => &mut self.registers.rbp,
-            6 => &mut self.registers.rsi,
-            7 => &mut self.registers.rdi,
-            high => &mut self.registers.r[usize::from(high) - 8],
-        }
-    }
+/// What a guest can be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An interrupt of its controller.
+    Interrupt(u8),
+    /// A non-maskable interrupt.
+    NonMaskable,
+    /// An exception, with the error code that it pushes, if it pushes one.
+    Exception {
+        /// Which.
+        vector: u8,
+        /// Its error code.
+        error: Option<u32>,
+    },
 }
 
 /// Our own state that VMRUN does not keep, as VMSAVE left it.
@@ -144,8 +115,8 @@ pub(crate) fn init_cpu() {
 ///
 /// # Safety
 ///
-/// It is that. The guest's VMCB's nested tables, permission maps and intercepts keep the guest away from all that it does not own, and its x87 and SSE
-/// registers are loaded.
+/// It is that. The guest was started, its nested tables keep it away from all that it does not own, and its x87 and SSE registers
+/// are in the hardware.
 #[inline]
 pub unsafe fn enter(cpu: usize, guest: &mut Guest) {
     guest.vmcb.control.tlb_control = if FLUSHES.enter(cpu, &mut guest.tenant) { vmcb::FLUSH_ALL } else { 0 };

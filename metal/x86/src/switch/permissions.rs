@@ -4,23 +4,27 @@
 //!
 //! Invariants: a map is written before its guest runs, and never after.
 
+/// The ports that every guest reaches, and the registers.
+pub(super) static PORTS: IoPermissions = IoPermissions::NONE;
+pub(super) static REGISTERS: MsrPermissions = MsrPermissions::KEPT;
+
 /// Three pages: a bit for each port, and for what a wide access at the last one touches. Set: the guest comes back.
 #[repr(C, align(4096))]
-pub struct IoPermissions([u8; 3 * 4096]);
+pub(super) struct IoPermissions([u8; 3 * 4096]);
 
 impl IoPermissions {
     /// No port.
-    pub const NONE: Self = Self([0xff; 3 * 4096]);
+    const NONE: Self = Self([0xff; 3 * 4096]);
 
     /// Its physical address: the mapping is the identity.
-    pub fn address(&'static self) -> u64 {
+    pub(super) fn address(&'static self) -> u64 {
         self.0.as_ptr() as u64
     }
 }
 
 /// Two pages: two bits for each register of three ranges, read and write.
 #[repr(C, align(4096))]
-pub struct MsrPermissions([u8; 2 * 4096]);
+pub(super) struct MsrPermissions([u8; 2 * 4096]);
 
 /// Registers that VMRUN, VMLOAD and VMSAVE move between guest and host (15.5.1, 15.5.2): FS and GS base, KernelGSBase, STAR, LSTAR, CSTAR,
 /// SFMASK, SYSENTER's.
@@ -29,7 +33,7 @@ const KEPT: [u32; 10] =
 
 impl MsrPermissions {
     /// The registers that a guest has for itself.
-    pub const KEPT: Self = Self::passing(&KEPT);
+    const KEPT: Self = Self::passing(&KEPT);
 
     const fn passing(registers: &[u32]) -> Self {
         let mut map = [0xff; 2 * 4096];
@@ -48,7 +52,7 @@ impl MsrPermissions {
     }
 
     /// Its physical address: the mapping is the identity.
-    pub fn address(&'static self) -> u64 {
+    pub(super) fn address(&'static self) -> u64 {
         self.0.as_ptr() as u64
     }
 }

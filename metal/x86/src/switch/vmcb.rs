@@ -84,15 +84,41 @@ pub mod second {
 }
 
 /// Machine checks are the machine's.
-pub const MACHINE_CHECK: u32 = 1 << 18;
+const MACHINE_CHECK: u32 = 1 << 18;
 /// V_INTR_MASKING: RFLAGS.IF of a guest masks its virtual interrupts only (15.21.1).
 pub const VIRTUAL_MASKING: u64 = 1 << 24;
 /// NP_ENABLE (15.25.3).
 pub const NESTED_PAGING: u64 = 1 << 0;
-/// EVENTINJ: an exception with an error code, valid (15.20).
-pub const INJECT_EXCEPTION: u64 = 3 << 8 | 1 << 31;
-/// EVENTINJ: it has an error code.
-pub const INJECT_ERROR_CODE: u64 = 1 << 11;
+
+/// What no guest does without coming back.
+pub const CONFINED: Intercepts = Intercepts {
+    control_registers: 0,
+    debug_registers: 0,
+    exceptions: MACHINE_CHECK,
+    first: first::INTR
+        | first::NMI
+        | first::SMI
+        | first::INIT
+        | first::CPUID
+        | first::INVD
+        | first::HLT
+        | first::INVLPGA
+        | first::IO
+        | first::MSR
+        | first::TASK_SWITCH
+        | first::SHUTDOWN,
+    second: second::VMRUN
+        | second::VMMCALL
+        | second::VMLOAD
+        | second::VMSAVE
+        | second::STGI
+        | second::CLGI
+        | second::SKINIT
+        | second::WBINVD
+        | second::MONITOR
+        | second::MWAIT
+        | second::XSETBV,
+};
 
 /// The first KiB.
 #[repr(C)]

@@ -1,0 +1,328 @@
+//! What of a vCPU the processor works on, by what it means: who uses a [`Guest`] does not see the processor's own record.
+//!
+//! Protocol: [`Guest::start`] gives it the state in which it begins; [`enter`](super::enter) runs it; between two entries its
+//! state is read and changed here. An event that is [injected](Guest::inject) reaches it at the next entry.
+//!
+//! Invariants: EFER is the guest's own, without what the processor demands of it beside; the record is refused by the processor until the
+//! guest was started.
+
+use entresol_addr::Pfn;
+use entresol_arch_x86::exit::Exit;
+use entresol_arch_x86::fault::{self, SecondStage};
+use entresol_arch_x86::svm;
+
+use super::permissions::{PORTS, REGISTERS};
+use super::vmcb::{self, Control, SaveArea, Vmcb, first};
+use super::{Event, Registers, Segment, Start};
+use crate::features;
+use crate::flush::Tenant;
+
+/// EFER.SVME, which VMRUN demands of every guest (APM 15.5.1), and which none sees.
+const EFER_SVME: u64 = 1 << 12;
+const RFLAGS_IF: u64 = 1 << 9;
+/// The processor's state after a reset (APM 14.1.3, 7.8.2).
+const DR6: u64 = 0xffff_0ff0;
+const DR7: u64 = 0x400;
+const PAT: u64 = 0x0007_0406_0007_0406;
+
+/// EVENTINJ and EXITINTINFO (APM 15.20): valid; the kind of event; an error code in the upper half.
+const VALID: u64 = 1 << 31;
+const KIND: u64 = 0b111 << 8;
+const NON_MASKABLE: u64 = 2 << 8 | 2;
+const EXCEPTION: u64 = 3 << 8;
+const ERROR_CODE: u64 = 1 << 11;
+/// INT n, which is executed again.
+const SOFTWARE: u64 = 4 << 8;
+
+/// Virtual interrupts: V_TPR, V_IRQ, V_IGN_TPR (APM 15.21).
+const TPR: u64 = 0xff;
+const PENDING: u64 = 1 << 8;
+const IGNORE_TPR: u64 = 1 << 20;
+
+/// What of a vCPU the processor works on. It stays where it is: the VMCB is named by its address.
+pub struct Guest {
+    pub(super) vmcb: Vmcb,
+    /// General registers.
+    pub registers: Registers,
+    pub(super) tenant: Tenant,
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Guest {
+    /// All zero: the processor refuses it as it is.
+    pub fn new() -> Self {
+        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), tenant: Tenant::default() }
+    }
+
+    /// Gives it the state in which it begins, and keeps it away from all that it does not own.
+    pub fn start(&mut self, start: &Start) {
+        self.confine();
+        self.registers = Registers::default();
+        let state = &mut self.vmcb.save;
+        *state = Vmcb::ZERO.save;
+        state.cs = start.code;
+        (state.ds, state.es, state.ss) = (start.data, start.data, start.data);
+        state.tr = start.task;
+        (state.gdtr.base, state.gdtr.limit) = (start.gdt_base, start.gdt_limit.into());
+        (state.cr0, state.cr3, state.cr4) = (start.cr0, start.cr3, start.cr4);
+        state.efer = start.efer | EFER_SVME;
+        (state.rip, state.rflags) = (start.rip, start.rflags);
+        (state.dr6, state.dr7, state.g_pat) = (DR6, DR7, PAT);
+    }
+
+    /// What the guest may do without coming back.
+    fn confine(&mut self) {
+        let control = &mut self.vmcb.control;
+        control.intercepts = vmcb::CONFINED;
+        control.iopm_base = PORTS.address();
+        control.msrpm_base = REGISTERS.address();
+        control.asid = 1;
+        control.virtual_interrupts = vmcb::VIRTUAL_MASKING;
+        control.nested = vmcb::NESTED_PAGING;
+    }
+
+    #[inline]
+    fn control(&mut self) -> &mut Control {
+        &mut self.vmcb.control
+    }
+
+    #[inline]
+    fn state(&mut self) -> &mut SaveArea {
+        &mut self.vmcb.save
+    }
+
+    /// The second stage that it runs on: the frame of the root of its tables.
+    #[inline]
+    pub fn set_root(&mut self, root: Pfn) {
+        self.vmcb.control.nested_cr3 = root.base().get();
+    }
+}
+
+/// Why it came back.
+impl Guest {
+    /// Whether an event was being delivered to it.
+    #[inline]
+    pub fn was_delivering(&self) -> bool {
+        self.vmcb.control.exit_interrupt_info & VALID != 0
+    }
+
+    /// The second-stage fault that it came back with last, if it was one.
+    #[inline]
+    pub fn nested_fault(&self) -> Option<SecondStage> {
+        let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
+        svm::is_nested_fault(exit_code).then(|| fault::nested(exit_info_1, exit_info_2))
+    }
+
+    /// Why it came back last.
+    #[inline]
+    pub fn exit(&self) -> Exit {
+        let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
+        svm::decode(exit_code, exit_info_1, exit_info_2, features::get().decode_assists)
+    }
+
+    /// It came back with an IN or OUT: the address behind that.
+    #[inline]
+    pub fn behind_port(&self) -> u64 {
+        // APM 15.10.2.
+        self.vmcb.control.exit_info_2
+    }
+
+    /// It goes on behind the instruction that it came back with, which has `length` bytes without prefixes.
+    #[inline]
+    pub fn skip(&mut self, length: u64) {
+        let next = self.control().next_rip;
+        let told = features::get().next_rip && next != 0;
+        let next = if told { next } else { self.state().rip.wrapping_add(length) };
+        self.go_on(next);
+    }
+
+    /// It goes on at `rip`: out of an interrupt shadow, with the trap that its own single step wants left to the processor.
+    #[inline]
+    pub fn go_on(&mut self, rip: u64) {
+        self.state().rip = rip;
+        self.control().interrupt_shadow = 0;
+    }
+}
+
+/// Events for it.
+impl Guest {
+    /// The event that the last exit interrupted is delivered again.
+    #[cold]
+    pub fn redeliver(&mut self) {
+        let event = self.control().exit_interrupt_info;
+        if event & KIND != SOFTWARE {
+            self.control().event_injection = event;
+        }
+    }
+
+    /// It gets `event` at the next entry, in the place of any that it was to get.
+    #[inline]
+    pub fn inject(&mut self, event: Event) {
+        self.control().event_injection = VALID
+            | match event {
+                Event::Interrupt(vector) => vector.into(),
+                Event::NonMaskable => NON_MASKABLE,
+                Event::Exception { vector, error: None } => EXCEPTION | u64::from(vector),
+                Event::Exception { vector, error: Some(code) } => {
+                    EXCEPTION | ERROR_CODE | u64::from(vector) | u64::from(code) << 32
+                }
+            };
+    }
+
+    /// Whether it gets an event at the next entry.
+    #[inline]
+    pub fn is_injecting(&mut self) -> bool {
+        self.control().event_injection & VALID != 0
+    }
+
+    /// Whether it is open to interrupts where it is.
+    #[inline]
+    pub fn is_open(&mut self) -> bool {
+        self.is_enabled() && self.control().interrupt_shadow & 1 == 0
+    }
+
+    /// Whether its RFLAGS.IF is set.
+    #[inline]
+    pub fn is_enabled(&mut self) -> bool {
+        self.state().rflags & RFLAGS_IF != 0
+    }
+
+    /// Its CR8: bits 7:4 of its controller's task priority.
+    #[inline]
+    pub fn priority(&mut self) -> u8 {
+        (self.control().virtual_interrupts & 0xf) as u8
+    }
+
+    /// Its CR8, and whether it comes back as soon as it is open to interrupts, whatever that says.
+    #[inline]
+    pub fn set_priority(&mut self, priority: u8, window: bool) {
+        let control = self.control();
+        let pending = if window { PENDING | IGNORE_TPR } else { 0 };
+        let kept = control.virtual_interrupts & !(TPR | PENDING | IGNORE_TPR);
+        control.virtual_interrupts = kept | u64::from(priority & 0xf) | pending;
+        control.intercepts.first = control.intercepts.first & !first::VINTR | if window { first::VINTR } else { 0 };
+    }
+}
+
+/// Its state.
+impl Guest {
+    /// General register `number` (0 RAX to 15), whole.
+    #[inline]
+    pub fn general(&mut self, number: u8) -> &mut u64 {
+        match number & 15 {
+            0 => &mut self.vmcb.save.rax,
+            1 => &mut self.registers.rcx,
+            2 => &mut self.registers.rdx,
+            3 => &mut self.registers.rbx,
+            4 => &mut self.vmcb.save.rsp,
+            5 => &mut self.registers.rbp,
+            6 => &mut self.registers.rsi,
+            7 => &mut self.registers.rdi,
+            high => &mut self.registers.r[usize::from(high) - 8],
+        }
+    }
+
+    /// RAX.
+    #[inline]
+    pub fn rax(&mut self) -> &mut u64 {
+        &mut self.state().rax
+    }
+
+    /// All general registers, by their numbers.
+    pub fn generals(&mut self) -> [u64; 16] {
+        let Registers { rcx, rdx, rbx, rbp, rsi, rdi, r: [r8, r9, r10, r11, r12, r13, r14, r15] } = self.registers;
+        let SaveArea { rax, rsp, .. } = *self.state();
+        [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15]
+    }
+
+    /// Sets them.
+    pub fn set_generals(&mut self, generals: &[u64; 16]) {
+        let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r @ ..] = *generals;
+        self.registers = Registers { rcx, rdx, rbx, rbp, rsi, rdi, r };
+        let state = self.state();
+        (state.rax, state.rsp) = (rax, rsp);
+    }
+
+    /// The next instruction's offset in its code segment.
+    #[inline]
+    pub fn rip(&mut self) -> u64 {
+        self.state().rip
+    }
+
+    /// RFLAGS.
+    #[inline]
+    pub fn rflags(&mut self) -> &mut u64 {
+        &mut self.state().rflags
+    }
+
+    /// CR0.
+    #[inline]
+    pub fn cr0(&mut self) -> u64 {
+        self.state().cr0
+    }
+
+    /// CR3.
+    #[inline]
+    pub fn cr3(&mut self) -> u64 {
+        self.state().cr3
+    }
+
+    /// CR4.
+    #[inline]
+    pub fn cr4(&mut self) -> u64 {
+        self.state().cr4
+    }
+
+    /// Sets CR2.
+    #[inline]
+    pub fn set_cr2(&mut self, linear: u64) {
+        self.state().cr2 = linear;
+    }
+
+    /// EFER.
+    #[inline]
+    pub fn efer(&mut self) -> u64 {
+        self.state().efer & !EFER_SVME
+    }
+
+    /// Sets EFER; LMA is as it was.
+    #[inline]
+    pub fn set_efer(&mut self, efer: u64) {
+        self.state().efer = efer | EFER_SVME;
+    }
+
+    /// The page attribute table.
+    #[inline]
+    pub fn pat(&mut self) -> &mut u64 {
+        &mut self.state().g_pat
+    }
+
+    /// What is added to what it reads of the time stamp counter.
+    #[inline]
+    pub fn time_offset(&mut self) -> &mut u64 {
+        &mut self.control().tsc_offset
+    }
+
+    /// Its privilege level.
+    #[inline]
+    pub fn privilege(&mut self) -> u8 {
+        self.state().cpl
+    }
+
+    /// CS.
+    #[inline]
+    pub fn code(&mut self) -> Segment {
+        self.state().cs
+    }
+
+    /// Bases of ES, CS, SS, DS, FS and GS.
+    pub fn bases(&mut self) -> [u64; 6] {
+        let state = self.state();
+        [state.es.base, state.cs.base, state.ss.base, state.ds.base, state.fs.base, state.gs.base]
+    }
+}

@@ -1,10 +1,11 @@
-//! What the outer machine needs and a clone does not hold: QEMU, a guest's kernel and tools, Rust targets.
+//! What the outer machine needs and a clone does not hold: QEMU, Bochs, a guest's kernel and tools, Rust targets.
 //!
 //! Protocol: everything lives in the user's cache. One lock file serialises concurrent xtasks. A folder is made under
 //! another name and renamed when it is complete, so a folder that exists is whole, and a run that was cut off leaves
 //! only a work folder that the next one removes.
 
 pub mod apt;
+pub mod bochs;
 pub mod browser;
 pub mod foreign;
 pub mod guest;
@@ -19,6 +20,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+pub use bochs::Bochs;
 pub use browser::Browser;
 pub use guest::Guest;
 pub use programs::Programs;
@@ -65,6 +67,16 @@ pub fn guest_x86() -> Result<Guest> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
     guest::ensure_guest_x86(&cache)
+}
+
+/// Bochs, and GRUB for what it boots.
+///
+/// # Errors
+/// As [`everything`].
+pub fn bochs() -> Result<Bochs> {
+    let cache = workspace::cache_dir()?;
+    let _lock = lock(&cache)?;
+    bochs::ensure_bochs(&cache)
 }
 
 /// A browser without a window, for the test of the lab's pages.

@@ -11,6 +11,7 @@
 //! | [`outer`] | what is the machine? |
 
 mod bench;
+mod boot_disk;
 mod bundle;
 mod check;
 mod coverage;
@@ -91,6 +92,7 @@ fn fetch_now() -> Result<ExitCode> {
     println!("QEMU {major}.{minor}: {}", workspace::shown(&qemu.command()));
     println!("QEMU for x86-64: {}", workspace::shown(&fetch::qemu_x86()?.command()));
     println!("guest kernel: {}", guest.kernel()?.display());
+    println!("Bochs: {}", workspace::shown(&fetch::bochs()?.command()));
     println!("guest kernel for x86-64: {}", fetch::guest_x86()?.kernel()?.display());
     println!("U-Boot: {}", guest.u_boot().display());
     println!("EDK2: {}", guest.edk2().display());

@@ -19,6 +19,8 @@ pub struct OuterX86 {
     pub kernel: PathBuf,
     /// The boot bundle.
     pub initrd: PathBuf,
+    /// A disk to start from in their place ([`crate::boot_disk`]).
+    pub disk: Option<PathBuf>,
     /// Arguments of one command only.
     pub extra: Vec<String>,
 }
@@ -27,7 +29,7 @@ impl OuterX86 {
     /// A machine of 1 GiB.
     pub fn new(kernel: &Path, initrd: &Path) -> Self {
         let (kernel, initrd) = (kernel.to_owned(), initrd.to_owned());
-        Self { cpu: EPYC.to_owned(), memory: 1 << 30, kernel, initrd, extra: Vec::new() }
+        Self { cpu: EPYC.to_owned(), memory: 1 << 30, kernel, initrd, disk: None, extra: Vec::new() }
     }
 
     /// The command, with piped standard input and output; it is killed by whoever waits for it.
@@ -36,7 +38,10 @@ impl OuterX86 {
         command.args(["-M", "q35", "-cpu", &self.cpu, "-smp", "1", "-m", &format!("{}M", self.memory >> 20)]);
         command.args(["-display", "none", "-nodefaults", "-no-reboot", "-monitor", "none"]);
         command.args(["-chardev", "stdio,id=serial,mux=off,signal=off", "-serial", "chardev:serial"]);
-        command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initrd);
+        match &self.disk {
+            None => command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initrd),
+            Some(disk) => command.arg("-drive").arg(format!("file={},format=raw", disk.display())),
+        };
         command.args(&self.extra);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command

@@ -47,7 +47,7 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow, ensure};
 
-use crate::fetch::{self, Guest, Qemu};
+use crate::fetch::{self, Bochs, Guest, Qemu};
 use crate::image::{self, Image};
 use crate::workspace;
 
@@ -319,6 +319,11 @@ pub const TESTS: &[SystemTest] = &[
         run: x86::x86_guest_works_its_memory,
     },
     SystemTest {
+        name: "x86_starts_from_a_disk",
+        about: "x86-64: GRUB starts the hypervisor from a PC's disk by multiboot2, and a guest runs",
+        run: x86::x86_starts_from_a_disk,
+    },
+    SystemTest {
         name: "x86_linux_runs_a_script",
         about: "x86-64: Debian's amd64 kernel boots under SVM and nested paging to user space, and powers off",
         run: x86::x86_linux_runs_a_script,
@@ -408,6 +413,7 @@ pub struct Context {
     pub work: PathBuf,
     hypervisor: OnceLock<Result<Image, String>>,
     x86: OnceLock<Result<X86, String>>,
+    bochs: OnceLock<Result<Bochs, String>>,
 }
 
 /// What tests of x86-64 need besides.
@@ -435,6 +441,15 @@ impl Context {
         let made = self.x86.get_or_init(|| made().map_err(|error: anyhow::Error| format!("{error:#}")));
         made.as_ref().map_err(|error| anyhow!("{error}"))
     }
+
+    /// Bochs, when the first test asks for it.
+    ///
+    /// # Errors
+    /// When it cannot be had: the same error for every test.
+    pub fn bochs(&self) -> Result<&Bochs> {
+        let made = self.bochs.get_or_init(|| fetch::bochs().map_err(|error| format!("{error:#}")));
+        made.as_ref().map_err(|error| anyhow!("{error}"))
+    }
 }
 
 /// Runs the tests whose names contain one of `wanted`, or all; returns how many passed and failed.
@@ -447,7 +462,8 @@ pub fn run(wanted: &[String]) -> Result<(usize, usize)> {
     ensure!(!queue.is_empty(), "no system test is named {}; see cargo xtask test --list", wanted.join(" or "));
     let (qemu, guest) = fetch::everything()?;
     let work = workspace::output_dir()?.join("system");
-    let context = Context { qemu, guest, work, hypervisor: OnceLock::new(), x86: OnceLock::new() };
+    let context =
+        Context { qemu, guest, work, hypervisor: OnceLock::new(), x86: OnceLock::new(), bochs: OnceLock::new() };
     let (queue, tally) = (Mutex::new(queue), Mutex::new((0, 0)));
     thread::scope(|scope| {
         for _ in 0..AT_ONCE {

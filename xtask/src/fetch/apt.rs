@@ -95,15 +95,16 @@ impl Root {
         Ok(root)
     }
 
-    /// `package` and everything it needs to run, as `name:arch=version`.
+    /// `packages` and everything they need to run, as `name:arch=version`.
     ///
     /// # Errors
-    /// When apt cannot resolve it.
-    pub fn closure(&self, package: &str) -> Result<Vec<String>> {
+    /// When apt cannot resolve them.
+    pub fn closure(&self, packages: &[&str]) -> Result<Vec<String>> {
         let target = self.suite.newest();
-        let arguments = ["-q", "-y", "--simulate", "--no-install-recommends", "-t", target, "install", package];
-        let plan = parse_plan(&workspace::output(self.apt("apt-get").args(arguments))?, &self.host);
-        ensure!(!plan.is_empty(), "apt planned nothing for {package}");
+        let arguments = ["-q", "-y", "--simulate", "--no-install-recommends", "-t", target, "install"];
+        let plan = workspace::output(self.apt("apt-get").args(arguments).args(packages))?;
+        let plan = parse_plan(&plan, &self.host);
+        ensure!(!plan.is_empty(), "apt planned nothing for {}", packages.join(" "));
         Ok(plan)
     }
 

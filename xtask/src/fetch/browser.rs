@@ -104,7 +104,7 @@ impl Browser {
 pub fn ensure_browser(cache: &Path) -> Result<Browser> {
     let folder = cache.join(FOLDER);
     if !folder.is_dir() {
-        foreign::fetch(cache, &folder, PACKAGE, "a headless browser")?;
+        foreign::fetch(cache, &folder, &[PACKAGE], "a headless browser")?;
     }
     unpacked(folder.clone())
         .with_context(|| format!("the fetched browser is not whole: remove {} and try again", folder.display()))

@@ -11,18 +11,18 @@ use super::apt::{self, Root};
 use super::host::{self, Os};
 use crate::progress::Step;
 
-/// Unpacks `package` and everything that it needs into `folder`. `what` is what the user is told.
+/// Unpacks `packages` and everything that they need into `folder`. `what` is what the user is told.
 ///
 /// # Errors
 /// When it cannot be fetched: the error says what to type.
-pub fn fetch(cache: &Path, folder: &Path, package: &str, what: &str) -> Result<()> {
+pub fn fetch(cache: &Path, folder: &Path, packages: &[&str], what: &str) -> Result<()> {
     let fetching = format!("fetching {what} from Debian");
     let step = Step::start(&fetching);
     let os = Os::here();
     let debian = host::debian(&os, cache)?;
     let root = Root::open(cache, os.tools_suite(), &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
     step.say(&fetching);
-    let packages = root.closure(package)?;
+    let packages = root.closure(packages)?;
     let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;
     let (packed, tree) = (work.path().join("packed"), work.path().join("tree"));
     fs::create_dir(&packed).and_then(|()| fs::create_dir(&tree)).context("cannot make a work folder")?;

@@ -62,7 +62,7 @@ fn fetch(cache: &Path, name: &str, folder: &Path) -> Result<()> {
     let debian = host::debian(&Os::here(), cache)?;
     let root = Root::open(cache, Suite::Bookworm, &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
     step.say(&text);
-    let mut packages = root.closure(&format!("{name}:arm64"))?;
+    let mut packages = root.closure(&[&format!("{name}:arm64")])?;
     // What a whole Debian has besides is for its scripts of installation.
     packages.retain(|package| package.contains(":arm64="));
     let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;

@@ -94,7 +94,7 @@ fn ensure_program(cache: &Path, program: &Program) -> Result<Qemu> {
     }
     let folder = cache.join(program.folder);
     if !folder.is_dir() {
-        foreign::fetch(cache, &folder, program.package, "QEMU")?;
+        foreign::fetch(cache, &folder, &[program.package], "QEMU")?;
     }
     let qemu = unpacked(&folder, program)
         .with_context(|| format!("the fetched QEMU does not start: remove {} and try again", folder.display()))?;

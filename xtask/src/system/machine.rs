@@ -14,6 +14,7 @@ use entresol_wire::config::{Arch, WrittenVm, parse_size};
 
 use super::Context;
 use super::transcript::Transcript;
+use crate::boot_disk;
 use crate::bundle;
 use crate::image;
 use crate::initrd::{self, Initrd};
@@ -118,18 +119,38 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// As [`Builder::boot`].
     pub fn boot_x86(self, cpu: &str, vms: Vec<WrittenVm>) -> Result<Machine> {
+        self.boot_x86_from(cpu, vms, false)
+    }
+
+    /// The same, from a disk by GRUB.
+    ///
+    /// # Errors
+    /// As [`Builder::boot`].
+    pub fn boot_x86_disk(self, cpu: &str, vms: Vec<WrittenVm>) -> Result<Machine> {
+        self.boot_x86_from(cpu, vms, true)
+    }
+
+    fn boot_x86_from(self, cpu: &str, vms: Vec<WrittenVm>, disk: bool) -> Result<Machine> {
+        let (memory, packed) = self.pack_x86(vms)?;
+        let x86 = self.context.x86()?;
+        let write = || boot_disk::write(self.context.bochs()?, &x86.hypervisor, &packed, &self.folder);
+        let disk = disk.then(write).transpose()?;
+        let cpu = cpu.to_owned();
+        let outer = OuterX86 { cpu, memory, disk, extra: self.extra, ..OuterX86::new(&x86.hypervisor, &packed) };
+        let sockets = tempfile::tempdir().context("cannot make a folder")?;
+        // There is no control channel: nobody connects.
+        let socket = sockets.path().join("ctl.sock");
+        Machine::spawn(self.folder, outer.command(&x86.qemu), socket, sockets)
+    }
+
+    /// The boot bundle of these virtual machines, and the outer machine's memory.
+    fn pack_x86(&self, vms: Vec<WrittenVm>) -> Result<(u64, PathBuf)> {
         let mut written = bundle::written(&self.outer_memory, 1, vms);
         written.outer.arch = Some(Arch::X86);
         let loaded = bundle::check(written)?;
         let packed = self.folder.join("bundle.img");
         bundle::pack(&loaded, &packed)?;
-        let (memory, x86) = (loaded.config().outer.memory, self.context.x86()?);
-        let outer =
-            OuterX86 { cpu: cpu.to_owned(), memory, extra: self.extra, ..OuterX86::new(&x86.hypervisor, &packed) };
-        let sockets = tempfile::tempdir().context("cannot make a folder")?;
-        // There is no control channel: nobody connects.
-        let socket = sockets.path().join("ctl.sock");
-        Machine::spawn(self.folder, outer.command(&x86.qemu), socket, sockets)
+        Ok((loaded.config().outer.memory, packed))
     }
 
     /// Starts a kernel on the bare machine, without the hypervisor.

@@ -31,6 +31,15 @@ pub fn x86_guest_works_its_memory(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// GRUB starts the same image from a disk, by multiboot2.
+pub fn x86_starts_from_a_disk(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "x86_starts_from_a_disk")?.outer("512M", 1);
+    let mut machine =
+        builder.boot_x86_disk(EPYC, vec![vm(guests::x86("guest-x86-first")?, LargestEntry::Page4K, true)])?;
+    machine.expect("ALL PASS")?;
+    machine.expect_power_off().map(drop)
+}
+
 /// The first access to what is no memory leaves an entry, the next ones need no look-up; without an address bit to reserve each takes the
 /// whole way, and is as right.
 pub fn x86_mmio_entries(context: &Context) -> Result<()> {

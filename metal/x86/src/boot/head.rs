@@ -1,7 +1,7 @@
-//! The first instructions of the image: from a PVH loader's 32-bit jump to 64-bit Rust.
+//! The first instructions of the image: from a loader's 32-bit jump to 64-bit Rust.
 //!
 //! Sources: Xen's "x86/HVM direct boot ABI" for what holds here (EBX = `hvm_start_info`, flat segments, paging off, interrupts
-//! off); APM volume 2, 14.6 for the way into long mode, 5.4 for the entries.
+//! off), and the Multiboot2 Specification 2.0, 3.1 and 3.5 (the same, with EAX = 36d76289h and another structure at EBX); APM volume 2, 14.6 for the way into long mode, 5.4 for the entries.
 //!
 //! Protocol: the tables here map the first 4 GiB to themselves with 2 MiB pages that may be written and executed, for the length
 //! of [`super::start::entresol_boot`], which loads better ones. What lies above is not touched before.
@@ -16,8 +16,25 @@ use crate::cpu::STACK_STRIDE;
 /// XEN_ELFNOTE_PHYS32_ENTRY: where a loader jumps in 32-bit mode.
 const PHYS32_ENTRY: u32 = 18;
 
+/// What a multiboot2 header begins with, and the architecture: 32-bit protected mode of i386.
+const MULTIBOOT: u32 = 0xe852_50d6;
+
 global_asm!(
     r#"
+    .section .head.multiboot, "a"
+    .balign 8
+entresol_multiboot:
+    .long   {multiboot}, 0, entresol_multiboot_end - entresol_multiboot
+    .long   0x100000000 - ({multiboot} + (entresol_multiboot_end - entresol_multiboot))
+    .short  3, 0                        // the entry
+    .long   12, entresol_start_multiboot
+    .balign 8
+    .short  6, 0                        // modules begin with a page
+    .long   8
+    .short  0, 0
+    .long   8
+entresol_multiboot_end:
+
     .section .note.pvh, "a", @note
     .balign 4
     .long   4, 4, {phys32}
@@ -28,9 +45,12 @@ global_asm!(
     .code32
     .global entresol_start
 entresol_start:
+    xor     eax, eax
+entresol_start_multiboot:
     cli
     cld
-    mov     esi, ebx                    // hvm_start_info
+    mov     ebp, eax                    // which loader
+    mov     esi, ebx                    // what it says
     mov     edi, offset __bss_start
     mov     ecx, offset __bss_end
     sub     ecx, edi
@@ -114,8 +134,9 @@ entresol_start64:
     mov     ss, eax
     mov     fs, eax
     mov     gs, eax
-    xor     ebp, ebp
     mov     edi, esi
+    mov     esi, ebp
+    xor     ebp, ebp
     call    entresol_boot               // does not return
 3:  hlt
     jmp     3b
@@ -136,6 +157,7 @@ entresol_start_pml4: .skip 4096
 entresol_start_pdpt: .skip 4096
 entresol_start_pd:   .skip 16384
     "#,
+    multiboot = const MULTIBOOT,
     phys32 = const PHYS32_ENTRY,
     stride = const STACK_STRIDE,
 );

@@ -47,6 +47,8 @@ pub enum InfoError {
     Version(u32),
     /// The memory map has no entry, or more than we believe.
     Entries(u32),
+    /// The memory map's entries are shorter than they are.
+    Stride(u32),
     /// A module that wraps.
     Module {
         /// Its first byte.
@@ -65,10 +67,11 @@ impl fmt::Display for InfoError {
         match self {
             Self::Magic(found) => write!(f, "EBX points to no hvm_start_info: magic {found:#x}, not {MAGIC:#x}"),
             Self::Version(found) => write!(f, "hvm_start_info: version {found}: must be at least {WITH_MAP}"),
-            Self::Entries(found) => write!(f, "hvm_start_info: memmap_entries {found}: must be 1 to {MOST_ENTRIES}"),
-            Self::Module { start, size } => {
-                write!(f, "hvm_start_info: a module of {size:#x} bytes at {start:#x} wraps")
+            Self::Entries(found) => write!(f, "the memory map has {found} entries: must be 1 to {MOST_ENTRIES}"),
+            Self::Stride(found) => {
+                write!(f, "the memory map's entries have {found} bytes: must be {MAP_ENTRY} or more")
             }
+            Self::Module { start, size } => write!(f, "a module of {size:#x} bytes at {start:#x} wraps"),
             Self::TooManyRanges => write!(f, "the memory map has more than {MAX_REGIONS} ranges of RAM"),
             Self::NoRam => write!(f, "the memory map has no RAM above 1 MiB"),
         }
@@ -91,12 +94,9 @@ pub fn parse(address: u64, image: Region, mut read: impl FnMut(u64, &mut [u8])) 
         return Err(InfoError::Version(version));
     }
     let (map, entries) = (u64_at(&start, 40), u32_at(&start, 48));
-    if !(1..=MOST_ENTRIES).contains(&entries) {
-        return Err(InfoError::Entries(entries));
-    }
     let bundle = if modules == 0 { None } else { Some(module(u64_at(&start, 16), &mut read)?) };
     let rsdp = Some(u64_at(&start, 32)).filter(|rsdp| *rsdp != 0);
-    let ram = ram(map, entries, &mut read)?;
+    let ram = ram(Map { start: map, entries, stride: MAP_ENTRY as u32 }, &mut read)?;
     Ok(BootInfo { ram, image, bundle, rsdp })
 }
 
@@ -107,15 +107,27 @@ fn module(address: u64, read: &mut impl FnMut(u64, &mut [u8])) -> Result<Region,
     Region::sized(start, size).ok_or(InfoError::Module { start, size })
 }
 
+/// Where a memory map is: entries that begin with address (8 bytes), size (8) and kind (4), as firmware's own do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Map {
+    pub start: u64,
+    pub entries: u32,
+    /// Bytes from one to the next.
+    pub stride: u32,
+}
+
 /// RAM without whatever else the map says of the same bytes: firmware's maps overlap now and then.
-fn ram(
-    map: u64,
-    entries: u32,
-    read: &mut impl FnMut(u64, &mut [u8]),
-) -> Result<ArrayVec<Region, MAX_REGIONS>, InfoError> {
+pub(super) fn ram(map: Map, read: &mut impl FnMut(u64, &mut [u8])) -> Result<ArrayVec<Region, MAX_REGIONS>, InfoError> {
+    let Map { start, entries, stride } = map;
+    if !(1..=MOST_ENTRIES).contains(&entries) {
+        return Err(InfoError::Entries(entries));
+    }
+    if stride < MAP_ENTRY as u32 {
+        return Err(InfoError::Stride(stride));
+    }
     let mut entry = |index: u32| {
         let mut bytes = [0; MAP_ENTRY];
-        read(map.wrapping_add(u64::from(index) * MAP_ENTRY as u64), &mut bytes);
+        read(start.wrapping_add(u64::from(index) * u64::from(stride)), &mut bytes);
         Some((Region::sized(u64_at(&bytes, 0), u64_at(&bytes, 8))?, u32_at(&bytes, 16)))
     };
     let mut ram = ArrayVec::<Region, MAX_REGIONS>::new();
@@ -150,7 +162,7 @@ fn disjoint(parts: &[Region]) -> Result<ArrayVec<Region, MAX_REGIONS>, InfoError
     Ok(ram)
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_le_bytes)
 }
 

@@ -1,12 +1,12 @@
 //! From the loader's jump to `entresol_main`.
 //!
 //! Purpose: the image is an ELF file that is started by the PVH boot protocol (Xen's "x86/HVM direct boot ABI"): by QEMU's
-//! `-kernel`, with the bundle as `-initrd`.
+//! `-kernel`, with the bundle as `-initrd`; or by multiboot2, as GRUB does on a PC, with the bundle as first module.
 //!
 //! Protocol:
 //!
 //! 1. `head` clears what must be zero, takes a stack, and enters long mode on tables of its own.
-//! 2. `entresol_boot` reads the loader's `hvm_start_info` into a [`BootInfo`] and the machine's ACPI tables into what
+//! 2. `entresol_boot` reads what the loader says of the machine into a [`BootInfo`] and the machine's ACPI tables into what
 //!    `power` needs, asks the processor for what we use, and changes to tables on which nothing is both writable and executable.
 //! 3. `entresol_main` runs on the boot CPU.
 //!
@@ -14,6 +14,7 @@
 
 mod info;
 pub mod memory;
+pub mod multiboot;
 
 pub use entresol_metal_common::memory::Region;
 pub use info::{BootInfo, InfoError, parse};

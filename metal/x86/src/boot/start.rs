@@ -6,6 +6,7 @@ use core::mem::MaybeUninit;
 use entresol_metal_common::memory::Region;
 
 use super::info::{self, BootInfo};
+use super::multiboot;
 use crate::{console, cpu, exception, features, paging, power, timer};
 
 unsafe extern "Rust" {
@@ -25,19 +26,23 @@ unsafe impl Sync for InfoCell {}
 static INFO: InfoCell = InfoCell(UnsafeCell::new(MaybeUninit::uninit()));
 
 /// First Rust code of the boot CPU. Called by the start code only: the first 4 GiB are mapped where they are, one CPU,
-/// `start_info` as the loader gave it.
+/// `start_info` as the loader gave it; `loader` says whose it is.
 #[unsafe(no_mangle)]
-pub extern "C" fn entresol_boot(start_info: u64) -> ! {
+pub extern "C" fn entresol_boot(start_info: u64, loader: u32) -> ! {
     console::early_init();
     cpu::init_self();
     exception::install();
-    let info = info::parse(start_info, image(), read_physical).unwrap_or_else(|error| panic!("{error}"));
+    let info = match loader {
+        multiboot::LOADER => multiboot::parse(start_info, image(), read_physical),
+        _ => info::parse(start_info, image(), read_physical),
+    };
+    let info = info.unwrap_or_else(|error| panic!("{error}"));
     // SAFETY: one CPU, no reference to the cell exists yet.
     let info = unsafe { (*INFO.0.get()).write(info) };
     match info.rsdp {
         // SAFETY: the loader names it; ACPI's tables lie below 4 GiB and are mapped.
         Some(rsdp) => unsafe { power::init(rsdp) },
-        None => panic!("hvm_start_info: rsdp_paddr = 0: the machine must have ACPI tables"),
+        None => panic!("the loader knows no ACPI tables: the machine must have them"),
     }
     features::init().unwrap_or_else(|missing| panic!("{missing}"));
     // SAFETY: the tables map the image, the stacks and RAM where they are. Only the boot CPU runs.

@@ -28,28 +28,14 @@ pub fn get() -> &'static Host<Metal> {
 /// Bytes of heap that [`init`] takes for each frame of memory.
 pub const HEAP_PER_FRAME: u64 = size_of::<FrameMeta>() as u64;
 
-/// Takes memory from the largest of `ranges`, which comes first, for the tables that let frames leave EL2's own mapping.
+/// Takes memory from the largest of `ranges`, which comes first, for the tables that let frames leave the own mapping.
 /// A machine so small that it would be felt goes without: it has no private guests.
 pub fn set_own_tables_aside(ranges: &mut [PfnRange], cpus: usize) {
-    let Some(span) = span(ranges) else { return };
-    let wanted = own::reserve_for(span, cpus);
-    let Some(largest) = ranges.first_mut().filter(|range| range.count() / 16 >= wanted) else {
-        log::warn!("{wanted} frames for tables of the own mapping are too many: no private guests");
-        return;
-    };
-    let left = largest.count() - wanted;
-    let parts = (PfnRange::new(largest.start(), left), PfnRange::new(largest.start().offset(left), wanted));
-    let (Some(rest), Some(reserve)) = parts else { return };
-    *largest = rest;
-    // SAFETY: free memory, mapped as all RAM is, that is in no range any more.
-    unsafe { own::init(reserve, span) };
-}
-
-/// From the first to the last frame of `ranges`.
-fn span(ranges: &[PfnRange]) -> Option<PfnRange> {
-    let first = ranges.iter().map(|range| range.start().get()).min()?;
-    let end = ranges.iter().map(|range| range.end().get()).max()?;
-    PfnRange::new(Pfn::new(first), end - first)
+    match own::set_aside(ranges, cpus) {
+        // SAFETY: free memory, mapped as all RAM is, that is in no range any more.
+        Ok(aside) => unsafe { own::init(aside) },
+        Err(wanted) => log::warn!("{wanted} frames for tables of the own mapping are too many: no private guests"),
+    }
 }
 
 /// Makes the host out of the free memory `ranges`, for `cpus` CPUs.
@@ -58,7 +44,7 @@ fn span(ranges: &[PfnRange]) -> Option<PfnRange> {
 ///
 /// [`OutOfHeap`]: the heap is smaller than what the frames' records need.
 pub fn init(ranges: &[PfnRange], cpus: usize) -> Result<(), OutOfHeap> {
-    let (first, count) = span(ranges).map_or((Pfn::new(0), 0), |span| (span.start(), span.count() as usize));
+    let (first, count) = own::span(ranges).map_or((Pfn::new(0), 0), |span| (span.start(), span.count() as usize));
     let mut meta = Vec::new();
     meta.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
     meta.resize_with(count, FrameMeta::new);

@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use entresol_addr::{Pfn, PfnRange};
 use entresol_backing::{FrameMeta, FramePool, Objects};
-use entresol_metal_x86::Metal;
+use entresol_metal_x86::{Metal, own};
 use entresol_mmu::{Host, OutOfHeap};
 use entresol_sync::Once;
 
@@ -25,11 +25,14 @@ pub fn get() -> &'static Host<Metal> {
 /// Bytes of heap that [`init`] takes for each frame of memory.
 pub const HEAP_PER_FRAME: u64 = size_of::<FrameMeta>() as u64;
 
-/// From the first to the last frame of `ranges`.
-fn span(ranges: &[PfnRange]) -> Option<PfnRange> {
-    let first = ranges.iter().map(|range| range.start().get()).min()?;
-    let end = ranges.iter().map(|range| range.end().get()).max()?;
-    PfnRange::new(Pfn::new(first), end - first)
+/// Takes memory from the largest of `ranges`, which comes first, for the tables that let frames leave the own mapping.
+/// A machine so small that it would be felt goes without: it has no private guests.
+pub fn set_own_tables_aside(ranges: &mut [PfnRange], cpus: usize) {
+    match own::set_aside(ranges, cpus) {
+        // SAFETY: free memory, mapped as all RAM is, that is in no range any more.
+        Ok(aside) => unsafe { own::init(aside) },
+        Err(wanted) => log::warn!("{wanted} frames for tables of the own mapping are too many: no private guests"),
+    }
 }
 
 /// Makes the host out of the free memory `ranges`, for `cpus` CPUs.
@@ -38,7 +41,7 @@ fn span(ranges: &[PfnRange]) -> Option<PfnRange> {
 ///
 /// [`OutOfHeap`]: the heap is smaller than what the frames' records need.
 pub fn init(ranges: &[PfnRange], cpus: usize) -> Result<(), OutOfHeap> {
-    let (first, count) = span(ranges).map_or((Pfn::new(0), 0), |span| (span.start(), span.count() as usize));
+    let (first, count) = own::span(ranges).map_or((Pfn::new(0), 0), |span| (span.start(), span.count() as usize));
     let mut meta = Vec::new();
     meta.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
     meta.resize_with(count, FrameMeta::new);

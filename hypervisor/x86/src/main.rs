@@ -33,8 +33,11 @@ mod host;
 mod run;
 mod vm;
 
+use alloc::vec::Vec;
+
+use entresol_addr::PfnRange;
 use entresol_metal_x86::boot::{BootInfo, memory};
-use entresol_metal_x86::{Metal, console, cpu, features, power};
+use entresol_metal_x86::{Metal, console, cpu, features, own, power};
 use entresol_wire::bundle::Bundle;
 
 #[unsafe(no_mangle)]
@@ -74,7 +77,10 @@ fn start(info: &'static BootInfo) {
         // SAFETY: as above; the frame pool does not get it.
         unsafe { heap::extend(*crumb) };
     }
-    if host::init(pool, cpu::count()).is_err() {
+    let mut pool: Vec<PfnRange> = pool.to_vec();
+    host::set_own_tables_aside(&mut pool, cpu::count());
+    own::init_cpu();
+    if host::init(&pool, cpu::count()).is_err() {
         refuse(format_args!("the heap has no room for the records of {frames} frames"));
     }
     entresol_arch_x86::emulate::prepare();

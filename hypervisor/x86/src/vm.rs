@@ -202,7 +202,6 @@ impl Vm {
 fn unsupported(config: &config::Vm<FileIndex>) -> Option<&'static str> {
     [
         (config.vcpus != 1, "vcpus (more than one)"),
-        (config.private, "private"),
         (config.limits != Limits::default(), "limits"),
         (!config.disks.is_empty(), "disks"),
         (!config.roms.is_empty(), "roms"),
@@ -247,7 +246,7 @@ fn create_memory(config: &config::Vm<FileIndex>, boot: &Boot<'_>) -> Result<(Mad
     };
     let memory = Memory::new(host, cpu, Nested::new(physical_bits, None), options)
         .map_err(|error| alloc::format!("memory: {error:?}"))?;
-    match fill(&memory, config.memory, policy, boot) {
+    match fill(&memory, config, policy, boot) {
         Ok(low) => Ok((memory, low)),
         Err(error) => {
             memory.destroy(cpu);
@@ -256,9 +255,14 @@ fn create_memory(config: &config::Vm<FileIndex>, boot: &Boot<'_>) -> Result<(Mad
     }
 }
 
-fn fill(memory: &Made, bytes: u64, policy: Policy, boot: &Boot<'_>) -> Result<SlotRequest, String> {
+fn fill(memory: &Made, config: &config::Vm<FileIndex>, policy: Policy, boot: &Boot<'_>) -> Result<SlotRequest, String> {
     let (host, cpu) = (host::get(), cpu::index());
-    let spec = Spec::Anonymous { frames: bytes / PAGE_SIZE, policy, tagged: false };
+    let frames = config.memory / PAGE_SIZE;
+    let spec = if config.private {
+        Spec::Private { frames, policy }
+    } else {
+        Spec::Anonymous { frames, policy, tagged: false }
+    };
     let supply = host.supply(cpu);
     let ram: ObjectHandle = host.objects.create(&supply, spec).map_err(|error| alloc::format!("memory: {error}"))?;
     let slot = |id, region: Region, offset| {

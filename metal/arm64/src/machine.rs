@@ -1,7 +1,7 @@
 //! [`Metal`]: the core's machine, on instructions.
 //!
 //! Purpose: words, pages, caches and TLBs. Frames are reached through EL2's identity map, cacheable; frames that may be absent
-//! from it ([`own`]) through this CPU's windows.
+//! from it ([`crate::own`]) through this CPU's windows.
 //!
 //! Protocol: [`Metal::set_pool`] names the frames that the core may ask for, before any other method is called and
 //! before other CPUs use it, [`Metal::set_rom`] those that it may only look at; every method refuses others with a panic, so that no mistake of the core reaches the
@@ -25,7 +25,7 @@ use entresol_sync::atomic::{AtomicU64, Ordering};
 
 use crate::features::{self, Feature};
 use crate::operand::{self, Step};
-use crate::own::{self, Window};
+use crate::own::{OWN, Window};
 use crate::tags;
 
 /// Frames above which all instruction caches are invalidated instead of lines.
@@ -80,9 +80,9 @@ impl Metal {
         if !POOL.covers(frame) && !ROM.covers(frame) {
             return None;
         }
-        if own::may_be_absent(frame) {
+        if OWN.may_be_absent(frame) {
             let mut word = [0; 4];
-            own::through(Window::Work, at.frame(), |window| {
+            OWN.through(Window::Work, at.frame(), |window| {
                 move_bytes(window + (at.page_offset() & !3), word.as_mut_ptr() as u64, 4);
             });
             return Some(u32::from_le_bytes(word));
@@ -252,9 +252,9 @@ unsafe impl Machine for Metal {
 
     fn clean_invalidate_to_poc(&self, frames: PfnRange) {
         let start = Self::seen(frames);
-        if own::may_be_absent(frames) {
+        if OWN.may_be_absent(frames) {
             for frame in each(frames) {
-                own::through(Window::Caches, frame, |window| clean(window, PAGE_SIZE));
+                OWN.through(Window::Caches, frame, |window| clean(window, PAGE_SIZE));
             }
             return;
         }
@@ -265,9 +265,9 @@ unsafe impl Machine for Metal {
         let start = Self::seen(frames);
         // Guests see the frames at other virtual addresses: only a physically indexed cache is found by ours.
         let by_line = features::has(Feature::PHYSICAL_INSTRUCTION_CACHE) && frames.count() <= MOST_ICACHE_FRAMES;
-        if own::may_be_absent(frames) {
+        if OWN.may_be_absent(frames) {
             for frame in each(frames) {
-                own::through(Window::Caches, frame, |window| invalidate_icache(window, PAGE_SIZE, by_line));
+                OWN.through(Window::Caches, frame, |window| invalidate_icache(window, PAGE_SIZE, by_line));
             }
             return;
         }
@@ -296,25 +296,25 @@ unsafe impl Machine for Metal {
     }
 
     fn can_unmap_own(&self) -> bool {
-        own::can_unmap()
+        OWN.can_unmap()
     }
 
     fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError> {
         POOL.check(frames);
-        own::unmap(frames)
+        OWN.unmap(frames)
     }
 
     fn map_own(&self, frames: PfnRange) {
         POOL.check(frames);
-        own::map(frames);
+        OWN.map(frames);
     }
 
     fn is_mapped_own(&self, frame: Pfn) -> bool {
-        own::is_mapped(frame)
+        OWN.is_mapped(frame)
     }
 
     fn count_mapped_own(&self, frames: PfnRange) -> u64 {
-        own::count_mapped(frames)
+        OWN.count_mapped(frames)
     }
 
     fn through_window(&self, frame: Pfn, work: Work<'_>) {
@@ -323,7 +323,7 @@ unsafe impl Machine for Metal {
             assert!(u64::from(at) + len as u64 <= PAGE_SIZE, "{len} bytes at {at:#x} leave the window");
             u64::from(at)
         };
-        own::through(Window::Work, frame, |window| match work {
+        OWN.through(Window::Work, frame, |window| match work {
             Work::Read { at, to } => move_bytes(window + inside(at, to.len()), to.as_mut_ptr() as u64, to.len() as u64),
             Work::Write { at, from } => {
                 move_bytes(from.as_ptr() as u64, window + inside(at, from.len()), from.len() as u64);
@@ -331,7 +331,7 @@ unsafe impl Machine for Metal {
             Work::Zero => zero(window, PAGE_SIZE),
             Work::Copy { from } => {
                 POOL.check(PfnRange::single(from));
-                own::through(Window::Source, from, |source| move_bytes(source, window, PAGE_SIZE));
+                OWN.through(Window::Source, from, |source| move_bytes(source, window, PAGE_SIZE));
             }
         });
     }

@@ -1,5 +1,5 @@
-//! What every bare machine needs that is no instruction: how RAM is divided, which frames the core may ask for, and the
-//! unfinished line of a console.
+//! What every bare machine needs that is no instruction: how RAM is divided, which frames the core may ask for, what is
+//! in the hypervisor's own mapping, and the unfinished line of a console.
 //!
 //! Purpose: `metal/*` share it, so that what is checked there on the way to hardware is one piece of code, tested on any host.
 //!
@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`memory`] | what of the machine's RAM is heap, and what frames? |
 //! | [`pool`] | may the core ask for this frame? |
+//! | [`own`] | which frames are in the hypervisor's own mapping? |
 //! | [`line`] | what does an interrupted line say? |
 //!
 //! Invariants: nothing here allocates, and nothing touches a device.
@@ -18,4 +19,5 @@ extern crate std;
 
 pub mod line;
 pub mod memory;
+pub mod own;
 pub mod pool;

@@ -1,11 +1,15 @@
 //! Our interrupt descriptor table, and the end of a hypervisor that trapped itself.
 //!
-//! Purpose: RFLAGS.IF is clear while the hypervisor runs, so all that comes is an exception of its own, an NMI or a machine check:
-//! a bug, or broken hardware. It is reported with everything that helps to find it, on a stack of its own, since a stack overflow is
+//! Purpose: RFLAGS.IF is clear while the hypervisor runs, so all that comes is an exception of its own, an NMI or a machine check.
+//! An NMI is another CPU's question, which [`own`] answers, and a fault of [`probe`]'s load is what that asked for. Anything else is
+//! a bug, or broken hardware: it is reported with everything that helps to find it, on a stack of its own, since a stack overflow is
 //! one of them.
 //!
-//! Protocol of the fatal path: the gate switches to an interrupt stack, the stub saves all registers in a [`Frame`] there and calls
-//! [`entresol_fatal`]. The first CPU that fails reports; others that fail meanwhile stop. The report begins with `PANIC`, ends with
+//! Protocol: the gate switches to an interrupt stack, the stub saves all registers in a [`Frame`] there and calls
+//! [`entresol_exception`]; if that returns, the frame says where and with which registers to go on. An NMI may come at any
+//! instruction while GIF is set, so its handler takes no lock, and uses no register that the stub does not save.
+//!
+//! Protocol of the fatal path: the first CPU that fails reports; others that fail meanwhile stop. The report begins with `PANIC`, ends with
 //! `END OF PANIC`, and the machine is turned off, so that whoever started it does not wait for ever.
 //!
 //! The image is linked where it runs, so addresses in a backtrace are those of the ELF file.
@@ -22,6 +26,7 @@ use core::panic::PanicInfo;
 
 use entresol_sync::atomic::{AtomicUsize, Ordering};
 use x86_64::VirtAddr;
+use x86_64::instructions::port::Port;
 use x86_64::instructions::tables::lidt;
 use x86_64::registers::control::Cr2;
 use x86_64::registers::segmentation::{CS, Segment};
@@ -29,11 +34,14 @@ use x86_64::structures::DescriptorTablePointer;
 
 use crate::console::Emergency;
 use crate::cpu::{self, IST_EXCEPTION, IST_MACHINE_CHECK, IST_NMI, StackArea};
-use crate::power;
+use crate::{own, power, probe};
 
 /// Vectors that exceptions have.
 const VECTORS: usize = 32;
 const NMI: usize = 2;
+/// Port of the PC's system control, and what it says of NMIs: the system's error line, and a device's (SERR#, IOCHK#).
+const SYSTEM_CONTROL: u16 = 0x61;
+const HARDWARE_ERRORS: u8 = 0b11 << 6;
 const PAGE_FAULT: u64 = 14;
 const MACHINE_CHECK: usize = 18;
 /// Bytes of a stub.
@@ -56,8 +64,10 @@ struct Frame {
 /// Their names, as the frame has them.
 const NAMES: [&str; 15] =
     ["r15", "r14", "r13", "r12", "r11", "r10", "r9", "r8", "rdi", "rsi", "rbp", "rbx", "rdx", "rcx", "rax"];
-/// RBP among them.
+/// Among them.
 const FRAME_POINTER: usize = 10;
+const RDX: usize = 12;
+const RAX: usize = 14;
 
 global_asm!(
     r#"
@@ -74,12 +84,12 @@ entresol_stubs:
     push    0
     .endif
     push    vector
-    jmp     entresol_save_fatal
+    jmp     entresol_save
     .set    vector, vector + 1
     .endr
 
     .balign 16
-entresol_save_fatal:
+entresol_save:
     push    rax
     push    rcx
     push    rdx
@@ -98,7 +108,24 @@ entresol_save_fatal:
     cld
     mov     rdi, rsp
     xor     ebp, ebp
-    call    entresol_fatal              // does not return
+    call    entresol_exception
+    pop     r15
+    pop     r14
+    pop     r13
+    pop     r12
+    pop     r11
+    pop     r10
+    pop     r9
+    pop     r8
+    pop     rdi
+    pop     rsi
+    pop     rbp
+    pop     rbx
+    pop     rdx
+    pop     rcx
+    pop     rax
+    add     rsp, 16                     // vector and error code
+    iretq
     "#
 );
 
@@ -175,10 +202,26 @@ const MOST_FRAMES: usize = 48;
 /// The CPU that reports.
 static REPORTER: AtomicUsize = AtomicUsize::new(NOBODY);
 
-/// An exception of our own.
+/// An exception of our own. Returns to what the frame says, or not at all.
 #[unsafe(no_mangle)]
-extern "C" fn entresol_fatal(frame: &Frame) -> ! {
+extern "C" fn entresol_exception(frame: &mut Frame) {
+    if frame.vector == NMI as u64 && !is_hardware_error() {
+        return own::answer();
+    }
+    if frame.vector == PAGE_FAULT
+        && let Some((rip, [rax, rdx])) = probe::recover(frame.rip, Cr2::read_raw(), frame.error)
+    {
+        frame.rip = rip;
+        (frame.general[RAX], frame.general[RDX]) = (rax, rdx);
+        return;
+    }
     report(format_args!("{frame}"), Trace { first: frame.rip, frame_pointer: frame.general[FRAME_POINTER] })
+}
+
+/// Whether the machine has a reason of its own for a non-maskable interrupt.
+fn is_hardware_error() -> bool {
+    // SAFETY: reading the port has no effect.
+    unsafe { Port::<u8>::new(SYSTEM_CONTROL).read() & HARDWARE_ERRORS != 0 }
 }
 
 #[panic_handler]

@@ -12,6 +12,7 @@
 //! | [`switch`] | how is a guest entered, and why did it come back? |
 //! | [`features`] | what can this CPU do? |
 //! | [`Metal`], [`flush`] | how do words, pages and TLBs obey the core? |
+//! | [`own`], [`shootdown`], [`probe`] | what of RAM can the hypervisor itself not reach? |
 //! | [`timer`], [`console`], [`power`] | the devices that the hypervisor keeps for itself |
 //!
 //! Protocol: the program that links this crate defines one symbol, without mangling, and is linked with `link.ld`:
@@ -28,8 +29,7 @@
 //!
 //! Lock order: none of the locks here is held while another is taken, except the console's, which is always last.
 //!
-//! Known holes: one CPU, whatever the machine has; no interrupts, so no time slices; no frame leaves the hypervisor's own mapping,
-//! so there are no private guests; VMX is not entered.
+//! Known holes: one CPU, whatever the machine has; no interrupts, so no time slices; VMX is not entered.
 //!
 //! Sources: AMD64 Architecture Programmer's Manual, volume 2 (24593, revision 3.42, "APM").
 #![no_std]
@@ -44,6 +44,7 @@ extern crate std;
 
 pub mod boot;
 pub mod flush;
+pub mod shootdown;
 mod sleep;
 
 #[cfg(target_os = "none")]
@@ -57,9 +58,13 @@ pub mod features;
 #[cfg(target_os = "none")]
 mod machine;
 #[cfg(target_os = "none")]
+pub mod own;
+#[cfg(target_os = "none")]
 mod paging;
 #[cfg(target_os = "none")]
 pub mod power;
+#[cfg(target_os = "none")]
+pub mod probe;
 #[cfg(target_os = "none")]
 pub mod switch;
 #[cfg(target_os = "none")]

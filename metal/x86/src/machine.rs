@@ -1,6 +1,7 @@
 //! [`Metal`]: the core's machine, on instructions.
 //!
-//! Purpose: words, pages and TLBs. Frames are reached through the identity map. Caches are coherent for data and instructions (APM
+//! Purpose: words, pages and TLBs. Frames are reached through the identity map, those that may be absent from it ([`crate::own`]) through
+//! this CPU's windows. Caches are coherent for data and instructions (APM
 //! 7.3, 7.6.1), so there is nothing to clean and nothing to invalidate but translations, which is [`crate::flush`]'s.
 //!
 //! Protocol: [`Metal::set_pool`] names the frames that the core may ask for, before any other method is called and before other
@@ -8,8 +9,6 @@
 //!
 //! Page contents are moved by assembly only: a guest may write the same memory at the same time, which is no data race for
 //! instructions, but would be for Rust.
-//!
-//! Known holes: frames never leave the hypervisor's own mapping ([`Machine::can_unmap_own`]).
 
 use core::arch::asm;
 
@@ -20,6 +19,7 @@ use entresol_metal_common::pool::{self, Pool};
 use entresol_sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::flush::Flushes;
+use crate::own::{self, OWN, Window};
 use crate::{cpu, features};
 
 static POOL: Pool = Pool::new();
@@ -54,6 +54,38 @@ impl Metal {
     fn word(word: Word) -> *mut u64 {
         Self::own(PfnRange::single(word.frame()));
         word.address().get() as *mut u64
+    }
+
+    /// [`Machine::load`] of a word of a guest's memory, which may be absent from the own mapping. Whoever asks is pinned, or otherwise sure
+    /// that the frame is still what it takes it for.
+    #[inline]
+    pub fn load_guest(word: Word) -> u64 {
+        // SAFETY: a word of the pool, aligned, into which no Rust reference points and that is accessed as an atomic.
+        Self::with_guest(word, |at| unsafe { AtomicU64::from_ptr(at) }.load(Ordering::Acquire))
+    }
+
+    /// [`Machine::compare_exchange`] of such a word.
+    ///
+    /// # Errors
+    ///
+    /// The value found, if it was not `current`.
+    #[inline]
+    pub fn compare_exchange_guest(word: Word, current: u64, new: u64) -> Result<u64, u64> {
+        Self::with_guest(word, |at| {
+            // SAFETY: as for `load_guest`.
+            unsafe { AtomicU64::from_ptr(at) }.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+        })
+    }
+
+    /// Calls `work` with where the word can be reached, for as long as that lasts.
+    #[inline]
+    fn with_guest<T>(word: Word, work: impl FnOnce(*mut u64) -> T) -> T {
+        let (at, frame) = (Self::word(word), PfnRange::single(word.frame()));
+        if OWN.may_be_absent(frame) {
+            let offset = word.address().page_offset();
+            return OWN.through(Window::Work, word.frame(), |window| work((window + offset) as *mut u64));
+        }
+        work(at)
     }
 
     /// The frames of `bytes` bytes at `address`.
@@ -164,42 +196,49 @@ unsafe impl Machine for Metal {
     fn tlb(&self, op: TlbOp) {
         match op {
             TlbOp::Ipa { .. } | TlbOp::Range { .. } | TlbOp::Vmid(_) | TlbOp::All => FLUSHES.ask(),
-            TlbOp::Own(frames) => panic!("{frames:x?} never left the own mapping"),
+            TlbOp::Own(frames) => own::shoot_down(frames),
         }
     }
 
     fn can_unmap_own(&self) -> bool {
-        false
+        OWN.can_unmap()
     }
 
     fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError> {
         POOL.check(frames);
-        Err(RemoveError::Unsplittable { pfn: frames.start() })
+        OWN.unmap(frames)
     }
 
     fn map_own(&self, frames: PfnRange) {
-        panic!("{frames:x?} never left the own mapping");
+        POOL.check(frames);
+        OWN.map(frames);
     }
 
     fn is_mapped_own(&self, frame: Pfn) -> bool {
-        POOL.covers(PfnRange::single(frame))
+        OWN.is_mapped(frame)
     }
 
-    /// The identity map has every frame, so it is the window.
+    fn count_mapped_own(&self, frames: PfnRange) -> u64 {
+        OWN.count_mapped(frames)
+    }
+
     fn through_window(&self, frame: Pfn, work: Work<'_>) {
-        let window = Self::own(PfnRange::single(frame));
+        POOL.check(PfnRange::single(frame));
         let inside = |at: u16, len: usize| {
             assert!(u64::from(at) + len as u64 <= PAGE_SIZE, "{len} bytes at {at:#x} leave the window");
             u64::from(at)
         };
-        match work {
+        OWN.through(Window::Work, frame, |window| match work {
             Work::Read { at, to } => move_bytes(window + inside(at, to.len()), to.as_mut_ptr() as u64, to.len() as u64),
             Work::Write { at, from } => {
                 move_bytes(from.as_ptr() as u64, window + inside(at, from.len()), from.len() as u64);
             }
             Work::Zero => zero(window, PAGE_SIZE),
-            Work::Copy { from } => move_words(Self::own(PfnRange::single(from)), window, PAGE_SIZE),
-        }
+            Work::Copy { from } => {
+                POOL.check(PfnRange::single(from));
+                OWN.through(Window::Source, from, |source| move_words(source, window, PAGE_SIZE));
+            }
+        });
     }
 
     #[inline]
@@ -207,6 +246,7 @@ unsafe impl Machine for Metal {
         fence(Ordering::SeqCst);
         // There is one CPU, and it is not inside.
         FLUSHES.complete(cpu::index(), |cpu| panic!("CPU {cpu} was never started"));
+        own::complete();
     }
 }
 

@@ -4,7 +4,7 @@
 //! mapped to nothing, so that an overflow faults instead of spreading.
 //!
 //! Protocol: [`build`] runs once, on the start code's tables, which map the image and the arena; [`load`] changes to what it made.
-//! No entry changes afterwards.
+//! Afterwards only `own` changes entries: it takes pages of 2 MiB of RAM away, for private guests, and puts them back (INV-10).
 //!
 //! Sources: APM 5.3 (long-mode tables), 5.6.1 (no-execute).
 //!
@@ -34,11 +34,11 @@ unsafe extern "C" {
 /// for each 2 MiB that is not.
 const TABLES: usize = 256;
 /// GiB that are mapped with pages of 2 MiB.
-const SPLIT_GIB: u64 = 128;
+pub(crate) const SPLIT_GIB: u64 = 128;
 
 const TEXT: Flags = Flags::PRESENT;
 const CONSTANTS: Flags = Flags::PRESENT.union(Flags::NO_EXECUTE);
-const DATA: Flags = CONSTANTS.union(Flags::WRITABLE);
+pub(crate) const DATA: Flags = CONSTANTS.union(Flags::WRITABLE);
 
 struct Arena(UnsafeCell<[PageTable; TABLES]>);
 

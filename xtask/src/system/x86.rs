@@ -19,11 +19,13 @@ fn vm(kernel: PathBuf, page_size: LargestEntry, services: bool) -> WrittenVm {
     WrittenVm { memory: "128M".into(), policies, ..bundle::program("first", &kernel, cmdline) }
 }
 
-/// With 4 KiB entries and with blocks, with services and without.
+/// With 4 KiB entries and with blocks, with services and without, in shared memory and private.
 pub fn x86_guest_works_its_memory(context: &Context) -> Result<()> {
-    for (page_size, services) in [(LargestEntry::Page4K, true), (LargestEntry::Block2M, false)] {
+    for (page_size, services) in [(LargestEntry::Block2M, false), (LargestEntry::Page4K, true)] {
         let builder = Builder::new(context, "x86_guest_works_its_memory")?.outer("1G", 1);
-        let mut machine = builder.boot_x86(EPYC, vec![vm(guests::x86("guest-x86-first")?, page_size, services)])?;
+        let mut vm = vm(guests::x86("guest-x86-first")?, page_size, services);
+        vm.memory.private = services;
+        let mut machine = builder.boot_x86(EPYC, vec![vm])?;
         machine.expect("ALL PASS")?;
         let log = machine.expect_power_off()?;
         ensure!(log.contains("vm first: powered off"), "the hypervisor did not see the guest's end");

@@ -10,9 +10,9 @@ use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_arch_x86::emulate::{self, Bus, CodeSize, Instruction, Progress, Registers, Unsupported, Width};
 use entresol_arch_x86::paging::{self, Controls, Kind, Mode, Regime, Request, Tables, WalkError};
 use entresol_fault::{Access, Cause, Fault};
-use entresol_machine::{Machine, Word};
-use entresol_metal_x86::features;
+use entresol_machine::Word;
 use entresol_metal_x86::switch::Guest;
+use entresol_metal_x86::{Metal, features};
 use entresol_mmu::{CopyError, Outcome};
 use entresol_slot::Hint;
 use entresol_sync::Pin;
@@ -276,7 +276,7 @@ impl Tables for View<'_> {
 
     fn load(&mut self, at: Gpa, width: paging::Width) -> Result<u64, Stop> {
         let word = match self.word(at) {
-            Ok(word) => self.memory.host().machine.load(word),
+            Ok(word) => Metal::load_guest(word),
             Err(Stop::Outside(_)) => {
                 let mut bytes = [0; 8];
                 self.memory.read(self.pin, self.hint, Gpa::new(at.get() & !7), &mut bytes)?;
@@ -306,15 +306,15 @@ impl Tables for View<'_> {
             Outcome::Retry | Outcome::Unshare => return Err(Stop::Again),
             _ => return Err(Stop::Outside(at)),
         }
-        let (word, machine) = (self.word(at)?, &self.memory.host().machine);
+        let word = self.word(at)?;
         let (current, new) = match width {
             paging::Width::Long => (current, new),
             paging::Width::Word => {
-                let (whole, shift) = (machine.load(word), at.get() % 8 * 8);
+                let (whole, shift) = (Metal::load_guest(word), at.get() % 8 * 8);
                 let mask = u64::from(u32::MAX) << shift;
                 (whole & !mask | current << shift, whole & !mask | new << shift)
             }
         };
-        Ok(machine.compare_exchange(word, current, new).is_ok())
+        Ok(Metal::compare_exchange_guest(word, current, new).is_ok())
     }
 }

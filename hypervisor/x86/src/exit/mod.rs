@@ -90,7 +90,8 @@ fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
         Exit::InvalidState => Next::End(End::Crash(Crash::InvalidState)),
         // Of the machine's own. It is kept pending, and nobody has asked for any.
         Exit::Interrupt => Next::Again,
-        Exit::NonMaskable => panic!("a non-maskable interrupt of the machine"),
+        // The CPU has taken it by now: another's question about the own mapping, or the end.
+        Exit::NonMaskable => Next::Again,
         Exit::Exception { vector, error, .. } => panic!("the machine's exception {vector}, error code {error:#x}"),
         Exit::Other(INVLPGA | VMRUN | VMLOAD..=SKINIT) | Exit::Monitor | Exit::MonitorWait | Exit::SetExtended => {
             inject(guest, UNDEFINED, None)

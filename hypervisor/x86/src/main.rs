@@ -37,7 +37,7 @@ use alloc::vec::Vec;
 
 use entresol_addr::PfnRange;
 use entresol_metal_x86::boot::{BootInfo, memory};
-use entresol_metal_x86::{Metal, console, cpu, features, own, power};
+use entresol_metal_x86::{Metal, console, cpu, features, interrupts, own, power};
 use entresol_wire::bundle::Bundle;
 
 #[unsafe(no_mangle)]
@@ -52,6 +52,19 @@ fn entresol_main(info: &'static BootInfo) -> ! {
     let end = run::to_its_end(&mut vm);
     vm.report(end);
     power::off()
+}
+
+/// The virtual machine has one vCPU: the other CPUs sleep.
+#[unsafe(no_mangle)]
+fn entresol_secondary(_cpu: usize) -> ! {
+    own::init_cpu();
+    interrupts::init_cpu();
+    loop {
+        cpu::wait_for_interrupt();
+        while let Some(line) = interrupts::ack() {
+            interrupts::deactivate(line);
+        }
+    }
 }
 
 /// Ends the machine with what is wrong: nothing was started. The line begins as a panic's does, so that whoever watches the
@@ -83,10 +96,15 @@ fn start(info: &'static BootInfo) {
     if host::init(&pool, cpu::count()).is_err() {
         refuse(format_args!("the heap has no room for the records of {frames} frames"));
     }
+    interrupts::init(info).unwrap_or_else(|error| refuse(format_args!("{error}")));
+    interrupts::init_cpu();
+    if let Err(error) = cpu::start_all() {
+        log::error!("{error}: going on with fewer");
+    }
     entresol_arch_x86::emulate::prepare();
     let bits = features::get().physical_bits;
     log::info!(
-        "entresol {} on x86-64: SVM, {bits} physical bits, {} CPU, {} MiB for guests",
+        "entresol {} on x86-64: SVM, {bits} physical bits, {} CPUs, {} MiB for guests",
         env!("CARGO_PKG_VERSION"),
         cpu::count(),
         host::get().pool.free_frames() >> 8

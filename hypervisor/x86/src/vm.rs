@@ -170,6 +170,7 @@ impl Vm {
         // Its translations are told apart by who ran last on the CPU, not by the number.
         let _number = self.memory.load(cpu);
         self.vcpu.guest.set_root(self.memory.table().root().start());
+        self.vcpu.guest.load(cpu);
         self.vcpu.fp.load();
     }
 

@@ -1,17 +1,17 @@
 //! The machine's console: a 16550 at COM1 (National Semiconductor PC16550D, 8).
 //!
-//! Purpose: logs, panics and the guests' consoles go out of it, polled.
+//! Purpose: logs, panics and the guests' consoles go out of it, polled; what is typed comes in by interrupt.
 //!
 //! Protocol: one lock for output, so that lines of several CPUs do not mix. A record of the log has lines of its own, and
 //! repeats the line that it interrupted ([`Line`]). A panic takes no lock ([`Emergency`]): its output may cut a line in
-//! two, but it always comes.
+//! two, but it always comes. Input has one reader at a time, under its own lock.
 //!
 //! The registers are driven here and not by a crate, because the emergency path must work while another CPU is in the middle
 //! of anything.
 //!
 //! Lock order: last; nothing is taken under it.
 //!
-//! Known holes: COM1 is taken for granted; nothing is read.
+//! Known holes: COM1 is taken for granted.
 
 use core::fmt::{self, Write};
 
@@ -36,15 +36,20 @@ const EIGHT_N_1: u8 = 0b11;
 const FASTEST: u8 = 1;
 /// FIFOs on and empty.
 const FIFO_ON: u8 = 0b111;
-/// DTR, RTS.
+/// DTR, RTS; OUT2, which lets a PC's interrupt through.
 const READY: u8 = 0b11;
-/// Line status: the transmitter takes a byte.
+const OUT2: u8 = 1 << 3;
+/// Interrupts: received data, and that some wait.
+const RECEIVED: u8 = 1 << 0;
+/// Line status: there is data; the transmitter takes a byte.
+const THERE: u8 = 1 << 0;
 const EMPTY: u8 = 1 << 5;
 
 static OUTPUT: Mutex<Line> = Mutex::new(Line::EMPTY);
+static INPUT: Mutex<()> = Mutex::new(());
 
 fn register_read(offset: u16) -> u8 {
-    // SAFETY: a register of COM1, which nobody else has; reading line status changes nothing that we use.
+    // SAFETY: a register of COM1, which nobody else has.
     unsafe { Port::new(COM1 + offset).read() }
 }
 
@@ -153,6 +158,19 @@ impl fmt::Write for Emergency {
         }
         Ok(())
     }
+}
+
+/// Lets received bytes interrupt. The caller enables the interrupt (`BootInfo::uart.intid`).
+pub fn enable_rx_interrupt() {
+    register_write(MODEM, READY | OUT2);
+    register_write(INTERRUPTS, RECEIVED);
+}
+
+/// Takes the next received byte, if there is one. Reading until `None` ends the interrupt. Bytes with line errors are
+/// delivered as they came; what the FIFO had no room for is lost.
+pub fn read_byte() -> Option<u8> {
+    let _turn = INPUT.lock();
+    (register_read(LINE_STATUS) & THERE != 0).then(|| register_read(DATA))
 }
 
 struct Logger;

@@ -1,8 +1,9 @@
 //! Our interrupt descriptor table, and the end of a hypervisor that trapped itself.
 //!
-//! Purpose: RFLAGS.IF is clear while the hypervisor runs, so all that comes is an exception of its own, an NMI or a machine check.
-//! An NMI is another CPU's question, which [`own`] answers, and a fault of [`probe`]'s load is what that asked for. Anything else is
-//! a bug, or broken hardware: it is reported with everything that helps to find it, on a stack of its own, since a stack overflow is
+//! Purpose: interrupts are held off while the hypervisor runs (`crate::interrupts`), so all that comes is an exception of its own, an
+//! NMI or a machine check. An NMI is another CPU's question, which [`own`] answers, and a fault of [`probe`]'s load is what that asked for.
+//! Anything else is a bug, or broken hardware: it is reported with everything that helps to find it, on a stack of its own, since a stack
+//! overflow is
 //! one of them.
 //!
 //! Protocol: the gate switches to an interrupt stack, the stub saves all registers in a [`Frame`] there and calls
@@ -34,18 +35,18 @@ use x86_64::structures::DescriptorTablePointer;
 
 use crate::console::Emergency;
 use crate::cpu::{self, IST_EXCEPTION, IST_MACHINE_CHECK, IST_NMI, StackArea};
+use crate::interrupts::{STUB, entresol_interrupt_stubs};
 use crate::{own, power, probe};
 
-/// Vectors that exceptions have.
-const VECTORS: usize = 32;
+/// Vectors that exceptions have, and all.
+const EXCEPTIONS: usize = 32;
+const VECTORS: usize = 256;
 const NMI: usize = 2;
 /// Port of the PC's system control, and what it says of NMIs: the system's error line, and a device's (SERR#, IOCHK#).
 const SYSTEM_CONTROL: u16 = 0x61;
 const HARDWARE_ERRORS: u8 = 0b11 << 6;
 const PAGE_FAULT: u64 = 14;
 const MACHINE_CHECK: usize = 18;
-/// Bytes of a stub.
-const STUB: usize = 16;
 
 /// What the CPU was doing.
 #[repr(C)]
@@ -152,14 +153,14 @@ impl Gate {
     const ABSENT: Self =
         Self { offset_low: 0, selector: 0, stack: 0, kind: 0, offset_middle: 0, offset_high: 0, reserved: 0 };
 
-    /// Present, an interrupt gate, to `handler` on interrupt stack `stack`.
-    fn to(handler: u64, selector: u16, stack: u8) -> Self {
+    /// Present, an interrupt gate, to `handler` on interrupt stack `stack`, or on the stack that is there.
+    fn to(handler: u64, selector: u16, stack: Option<u8>) -> Self {
         const INTERRUPT: u8 = 1 << 7 | 0xe;
         Self {
             offset_low: handler as u16,
             selector,
-            // 0 would mean no switch.
-            stack: stack + 1,
+            // 0 means no switch.
+            stack: stack.map_or(0, |stack| stack + 1),
             kind: INTERRUPT,
             offset_middle: (handler >> 16) as u16,
             offset_high: (handler >> 32) as u32,
@@ -175,19 +176,25 @@ unsafe impl Sync for Table {}
 
 static TABLE: Table = Table(UnsafeCell::new([Gate::ABSENT; VECTORS]));
 
-/// Makes exceptions of this CPU come here. Its task state segment is loaded.
+/// Makes exceptions of the boot CPU come here. Its task state segment is loaded.
 pub(crate) fn install() {
-    let stubs = &raw const entresol_stubs as u64;
+    let (fatal, interrupts) = (&raw const entresol_stubs as u64, &raw const entresol_interrupt_stubs as u64);
     let gate = |vector: usize| {
-        let stack = match vector {
-            NMI => IST_NMI,
-            MACHINE_CHECK => IST_MACHINE_CHECK,
-            _ => IST_EXCEPTION,
+        let (first, number, stack) = match vector {
+            NMI => (fatal, vector, Some(IST_NMI)),
+            MACHINE_CHECK => (fatal, vector, Some(IST_MACHINE_CHECK)),
+            0..EXCEPTIONS => (fatal, vector, Some(IST_EXCEPTION)),
+            _ => (interrupts, vector - EXCEPTIONS, None),
         };
-        Gate::to(stubs + (vector * STUB) as u64, CS::get_reg().0, stack)
+        Gate::to(first + (number * STUB) as u64, CS::get_reg().0, stack)
     };
     // SAFETY: the boot CPU, once, before any other runs.
     unsafe { *TABLE.0.get() = core::array::from_fn(gate) };
+    load();
+}
+
+/// Makes this CPU's come here. Its task state segment is loaded.
+pub(crate) fn load() {
     let limit = (VECTORS * size_of::<Gate>() - 1) as u16;
     // SAFETY: the table is a static, and every gate of it leads to a stub.
     unsafe { lidt(&DescriptorTablePointer { limit, base: VirtAddr::from_ptr(TABLE.0.get()) }) };

@@ -20,11 +20,11 @@ use entresol_sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::flush::Flushes;
 use crate::own::{self, OWN, Window};
-use crate::{cpu, features};
+use crate::{cpu, features, interrupts};
 
 static POOL: Pool = Pool::new();
 /// Translations of guests.
-pub(crate) static FLUSHES: Flushes<{ cpu::MAX_CPUS }> = Flushes::new();
+pub(crate) static FLUSHES: Flushes = Flushes::new();
 
 /// This machine.
 #[derive(Clone, Copy, Debug, Default)]
@@ -244,8 +244,9 @@ unsafe impl Machine for Metal {
     #[inline]
     fn complete(&self) {
         fence(Ordering::SeqCst);
-        // There is one CPU, and it is not inside.
-        FLUSHES.complete(cpu::index(), |cpu| panic!("CPU {cpu} was never started"));
+        if cpu::count() > 1 {
+            FLUSHES.complete(cpu::other_flushes(), |cpu| interrupts::send_sgi(cpu, interrupts::KICK));
+        }
         own::complete();
     }
 }

@@ -19,8 +19,9 @@ use x86_64::registers::control::{Cr3, Cr3Flags};
 use x86_64::structures::paging::{PageTableFlags as Flags, PhysFrame};
 use x86_64::{PhysAddr, VirtAddr};
 
+use crate::boot::MAX_CPUS;
 use crate::shootdown::Shootdowns;
-use crate::{cpu, paging};
+use crate::{cpu, interrupts, paging};
 
 /// Physical address in an entry.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -31,7 +32,7 @@ const LAST_SHIFT: u32 = 12;
 
 pub(crate) static OWN: Own<LongMode> = Own::new(LongMode);
 /// Translations of the own mapping.
-pub(crate) static SHOOTDOWNS: Shootdowns<{ cpu::MAX_CPUS }> = Shootdowns::new();
+pub(crate) static SHOOTDOWNS: Shootdowns<MAX_CPUS> = Shootdowns::new();
 
 /// Our own tables: four levels, address space identifier 0, no global entry.
 pub(crate) struct LongMode;
@@ -133,8 +134,7 @@ pub(crate) fn shoot_down(frames: PfnRange) {
 /// Waits until all CPUs have forgotten what this one asked for.
 #[inline]
 pub(crate) fn complete() {
-    let kick = |cpu| panic!("CPU {cpu} was never started");
-    SHOOTDOWNS.complete(cpu::index(), kick, cpu::relax);
+    SHOOTDOWNS.complete(cpu::index(), interrupts::send_nmi, cpu::relax);
 }
 
 /// Another CPU's question, which came as a non-maskable interrupt.

@@ -3,8 +3,9 @@
 //! Purpose: text is read and execute, constants are read-only, everything else of RAM is read and write; a page below each stack is
 //! mapped to nothing, so that an overflow faults instead of spreading.
 //!
-//! Protocol: [`build`] runs once, on the start code's tables, which map the image and the arena; [`load`] changes to what it made.
-//! Afterwards only `own` changes entries: it takes pages of 2 MiB of RAM away, for private guests, and puts them back (INV-10).
+//! Protocol: [`build`] runs once, on the start code's tables, which map the image and the arena; [`load`] changes to what it made,
+//! and CPUs that start later begin on it. Afterwards only `own` changes entries: it takes pages of 2 MiB of RAM away, for private
+//! guests, and puts them back (INV-10).
 //!
 //! Sources: APM 5.3 (long-mode tables), 5.6.1 (no-execute).
 //!
@@ -14,6 +15,7 @@ use core::cell::UnsafeCell;
 
 use arrayvec::ArrayVec;
 use entresol_metal_common::memory::{MAX_FREE, Region, without};
+use entresol_sync::atomic::{AtomicU64, Ordering};
 use x86_64::structures::paging::mapper::{MapToError, Mapper, OffsetPageTable};
 use x86_64::structures::paging::{
     FrameAllocator, PageSize, PageTable, PageTableFlags as Flags, PhysFrame, Size1GiB, Size2MiB, Size4KiB,
@@ -39,6 +41,10 @@ pub(crate) const SPLIT_GIB: u64 = 128;
 const TEXT: Flags = Flags::PRESENT;
 const CONSTANTS: Flags = Flags::PRESENT.union(Flags::NO_EXECUTE);
 pub(crate) const DATA: Flags = CONSTANTS.union(Flags::WRITABLE);
+/// Registers: uncached (PCD and PWT, APM 7.8.2).
+const DEVICE: Flags = DATA.union(Flags::NO_CACHE).union(Flags::WRITE_THROUGH);
+/// Pages of devices.
+const MOST_DEVICES: usize = 64;
 
 struct Arena(UnsafeCell<[PageTable; TABLES]>);
 
@@ -61,12 +67,16 @@ unsafe impl FrameAllocator<Size4KiB> for Tables {
     }
 }
 
-/// Builds the tables of this machine; returns the root.
+/// The root, for CPUs that start: it lies in the image, below 4 GiB.
+#[unsafe(export_name = "entresol_root")]
+static ROOT: AtomicU64 = AtomicU64::new(0);
+
+/// Builds the tables of this machine, with the pages of devices and those of `registers`; returns the root.
 ///
 /// # Panics
 ///
-/// If RAM is too fragmented for the arena.
-pub fn build(info: &BootInfo) -> PhysFrame {
+/// If RAM is too fragmented for the arena, or there are more devices than we have room for.
+pub fn build(info: &BootInfo, registers: impl Iterator<Item = u64>) -> PhysFrame {
     let mut tables = Tables { used: 0 };
     let root = tables.allocate_frame().expect("the arena is not empty");
     // SAFETY: a table of the arena, all zero, that nobody else has; the arena is mapped where it is.
@@ -89,6 +99,16 @@ pub fn build(info: &BootInfo) -> PhysFrame {
     for region in without(&ram, info.image) {
         map(region, DATA);
     }
+    let mut devices = ArrayVec::<u64, MOST_DEVICES>::new();
+    for page in info.device_pages().chain(registers.map(|at| at & !(Size4KiB::SIZE - 1))) {
+        if !devices.contains(&page) {
+            devices
+                .try_push(page)
+                .unwrap_or_else(|_| panic!("devices have more than {MOST_DEVICES} pages of registers"));
+            map(Region { start: page, end: page + Size4KiB::SIZE }, DEVICE);
+        }
+    }
+    ROOT.store(root.start_address().as_u64(), Ordering::Relaxed);
     root
 }
 

@@ -1,13 +1,20 @@
-//! Time: the time stamp counter, and how fast it counts.
+//! Time: the time stamp counter, how fast it counts, and a timer that interrupts as [`crate::interrupts::TIMER`].
 //!
-//! Protocol: [`init`] once on the boot CPU, which compares it with counter 2 of the interval timer for a hundredth of a second.
+//! Protocol: [`init`] once on the boot CPU, which compares the counter with counter 2 of the interval timer for a hundredth of a second,
+//! and the local APIC's timer with the counter in the same time. Then every CPU has a deadline of its own.
 //!
-//! Sources: Intel 8254 (modes and control word); port 61h of the PC (gate and output of counter 2).
+//! Where the processor has no deadlines in counts of the time stamp counter, the local APIC's timer counts down what is left. It has 32
+//! bits and a rate that was measured, so it may interrupt early, never late by more than the measure's error: who set a
+//! deadline looks at the counter, and sets it again.
 //!
-//! Known holes: nothing interrupts at a moment; the counter is taken to have one rate.
+//! Sources: Intel 8254 (modes and control word); port 61h of the PC (gate and output of counter 2); APM volume 2, 16.4.1 (APIC timer).
+//!
+//! Known holes: the counter is taken to have one rate, and to be the same on all CPUs.
 
-use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use x86_64::instructions::port::Port;
+
+use crate::apic;
 
 const COUNTER: u16 = 0x42;
 const CONTROL: u16 = 0x43;
@@ -24,6 +31,9 @@ const HUNDREDTH: u16 = (COUNTS / 100) as u16;
 const MOST_LOOKS: u32 = 10_000_000;
 
 static FREQUENCY: AtomicU64 = AtomicU64::new(0);
+/// Whether the processor takes deadlines; if not, counts of the local APIC's timer for 2³² of the time stamp counter.
+static TAKES_DEADLINES: AtomicBool = AtomicBool::new(false);
+static RATE: AtomicU64 = AtomicU64::new(0);
 
 /// Counts of the time stamp counter since the machine started.
 #[inline]
@@ -44,7 +54,24 @@ pub fn nanoseconds(counts: u64) -> u64 {
     u64::try_from(exact).unwrap_or(u64::MAX)
 }
 
-/// Measures the rate.
+/// This CPU's timer interrupts when the counter reaches `count`, or at once if it has; perhaps a little early. Once.
+#[inline]
+pub fn set_deadline(count: u64) {
+    if TAKES_DEADLINES.load(Ordering::Relaxed) {
+        return apic::set_deadline(count.max(1));
+    }
+    let left = u128::from(count.saturating_sub(now()));
+    let counts = (left * u128::from(RATE.load(Ordering::Relaxed))) >> 32;
+    apic::set_count(u32::try_from(counts).unwrap_or(u32::MAX).max(1));
+}
+
+/// No deadline.
+#[inline]
+pub fn clear() {
+    if TAKES_DEADLINES.load(Ordering::Relaxed) { apic::set_deadline(0) } else { apic::set_count(0) }
+}
+
+/// Measures the rates.
 ///
 /// # Panics
 ///
@@ -53,7 +80,7 @@ pub(crate) fn init() {
     let (mut gate, mut control, mut counter) =
         (Port::<u8>::new(GATE), Port::<u8>::new(CONTROL), Port::<u8>::new(COUNTER));
     // SAFETY: the interval timer's second counter drives the speaker only, which is off; nobody else uses it.
-    let counts = unsafe {
+    let (counts, timer) = unsafe {
         let kept = gate.read();
         gate.write(kept & !SPEAKER | GATE_OPEN);
         control.write(ONE_SHOT);
@@ -61,11 +88,15 @@ pub(crate) fn init() {
         counter.write(low);
         counter.write(high);
         let start = now();
+        apic::set_count(u32::MAX);
         let risen = (0..MOST_LOOKS).any(|_| gate.read() & OUTPUT != 0);
         assert!(risen, "counter 2 of the interval timer does not count: the machine must have one");
-        let counts = now() - start;
+        let (counts, timer) = (now() - start, u32::MAX - apic::count());
         gate.write(kept);
-        counts
+        (counts, timer)
     };
+    apic::set_count(0);
+    TAKES_DEADLINES.store(apic::has_deadline(), Ordering::Relaxed);
+    RATE.store((u64::from(timer) << 32) / counts.max(1), Ordering::Relaxed);
     FREQUENCY.store((counts * COUNTS / u64::from(HUNDREDTH)).max(1), Ordering::Relaxed);
 }

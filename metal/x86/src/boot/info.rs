@@ -1,6 +1,7 @@
-//! What is in the machine: the loader's `hvm_start_info`, read once.
+//! What the loader says of the machine: its `hvm_start_info`, read once.
 //!
-//! Sources: Xen, public/arch-x86/hvm/start_info.h (the layout; version 1, which has a memory map).
+//! Sources: Xen, public/arch-x86/hvm/start_info.h (the layout; version 1, which has a memory map); Linux,
+//! Documentation/admin-guide/kernel-parameters.txt (`virtio_mmio.device`, [`command`](super::command)).
 //!
 //! Protocol: [`parse`] allocates nothing and returns values only. It reads through a closure, so that a host can test it.
 //!
@@ -10,6 +11,9 @@ use core::fmt;
 
 use arrayvec::ArrayVec;
 use entresol_metal_common::memory::{MAX_FREE, MAX_REGIONS, Region, pages_around, without};
+
+use super::command;
+use super::machine::{Device, MAX_VIRTIO};
 
 const MAGIC: u32 = 0x336e_c578;
 /// The first version with a memory map.
@@ -24,18 +28,23 @@ const RAM: u32 = 1;
 const MOST_ENTRIES: u32 = 128;
 /// What is below belongs to firmware and to starting CPUs.
 const FIRST_MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+/// Bytes of a command line that are read.
+const COMMAND: usize = 2048;
 
-/// The machine.
+/// What the loader says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BootInfo {
+pub struct StartInfo {
     /// All RAM from 1 MiB on, by address, disjoint, in whole pages.
     pub ram: ArrayVec<Region, MAX_REGIONS>,
-    /// The hypervisor's image with its data and the stacks of the CPUs that exist.
-    pub image: Region,
+    /// The last page of RAM below 1 MiB, but not the first of all.
+    pub start_page: Option<u64>,
     /// The loader's first module: the bundle.
     pub bundle: Option<Region>,
     /// ACPI's root system description pointer, if the loader knows it.
     pub rsdp: Option<u64>,
+    /// virtio-mmio transports that the command line names, by address, empty or not.
+    pub virtio_mmio: ArrayVec<Device, MAX_VIRTIO>,
 }
 
 /// Why what the loader says cannot carry the hypervisor.
@@ -60,6 +69,8 @@ pub enum InfoError {
     TooManyRanges,
     /// No RAM from 1 MiB on.
     NoRam,
+    /// The command line names a device and does not say what it should.
+    Command(command::Error),
 }
 
 impl fmt::Display for InfoError {
@@ -74,16 +85,17 @@ impl fmt::Display for InfoError {
             Self::Module { start, size } => write!(f, "a module of {size:#x} bytes at {start:#x} wraps"),
             Self::TooManyRanges => write!(f, "the memory map has more than {MAX_REGIONS} ranges of RAM"),
             Self::NoRam => write!(f, "the memory map has no RAM above 1 MiB"),
+            Self::Command(error) => write!(f, "the command line: {error}"),
         }
     }
 }
 
-/// Reads the structure at `address` through `read`, which fills bytes from physical memory; `image` is where we are.
+/// Reads the structure at `address` through `read`, which fills bytes from physical memory.
 ///
 /// # Errors
 ///
 /// [`InfoError`].
-pub fn parse(address: u64, image: Region, mut read: impl FnMut(u64, &mut [u8])) -> Result<BootInfo, InfoError> {
+pub fn parse(address: u64, mut read: impl FnMut(u64, &mut [u8])) -> Result<StartInfo, InfoError> {
     let mut start = [0; START_INFO];
     read(address, &mut start);
     let (magic, version, modules) = (u32_at(&start, 0), u32_at(&start, 4), u32_at(&start, 12));
@@ -96,8 +108,9 @@ pub fn parse(address: u64, image: Region, mut read: impl FnMut(u64, &mut [u8])) 
     let (map, entries) = (u64_at(&start, 40), u32_at(&start, 48));
     let bundle = if modules == 0 { None } else { Some(module(u64_at(&start, 16), &mut read)?) };
     let rsdp = Some(u64_at(&start, 32)).filter(|rsdp| *rsdp != 0);
-    let ram = ram(Map { start: map, entries, stride: MAP_ENTRY as u32 }, &mut read)?;
-    Ok(BootInfo { ram, image, bundle, rsdp })
+    let (ram, start_page) = ram(Map { start: map, entries, stride: MAP_ENTRY as u32 }, &mut read)?;
+    let virtio_mmio = command_line(u64_at(&start, 24), &mut read)?;
+    Ok(StartInfo { ram, start_page, bundle, rsdp, virtio_mmio })
 }
 
 fn module(address: u64, read: &mut impl FnMut(u64, &mut [u8])) -> Result<Region, InfoError> {
@@ -105,6 +118,17 @@ fn module(address: u64, read: &mut impl FnMut(u64, &mut [u8])) -> Result<Region,
     read(address, &mut bytes);
     let (start, size) = (u64_at(&bytes, 0), u64_at(&bytes, 8));
     Region::sized(start, size).ok_or(InfoError::Module { start, size })
+}
+
+/// The transports that the command line at `address` names; it ends with a zero.
+pub(super) fn command_line(
+    address: u64,
+    read: &mut impl FnMut(u64, &mut [u8]),
+) -> Result<ArrayVec<Device, MAX_VIRTIO>, InfoError> {
+    let mut line = [0; COMMAND];
+    read(address, &mut line);
+    let end = line.iter().position(|byte| *byte == 0).unwrap_or(COMMAND);
+    command::virtio_mmio(&line[..end]).map_err(InfoError::Command)
 }
 
 /// Where a memory map is: entries that begin with address (8 bytes), size (8) and kind (4), as firmware's own do.
@@ -116,8 +140,11 @@ pub(super) struct Map {
     pub stride: u32,
 }
 
-/// RAM without whatever else the map says of the same bytes: firmware's maps overlap now and then.
-pub(super) fn ram(map: Map, read: &mut impl FnMut(u64, &mut [u8])) -> Result<ArrayVec<Region, MAX_REGIONS>, InfoError> {
+/// RAM from 1 MiB on.
+type Ram = ArrayVec<Region, MAX_REGIONS>;
+
+/// RAM without whatever else the map says of the same bytes: firmware's maps overlap now and then. And the last page of it below 1 MiB.
+pub(super) fn ram(map: Map, read: &mut impl FnMut(u64, &mut [u8])) -> Result<(Ram, Option<u64>), InfoError> {
     let Map { start, entries, stride } = map;
     if !(1..=MOST_ENTRIES).contains(&entries) {
         return Err(InfoError::Entries(entries));
@@ -132,8 +159,9 @@ pub(super) fn ram(map: Map, read: &mut impl FnMut(u64, &mut [u8])) -> Result<Arr
     };
     let mut ram = ArrayVec::<Region, MAX_REGIONS>::new();
     for (region, _) in (0..entries).filter_map(&mut entry).filter(|(_, kind)| *kind == RAM) {
-        let start = region.start.max(FIRST_MIB).next_multiple_of(4096);
-        let whole = Region { start, end: region.end & !4095 };
+        // Page 0 is firmware's.
+        let start = region.start.max(PAGE).checked_next_multiple_of(PAGE).unwrap_or(region.end);
+        let whole = Region { start, end: region.end & !(PAGE - 1) };
         if whole.start < whole.end {
             ram.try_push(whole).map_err(|_| InfoError::TooManyRanges)?;
         }
@@ -146,8 +174,11 @@ pub(super) fn ram(map: Map, read: &mut impl FnMut(u64, &mut [u8])) -> Result<Arr
         }
         parts = without(&parts, pages_around(region));
     }
+    let low = |part: &Region| part.end.min(FIRST_MIB).checked_sub(PAGE).filter(|page| *page >= part.start);
+    let start_page = parts.iter().filter_map(low).max();
+    let parts = without(&parts, Region { start: 0, end: FIRST_MIB });
     let ram = disjoint(&parts)?;
-    if ram.is_empty() { Err(InfoError::NoRam) } else { Ok(ram) }
+    if ram.is_empty() { Err(InfoError::NoRam) } else { Ok((ram, start_page)) }
 }
 
 /// Ranges sorted by their start, with what overlaps or touches put together.
@@ -176,8 +207,6 @@ mod tests {
     use std::vec;
     use std::vec::Vec;
 
-    const IMAGE: Region = Region { start: 0x10_0000, end: 0x20_0000 };
-
     /// Physical memory with a start info at 0x100, a module list at 0x200 and a map at 0x300.
     fn memory(map: &[(u64, u64, u32)], module: Option<(u64, u64)>) -> Vec<u8> {
         let mut memory = vec![0; 0x1000];
@@ -201,8 +230,8 @@ mod tests {
         memory
     }
 
-    fn parsed(memory: &[u8]) -> Result<BootInfo, InfoError> {
-        parse(0x100, IMAGE, |at, to| {
+    fn parsed(memory: &[u8]) -> Result<StartInfo, InfoError> {
+        parse(0x100, |at, to| {
             for (index, byte) in to.iter_mut().enumerate() {
                 *byte = memory.get(at as usize + index).copied().unwrap_or(0);
             }
@@ -217,7 +246,8 @@ mod tests {
         let ram = [Region { start: 0x10_0000, end: 0x7fe_0000 }, Region { start: 1 << 32, end: (1 << 32) + (1 << 30) }];
         assert_eq!(info.ram[..], ram);
         assert_eq!(info.bundle, Some(Region { start: 0x700_0000, end: 0x700_1234 }));
-        assert_eq!((info.image, info.rsdp), (IMAGE, Some(0xf_5000)));
+        assert_eq!((info.rsdp, info.start_page), (Some(0xf_5000), Some(0x9_e000)));
+        assert!(info.virtio_mmio.is_empty());
         assert_eq!(parsed(&memory(&map, None)).unwrap().bundle, None);
     }
 
@@ -226,6 +256,33 @@ mod tests {
         let map = [(0x30_0000, 0x10_0000, 1), (0x10_0800, 0x20_0000, 1), (0x20_0fff, 2, 4), (u64::MAX, 9, 2)];
         let ram = [Region { start: 0x10_1000, end: 0x20_0000 }, Region { start: 0x20_2000, end: 0x40_0000 }];
         assert_eq!(parsed(&memory(&map, None)).unwrap().ram[..], ram);
+    }
+
+    #[test]
+    fn the_page_to_start_in_is_ram_alone_and_not_the_first() {
+        let rest = (0x10_0000, 0x10_0000, 1);
+        let page = |low: &[(u64, u64, u32)]| {
+            let map: Vec<_> = low.iter().copied().chain([rest]).collect();
+            parsed(&memory(&map, None)).unwrap().start_page
+        };
+        assert_eq!(page(&[]), None);
+        assert_eq!(page(&[(0, 0x1fff, 1)]), None);
+        assert_eq!(page(&[(0, 0x2000, 1)]), Some(0x1000));
+        assert_eq!(page(&[(0, 0xa_0000, 1), (0x9_0800, 0x1_0000, 2)]), Some(0x8_f000));
+        assert_eq!(page(&[(0, 0x18_0000, 1)]), Some(0xf_f000));
+    }
+
+    #[test]
+    fn transports_are_named_on_the_command_line() {
+        let mut memory = memory(&[(0x10_0000, 0x10_0000, 1)], None);
+        let line = b"quiet virtio_mmio.device=512@0xfeb00000:16";
+        memory[0x118..0x120].copy_from_slice(&0x800u64.to_le_bytes());
+        memory[0x800..0x800 + line.len()].copy_from_slice(line);
+        let found = parsed(&memory).unwrap().virtio_mmio;
+        assert_eq!(found.len(), 1);
+        assert_eq!((found[0].registers.start, found[0].intid), (0xfeb0_0000, 48));
+        memory[0x800 + line.len() - 2] = b'x';
+        assert!(matches!(parsed(&memory).unwrap_err(), InfoError::Command(_)));
     }
 
     #[test]

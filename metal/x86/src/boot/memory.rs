@@ -2,7 +2,7 @@
 
 pub use entresol_metal_common::memory::{Memory, NoRoomForHeap};
 
-use super::info::BootInfo;
+use super::machine::BootInfo;
 
 /// Divides the RAM of `info` without the image and the bundle; [`entresol_metal_common::memory::split`] says how.
 ///

@@ -1,19 +1,21 @@
 //! What a multiboot2 loader says of the machine (Multiboot2 Specification 2.0, 3.6: boot information format).
 //!
-//! Protocol: as [`info`](super::info), whose [`BootInfo`] it makes. The first module is the bundle. The loader copies ACPI's root
+//! Protocol: as [`info`](super::info), whose [`StartInfo`] it makes. The first module is the bundle. The loader copies ACPI's root
 //! pointer into its own structure, which is memory like any other once the machine has started: it is read before that.
 //!
 //! Invariants: tags are looked at within the size that the structure states, and no more than [`MOST_TAGS`] of them.
 
+use arrayvec::ArrayVec;
 use entresol_metal_common::memory::Region;
 
-use super::info::{self, BootInfo, InfoError, Map, u32_at};
+use super::info::{self, InfoError, Map, StartInfo, u32_at};
 
 /// What is in EAX when such a loader starts us.
 pub const LOADER: u32 = 0x36d7_6289;
 
 /// Kinds of tags.
 const END: u32 = 0;
+const COMMAND_LINE: u32 = 1;
 const MODULE: u32 = 3;
 const MEMORY_MAP: u32 = 6;
 const OLD_ACPI: u32 = 14;
@@ -25,16 +27,17 @@ const MOST_TAGS: u32 = 1024;
 /// Bytes of a memory map's tag before its first entry.
 const MAP_HEAD: u64 = 16;
 
-/// Reads the structure at `address` through `read`, which fills bytes from physical memory; `image` is where we are.
+/// Reads the structure at `address` through `read`, which fills bytes from physical memory.
 ///
 /// # Errors
 ///
 /// [`InfoError`].
-pub fn parse(address: u64, image: Region, mut read: impl FnMut(u64, &mut [u8])) -> Result<BootInfo, InfoError> {
+pub fn parse(address: u64, mut read: impl FnMut(u64, &mut [u8])) -> Result<StartInfo, InfoError> {
     let mut head = [0; HEAD as usize];
     read(address, &mut head);
     let end = address.saturating_add(u32_at(&head, 0).into());
     let (mut map, mut bundle, mut rsdp) = (None, None, None);
+    let mut virtio_mmio = ArrayVec::new();
     let mut at = address.saturating_add(HEAD);
     for _ in 0..MOST_TAGS {
         let mut tag = [0; MAP_HEAD as usize];
@@ -44,6 +47,7 @@ pub fn parse(address: u64, image: Region, mut read: impl FnMut(u64, &mut [u8])) 
             break;
         }
         match kind {
+            COMMAND_LINE => virtio_mmio = info::command_line(at + HEAD, &mut read)?,
             MODULE if bundle.is_none() => {
                 let (start, end) = (u32_at(&tag, 8).into(), u32_at(&tag, 12).into());
                 let module = Region { start, end };
@@ -60,8 +64,8 @@ pub fn parse(address: u64, image: Region, mut read: impl FnMut(u64, &mut [u8])) 
         }
         at = at.saturating_add(size.next_multiple_of(HEAD));
     }
-    let ram = info::ram(map.ok_or(InfoError::Entries(0))?, &mut read)?;
-    Ok(BootInfo { ram, image, bundle: bundle.transpose()?, rsdp })
+    let (ram, start_page) = info::ram(map.ok_or(InfoError::Entries(0))?, &mut read)?;
+    Ok(StartInfo { ram, start_page, bundle: bundle.transpose()?, rsdp, virtio_mmio })
 }
 
 #[cfg(test)]
@@ -70,7 +74,6 @@ mod tests {
     use std::vec;
     use std::vec::Vec;
 
-    const IMAGE: Region = Region { start: 0x10_0000, end: 0x20_0000 };
     const AT: u64 = 0x100;
 
     fn words(words: &[u32]) -> Vec<u8> {
@@ -91,8 +94,8 @@ mod tests {
         bytes
     }
 
-    fn parsed(memory: &[u8]) -> Result<BootInfo, InfoError> {
-        parse(AT, IMAGE, |at, to| {
+    fn parsed(memory: &[u8]) -> Result<StartInfo, InfoError> {
+        parse(AT, |at, to| {
             for (index, byte) in to.iter_mut().enumerate() {
                 *byte = memory.get(at as usize + index).copied().unwrap_or(0);
             }
@@ -117,7 +120,7 @@ mod tests {
         let module = |start, end| (MODULE, [words(&[start, end]), b"name\0".to_vec()].concat());
         for stride in [24, 32] {
             let tags = [
-                (1, b"command line\0".to_vec()),
+                (COMMAND_LINE, b"a virtio_mmio.device=512@0xfeb00000:5 b\0".to_vec()),
                 module(0x40_0000, 0x40_1234),
                 (OLD_ACPI, b"RSD PTR ".to_vec()),
                 map(stride),
@@ -129,7 +132,8 @@ mod tests {
             assert_eq!(info.bundle, Some(Region { start: 0x40_0000, end: 0x40_1234 }));
             let rsdp = info.rsdp.unwrap() as usize;
             assert_eq!(&memory[rsdp..rsdp + 8], b"RSD PTR ");
-            assert_eq!(info.image, IMAGE);
+            assert_eq!(info.virtio_mmio.len(), 1);
+            assert_eq!(info.start_page, Some(0x9_e000));
         }
     }
 

@@ -3,11 +3,13 @@
 use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
 
+use acpi::madt::Madt;
 use entresol_metal_common::memory::Region;
 
-use super::info::{self, BootInfo};
-use super::multiboot;
-use crate::{console, cpu, exception, features, paging, power, timer};
+use super::info::{self, StartInfo};
+use super::machine::BootInfo;
+use super::{multiboot, secondary};
+use crate::{apic, console, cpu, exception, features, paging, power, tables, timer};
 
 unsafe extern "Rust" {
     fn entresol_main(info: &'static BootInfo) -> !;
@@ -32,30 +34,41 @@ pub extern "C" fn entresol_boot(start_info: u64, loader: u32) -> ! {
     console::early_init();
     cpu::init_self();
     exception::install();
-    let info = match loader {
-        multiboot::LOADER => multiboot::parse(start_info, image(), read_physical),
-        _ => info::parse(start_info, image(), read_physical),
+    let start = match loader {
+        multiboot::LOADER => multiboot::parse(start_info, read_physical),
+        _ => info::parse(start_info, read_physical),
     };
-    let info = info.unwrap_or_else(|error| panic!("{error}"));
+    let start = start.unwrap_or_else(|error| panic!("{error}"));
     // SAFETY: one CPU, no reference to the cell exists yet.
-    let info = unsafe { (*INFO.0.get()).write(info) };
-    match info.rsdp {
-        // SAFETY: the loader names it; ACPI's tables lie below 4 GiB and are mapped.
-        Some(rsdp) => unsafe { power::init(rsdp) },
-        None => panic!("the loader knows no ACPI tables: the machine must have them"),
-    }
+    let info = unsafe { (*INFO.0.get()).write(machine_of(start)) };
+    cpu::init_others(info);
+    info.image = image();
     features::init().unwrap_or_else(|missing| panic!("{missing}"));
-    // SAFETY: the tables map the image, the stacks and RAM where they are. Only the boot CPU runs.
-    unsafe { paging::load(paging::build(info)) };
+    if let Some(page) = info.start_page {
+        // SAFETY: the memory map says that it is RAM, and everything that the loader put below 1 MiB was read.
+        unsafe { secondary::install(page) };
+    }
+    let registers = apic::find().into_iter().chain(power::register());
+    // SAFETY: the tables map the image, the stacks, RAM and devices where they are. Only the boot CPU runs.
+    unsafe { paging::load(paging::build(info, registers)) };
     console::init();
+    cpu::init_this();
     timer::init();
-    cpu::enable_svm();
-    crate::switch::init_cpu();
     // SAFETY: the hypervisor defines it with this type, as the crate's documentation demands.
     unsafe { entresol_main(info) }
 }
 
-/// The image with the stack area of the boot CPU; areas beyond are RAM like any other.
+/// What the loader says and what ACPI's tables say.
+fn machine_of(start: StartInfo) -> BootInfo {
+    let Some(rsdp) = start.rsdp else { panic!("the loader knows no ACPI tables: the machine must have them") };
+    // SAFETY: the loader names it; ACPI's tables lie below 4 GiB and are mapped until the last one is read, below.
+    let tables = unsafe { tables::open(rsdp) }.unwrap_or_else(|error| panic!("ACPI's tables: {error:?}"));
+    power::init(&tables);
+    let madt = tables.find_table::<Madt>().unwrap_or_else(|error| panic!("ACPI's MADT: {error:?}"));
+    BootInfo::new(start, tables::entries(&madt), apic::identifier()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The image with the stack areas of the CPUs that exist; areas beyond are RAM like any other.
 fn image() -> Region {
     let stacks = &raw const __stacks_start as u64;
     Region { start: &raw const __image_start as u64, end: stacks + (cpu::count() * cpu::STACK_STRIDE) as u64 }

@@ -1,6 +1,6 @@
 //! What of a vCPU the processor works on, by what it means: who uses a [`Guest`] does not see the processor's own record.
 //!
-//! Protocol: [`Guest::start`] gives it the state in which it begins; [`enter`](super::enter) runs it; between two entries its
+//! Protocol: [`Guest::start`] gives it the state in which it begins, [`Guest::load`] brings it to a CPU; [`enter`](super::enter) runs it; between two entries its
 //! state is read and changed here. An event that is [injected](Guest::inject) reaches it at the next entry.
 //!
 //! Invariants: EFER is the guest's own, without what the processor demands of it beside; the record is refused by the processor until the
@@ -14,8 +14,8 @@ use entresol_arch_x86::svm;
 use super::permissions::{PORTS, REGISTERS};
 use super::vmcb::{self, Control, SaveArea, Vmcb, first};
 use super::{Event, Registers, Segment, Start};
-use crate::features;
 use crate::flush::Tenant;
+use crate::{cpu, features};
 
 /// EFER.SVME, which VMRUN demands of every guest (APM 15.5.1), and which none sees.
 const EFER_SVME: u64 = 1 << 12;
@@ -40,10 +40,13 @@ const PENDING: u64 = 1 << 8;
 const IGNORE_TPR: u64 = 1 << 20;
 
 /// What of a vCPU the processor works on. It stays where it is: the VMCB is named by its address.
+#[repr(C)]
 pub struct Guest {
     pub(super) vmcb: Vmcb,
     /// General registers.
     pub registers: Registers,
+    /// Where the CPU on which it runs keeps what VMRUN does not of our own state.
+    pub(super) host: u64,
     pub(super) tenant: Tenant,
 }
 
@@ -56,7 +59,7 @@ impl Default for Guest {
 impl Guest {
     /// All zero: the processor refuses it as it is.
     pub fn new() -> Self {
-        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), tenant: Tenant::default() }
+        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), host: 0, tenant: Tenant::default() }
     }
 
     /// Gives it the state in which it begins, and keeps it away from all that it does not own.
@@ -94,6 +97,12 @@ impl Guest {
     #[inline]
     fn state(&mut self) -> &mut SaveArea {
         &mut self.vmcb.save
+    }
+
+    /// It comes to CPU `cpu`, which we are on, and stays until another one does or it comes to another CPU.
+    pub fn load(&mut self, cpu: usize) {
+        self.host = cpu::host_rest(cpu) as u64;
+        cpu::flush_of(cpu).load(cpu, &mut self.tenant);
     }
 
     /// The second stage that it runs on: the frame of the root of its tables.
@@ -153,6 +162,7 @@ impl Guest {
 impl Guest {
     /// The event that the last exit interrupted is delivered again.
     #[cold]
+    #[inline(never)]
     pub fn redeliver(&mut self) {
         let event = self.control().exit_interrupt_info;
         if event & KIND != SOFTWARE {

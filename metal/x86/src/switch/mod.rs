@@ -4,7 +4,7 @@
 //! general registers but RAX and RSP are moved here.
 //!
 //! Protocol: a vCPU is a [`Guest`], which hides its VMCB. GIF is clear from before the guest's state is loaded until ours is
-//! back (15.17), so no NMI finds the guest's segment bases. VMLOAD and VMSAVE move what VMRUN leaves alone (15.5.2): FS, GS, TR,
+//! back (15.17), so no NMI finds the guest's segment bases, and IF is set so that interrupts end the guest's turn (`crate::interrupts`). VMLOAD and VMSAVE move what VMRUN leaves alone (15.5.2): FS, GS, TR,
 //! LDTR with their hidden state, KernelGSBase, STAR, LSTAR, CSTAR, SFMASK and SYSENTER's; ours were saved once
 //! and never change.
 //!
@@ -19,15 +19,14 @@ mod permissions;
 mod vmcb;
 
 use core::arch::asm;
-use core::cell::UnsafeCell;
 use core::mem::offset_of;
 
-use crate::cpu;
 use crate::machine::FLUSHES;
+use crate::{cpu, flush};
 pub use fp::FpState;
 pub use guest::Guest;
 pub use vmcb::Segment;
-use vmcb::Vmcb;
+pub(crate) use vmcb::Vmcb;
 
 /// A guest's general registers but RAX and RSP, which are in its VMCB, in the order of their numbers.
 #[repr(C)]
@@ -92,86 +91,105 @@ pub enum Event {
     },
 }
 
-/// Our own state that VMRUN does not keep, as VMSAVE left it.
-struct HostState(UnsafeCell<Vmcb>);
-
-// SAFETY: written by VMSAVE of the one CPU before it enters a guest, read by its VMLOAD after.
-unsafe impl Sync for HostState {}
-
-static HOST: HostState = HostState(UnsafeCell::new(Vmcb::ZERO));
-
-const _: () = assert!(cpu::MAX_CPUS == 1, "each CPU needs a host state of its own");
-const _: () = assert!(offset_of!(Registers, rdi) == 40 && offset_of!(Registers, r) == 48, "as the assembly has them");
+/// From the VMCB to the registers, and to `host`.
+const REGISTERS: usize = offset_of!(Guest, registers) - offset_of!(Guest, vmcb);
+const HOST: usize = offset_of!(Guest, host) - offset_of!(Guest, vmcb);
+const _: () = assert!(
+    offset_of!(Guest, vmcb) == 0 && offset_of!(Registers, rdi) == 40 && offset_of!(Registers, r) == 48,
+    "as the assembly has them"
+);
 
 /// Saves what VMRUN does not keep of our own state, and lets x87 and SSE registers be moved. On each CPU, once, before it enters a
 /// guest.
 pub(crate) fn init_cpu() {
     fp::init_cpu();
-    // SAFETY: VMSAVE writes a page that is a VMCB, which nobody else uses yet.
-    unsafe { asm!("vmsave rax", in("rax") HOST.0.get(), options(nostack, preserves_flags)) };
+    // SAFETY: VMSAVE writes a page that is a VMCB of this CPU's own.
+    unsafe { asm!("vmsave rax", in("rax") cpu::host_rest(cpu::index()), options(nostack, preserves_flags)) };
 }
 
 /// Runs the guest until it comes back; [`Guest::exit`] says why. `cpu` is the CPU that we are on.
 ///
 /// # Safety
 ///
-/// It is that. The guest was started, its nested tables keep it away from all that it does not own, and its x87 and SSE registers
-/// are in the hardware.
-#[inline]
+/// It is that, to which the guest [came](Guest::load), and interrupts are held off (`crate::interrupts`). The guest was started, its nested
+/// tables keep it away from all that it does not own, and its x87 and SSE registers are in the hardware.
+#[inline(always)]
 pub unsafe fn enter(cpu: usize, guest: &mut Guest) {
-    guest.vmcb.control.tlb_control = if FLUSHES.enter(cpu, &mut guest.tenant) { vmcb::FLUSH_ALL } else { 0 };
+    if FLUSHES.enter(cpu::flush_of(cpu)) {
+        // SAFETY: as the caller promises.
+        unsafe { run_flushed(guest) };
+    } else {
+        // SAFETY: as the caller promises.
+        unsafe { run(guest) };
+    }
+}
+
+/// Runs it once without anything that the CPU knows of guests' translations.
+#[cold]
+#[inline(never)]
+unsafe fn run_flushed(guest: &mut Guest) {
+    guest.vmcb.control.tlb_control = vmcb::FLUSH_ALL;
+    // SAFETY: as the caller promises.
+    unsafe { run(guest) };
+    guest.vmcb.control.tlb_control = vmcb::FLUSH_NOTHING;
+}
+
+#[inline(always)]
+unsafe fn run(guest: &mut Guest) {
     // SAFETY: VMCB and registers are the guest's, which is ours alone; every register that the guest leaves behind is put back or
     // named as lost, and nothing of the guest's is on the stack. The caller answers for the guest.
     unsafe {
         asm!(
             "push   rbp",
             "push   rbx",
-            "push   rsi",
             "clgi",
+            "sti",
             "vmload rax",
-            "mov    rcx, [rsi]",
-            "mov    rdx, [rsi + 8]",
-            "mov    rbx, [rsi + 16]",
-            "mov    rbp, [rsi + 24]",
-            "mov    rdi, [rsi + 40]",
-            "mov    r8,  [rsi + 48]",
-            "mov    r9,  [rsi + 56]",
-            "mov    r10, [rsi + 64]",
-            "mov    r11, [rsi + 72]",
-            "mov    r12, [rsi + 80]",
-            "mov    r13, [rsi + 88]",
-            "mov    r14, [rsi + 96]",
-            "mov    r15, [rsi + 104]",
-            "mov    rsi, [rsi + 32]",
+            "mov    rcx, [rax + {registers}]",
+            "mov    rdx, [rax + {registers} + 8]",
+            "mov    rbx, [rax + {registers} + 16]",
+            "mov    rbp, [rax + {registers} + 24]",
+            "mov    rsi, [rax + {registers} + 32]",
+            "mov    rdi, [rax + {registers} + 40]",
+            "mov    r8,  [rax + {registers} + 48]",
+            "mov    r9,  [rax + {registers} + 56]",
+            "mov    r10, [rax + {registers} + 64]",
+            "mov    r11, [rax + {registers} + 72]",
+            "mov    r12, [rax + {registers} + 80]",
+            "mov    r13, [rax + {registers} + 88]",
+            "mov    r14, [rax + {registers} + 96]",
+            "mov    r15, [rax + {registers} + 104]",
             "vmrun  rax",
             // VMRUN gave our RAX back: the VMCB.
             "vmsave rax",
-            "pop    rax",
-            "mov    [rax], rcx",
-            "mov    [rax + 8], rdx",
-            "mov    [rax + 16], rbx",
-            "mov    [rax + 24], rbp",
-            "mov    [rax + 32], rsi",
-            "mov    [rax + 40], rdi",
-            "mov    [rax + 48], r8",
-            "mov    [rax + 56], r9",
-            "mov    [rax + 64], r10",
-            "mov    [rax + 72], r11",
-            "mov    [rax + 80], r12",
-            "mov    [rax + 88], r13",
-            "mov    [rax + 96], r14",
-            "mov    [rax + 104], r15",
-            "lea    rax, [rip + {host}]",
+            "mov    [rax + {registers}], rcx",
+            "mov    [rax + {registers} + 8], rdx",
+            "mov    [rax + {registers} + 16], rbx",
+            "mov    [rax + {registers} + 24], rbp",
+            "mov    [rax + {registers} + 32], rsi",
+            "mov    [rax + {registers} + 40], rdi",
+            "mov    [rax + {registers} + 48], r8",
+            "mov    [rax + {registers} + 56], r9",
+            "mov    [rax + {registers} + 64], r10",
+            "mov    [rax + {registers} + 72], r11",
+            "mov    [rax + {registers} + 80], r12",
+            "mov    [rax + {registers} + 88], r13",
+            "mov    [rax + {registers} + 96], r14",
+            "mov    [rax + {registers} + 104], r15",
+            "mov    rax, [rax + {host}]",
             "vmload rax",
+            "mov    qword ptr gs:[{outside}], {later}",
+            "cli",
             "stgi",
             "pop    rbx",
             "pop    rbp",
-            host = sym HOST,
-            inout("rax") &raw mut guest.vmcb => _,
-            inout("rsi") &raw mut guest.registers => _,
-            out("rcx") _, out("rdx") _, out("rdi") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            registers = const REGISTERS,
+            host = const HOST,
+            outside = const cpu::OUTSIDE,
+            later = const flush::OUTSIDE as i64,
+            inout("rax") &raw mut *guest => _,
+            out("rcx") _, out("rdx") _, out("rsi") _, out("rdi") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,
         );
     }
-    FLUSHES.leave(cpu);
 }

@@ -10,6 +10,8 @@ use core::mem::offset_of;
 
 /// TLB_CONTROL: everything of every identifier, ours included (15.16.1).
 pub const FLUSH_ALL: u32 = 1;
+/// TLB_CONTROL: nothing.
+pub const FLUSH_NOTHING: u32 = 0;
 
 /// What makes a guest come back (table B-1, from 0).
 #[repr(C)]

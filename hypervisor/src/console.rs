@@ -19,9 +19,9 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use crate::arch::boot::BootInfo;
+use crate::arch::{console as machine, lines};
 use entresol_devices::bus;
-use entresol_metal_arm64::boot::BootInfo;
-use entresol_metal_arm64::{console as machine, gic};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -76,7 +76,7 @@ pub fn init(info: &BootInfo, names: &[&str], foreground: usize) -> Result<(), Ou
     FOREGROUND.store(foreground, Ordering::Relaxed);
     INTID.store(info.uart.intid, Ordering::Relaxed);
     machine::enable_rx_interrupt();
-    if let Err(error) = gic::enable(info.uart.intid) {
+    if let Err(error) = lines::enable(info.uart.intid) {
         log::error!("console: no input: {error}");
     }
     Ok(())
@@ -172,7 +172,7 @@ pub fn receive() {
     }
     // Full: the port keeps its interrupt asserted, so it is held back until there is room.
     let intid = INTID.load(Ordering::Relaxed);
-    if let Err(error) = gic::disable(intid) {
+    if let Err(error) = lines::disable(intid) {
         log::error!("console: {error}");
     }
 }
@@ -206,7 +206,7 @@ pub fn pump() {
     let is_full = input.waiting.len() == WAITING;
     drop(input);
     if was_full && !is_full {
-        if let Err(error) = gic::enable(INTID.load(Ordering::Relaxed)) {
+        if let Err(error) = lines::enable(INTID.load(Ordering::Relaxed)) {
             log::error!("console: {error}");
         }
         // What the port held meanwhile, and no interrupt will tell of any more once it is read.
@@ -218,7 +218,7 @@ pub fn pump() {
 fn offer(bytes: &[u8]) -> bool {
     let number = FOREGROUND.load(Ordering::Relaxed);
     match registry::find(number) {
-        Some(vm) => vm.devices.offer(bytes) == bytes.len(),
+        Some(vm) => vm.offer(bytes) == bytes.len(),
         // A virtual machine that has ended reads nothing: what is typed at it is gone.
         None => true,
     }

@@ -1,8 +1,8 @@
 //! Randomness for guests: the CPU's generator (FEAT_RNG). A machine without it offers no entropy device.
 
+use crate::arch::{random, timer};
 use entresol_devices::virtio::entropy::Entropy;
 use entresol_devices::vmgenid::ID_BYTES;
-use entresol_metal_arm64::{random, timer};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 /// The CPU's generator.

@@ -2,8 +2,8 @@
 
 use core::ptr::NonNull;
 
+use crate::arch::boot::Region;
 use entresol_addr::{PAGE_SIZE, PfnRange};
-use entresol_metal_arm64::boot::Region;
 use talc::TalcLock;
 use talc::source::Manual;
 

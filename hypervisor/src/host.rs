@@ -2,9 +2,9 @@
 
 use alloc::vec::Vec;
 
+use crate::arch::{Metal, own};
 use entresol_addr::{Pfn, PfnRange};
 use entresol_backing::{FrameMeta, FramePool, Objects};
-use entresol_metal_arm64::{Metal, own};
 use entresol_mmu::Host;
 use entresol_sync::Once;
 

@@ -4,10 +4,9 @@
 //! with no vCPU loaded and no grace period pinned, so it may wait for grace periods and for other CPUs to leave a VM. All
 //! of it runs on one CPU, so it needs no order among itself.
 
-use entresol_metal_arm64::{cpu, gic};
+use crate::arch::{self, cpu};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
-use crate::sched::KICK;
 use crate::{console, control, host, merge, registry, service, store, swap};
 
 /// The CPU that does it.
@@ -40,7 +39,7 @@ static PENDING: AtomicU64 = AtomicU64::new(0);
 pub fn raise(work: Work) {
     PENDING.fetch_or(work as u64, Ordering::SeqCst);
     if cpu::index() != CPU {
-        gic::send_sgi(CPU, KICK);
+        arch::kick(CPU);
     }
 }
 
@@ -48,7 +47,7 @@ pub fn raise(work: Work) {
 pub fn raise_and_leave(work: Work) {
     raise(work);
     if cpu::index() == CPU {
-        gic::send_sgi(CPU, KICK);
+        arch::kick(CPU);
     }
 }
 

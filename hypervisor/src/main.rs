@@ -1,6 +1,6 @@
 //! The Entresol hypervisor: the program that owns the machine.
 //!
-//! Purpose: starts on the bare machine at EL2 (`entresol-metal-arm64` brings it up), reads the boot bundle, makes the virtual
+//! Purpose: starts on the bare machine (`entresol-metal-arm64` or `entresol-metal-x86` brings it up), reads the boot bundle, makes the virtual
 //! machines that it describes, and runs their vCPUs on all CPUs until none is left.
 //!
 //! Rooms:
@@ -8,7 +8,8 @@
 //! | room | question |
 //! |---|---|
 //! | [`run`], [`sched`] | which vCPU runs on this CPU, and when does it leave? |
-//! | [`exit`] | why did a guest leave, and what is done about it? |
+//! | [`arch`] | what do the two architectures do differently? |
+//! | [`exit`] | what follows when a guest has left? |
 //! | [`vm`], [`vcpu`] | what is a virtual machine made of? |
 //! | [`irq`], [`host_work`] | what does the hypervisor do for itself? |
 //! | [`console`], [`control`] | how do people reach guests, and the hypervisor? |
@@ -29,6 +30,7 @@
 
 extern crate alloc;
 
+mod arch;
 mod block;
 mod clock;
 mod console;
@@ -43,7 +45,6 @@ mod host_work;
 mod irq;
 mod merge;
 mod paging;
-mod physical_timer;
 mod registry;
 mod report;
 mod run;
@@ -57,9 +58,8 @@ mod vm;
 
 use alloc::vec::Vec;
 
-use entresol_metal_arm64::boot::{BootInfo, memory};
-use entresol_metal_arm64::switch::gic as interface;
-use entresol_metal_arm64::{Metal, console as machine_console, cpu, gic, own, power};
+use arch::boot::{BootInfo, memory};
+use arch::{Metal, console as machine_console, cpu, own, power};
 use entresol_sync::Once;
 use entresol_wire::bundle::Bundle;
 use entresol_wire::config::{Console, format_size};
@@ -108,10 +108,7 @@ fn start(info: &'static BootInfo) {
     if host::init(pool, cpu::count()).is_err() {
         refuse(format_args!("the heap has no room for the records of {frames} frames"));
     }
-    gic::init(info).unwrap_or_else(|error| refuse(format_args!("{error}")));
-    if !interface::traps_deactivation() {
-        refuse(format_args!("GICv3: ICH_VTR_EL2.TDS is 0: deactivation by guests cannot be trapped"));
-    }
+    arch::start(info).unwrap_or_else(|error| refuse(format_args!("{error}")));
     start_cpu();
     clock::init(info);
     log::info!(
@@ -129,9 +126,7 @@ fn start(info: &'static BootInfo) {
 /// What each CPU needs before it runs vCPUs.
 fn start_cpu() {
     own::init_cpu();
-    let ready =
-        gic::init_cpu().and_then(|()| gic::enable(gic::HYPERVISOR_TIMER)).and_then(|()| gic::enable(gic::MAINTENANCE));
-    ready.unwrap_or_else(|error| refuse(format_args!("CPU {}: {error}", cpu::index())));
+    arch::start_cpu().unwrap_or_else(|error| refuse(format_args!("CPU {}: {error}", cpu::index())));
 }
 
 fn start_guests(info: &'static BootInfo) {

@@ -8,7 +8,7 @@
 //!
 //! Invariants: no lock is held but this module's own while the core works; nobody but host's work takes it.
 
-use entresol_metal_arm64::timer;
+use crate::arch::timer;
 use entresol_mmu::Scan;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU64, Ordering};

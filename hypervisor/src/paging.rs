@@ -26,11 +26,11 @@
 use core::future::poll_fn;
 use core::task::Poll;
 
+use crate::arch::cpu;
 use entresol_addr::{Gpa, Pfn};
 use entresol_backing::{Fetch, ObjectHandle, StoreId, StoreSlot};
-use entresol_devices::gic::Kick;
+use entresol_devices::kick::Kick;
 use entresol_machine::Tags;
-use entresol_metal_arm64::cpu;
 use entresol_mmu::Absent;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, Ordering};

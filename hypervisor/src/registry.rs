@@ -9,7 +9,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use entresol_metal_arm64::{power, timer};
+use crate::arch::{power, timer};
 use entresol_sync::{Mutex, Once};
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, MAX_VMS};

@@ -7,12 +7,10 @@
 //! Invariants: nothing here allocates. The CPU is pinned to the grace period only inside `exit`, never across an entry.
 //! Lock order: vCPU state (for the whole turn) → everything else.
 
-use entresol_metal_arm64::switch::{self, ExitKind};
-use entresol_metal_arm64::{cpu, exit as hardware, timer, traps};
-
-use crate::exit::{self, Next};
+use crate::arch::turn::{self, enter, settle};
+use crate::arch::{State, cpu, timer};
+use crate::exit::Next;
 use crate::sched::{self, Deadline, Leave, VcpuRef};
-use crate::vcpu::State;
 use crate::vm::Pause;
 use crate::{host_work, irq, merge};
 
@@ -29,7 +27,7 @@ pub fn forever(cpu: usize) -> ! {
     loop {
         host_work::run(cpu);
         match sched::pick(cpu) {
-            Some(vcpu) => turn(cpu, vcpu),
+            Some(vcpu) => take_turn(cpu, vcpu),
             None => idle(cpu),
         }
     }
@@ -56,16 +54,12 @@ pub fn arm(cpu: usize, slice_end: Option<u64>, vcpu_deadline: Option<u64>) {
 }
 
 /// One turn of one vCPU.
-fn turn(cpu: usize, vcpu: VcpuRef) {
+fn take_turn(cpu: usize, vcpu: VcpuRef) {
     let leave = {
         let mut state = vcpu.vm.vcpu(vcpu.index).state.lock();
-        load(cpu, &vcpu, &mut state);
-        let mut leave = enter_until_it_leaves(cpu, &vcpu, &mut state);
-        if let Some(syndrome) = hardware::take_system_error() {
-            leave = exit::system_error(&vcpu, syndrome);
-        }
-        put(cpu, &vcpu, &mut state);
-        match leave {
+        turn::load(cpu, &vcpu, &mut state);
+        let leave = enter_until_it_leaves(cpu, &vcpu, &mut state);
+        match turn::put(cpu, &vcpu, &mut state, leave) {
             Leave::Wait(at_most) => {
                 let first = [at_most.count(), deadline(&vcpu, &state)].into_iter().flatten().min();
                 Leave::Wait(first.map_or(Deadline::NEVER, Deadline::at))
@@ -86,8 +80,8 @@ fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave
     }
     let mut slice_end = timer::now() + slice();
     tick(vcpu);
-    arm(cpu, Some(slice_end), state.physical_timer.deadline(timer::now()));
-    let sync = vcpu.vm.gic.sync_flag(vcpu.index);
+    arm(cpu, Some(slice_end), turn::deadline(vcpu, state, timer::now()));
+    let flag = vcpu.vm.board.flag(vcpu.index);
     loop {
         if !vcpu.vm.may_run() {
             return Leave::Park;
@@ -95,16 +89,13 @@ fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave
         if vcpu.vm.has_device_work() {
             vcpu.vm.run_devices();
         }
-        if sync.is_up() {
-            exit::interrupts::flush(vcpu, state);
+        if flag.is_up()
+            && let Some(leave) = settle(vcpu, state)
+        {
+            return leave;
         }
         // SAFETY: `load` made the hardware hold this vCPU's state and its VM's tables; nothing else runs on this CPU.
-        let kind = unsafe { switch::enter(&mut state.regs) };
-        let next = match kind {
-            ExitKind::SYNCHRONOUS => exit::synchronous(cpu, vcpu, state),
-            ExitKind::INTERRUPT => irq::take(cpu, Some((vcpu, state))),
-            _ => Next::Leave(exit::system_error(vcpu, hardware::esr())),
-        };
+        let next = unsafe { enter(cpu, vcpu, state) };
         // Nearly always, so it is asked first.
         if next == Next::Again {
             continue;
@@ -123,53 +114,19 @@ fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave
         if host_work::pending(cpu) {
             return Leave::Ready;
         }
-        arm(cpu, Some(slice_end), state.physical_timer.deadline(now));
+        arm(cpu, Some(slice_end), turn::deadline(vcpu, state, now));
     }
 }
 
 /// Devices that keep time are the first vCPU's business.
 fn tick(vcpu: &VcpuRef) {
     if vcpu.index == 0 {
-        vcpu.vm.devices.tick();
+        vcpu.vm.board.tick();
     }
 }
 
 /// When a vCPU that waits has to be woken by a timer.
 fn deadline(vcpu: &VcpuRef, state: &State) -> Option<u64> {
-    let alarm = if vcpu.index == 0 { vcpu.vm.devices.alarm() } else { None };
-    [state.timer.deadline(), state.physical_timer.deadline(timer::now()), alarm].into_iter().flatten().min()
-}
-
-/// Makes the hardware this vCPU.
-fn load(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
-    let vm = &vcpu.vm;
-    vm.load_tables(cpu, vcpu.index);
-    if let Some(boot) = vm.vcpu(vcpu.index).boot.lock().take() {
-        state.start(boot);
-    }
-    exit::toggles::resume(vcpu, state);
-    // SAFETY: no guest runs on this CPU, and this state's vCPU is entered next.
-    unsafe { state.el1.load() };
-    if vm.config.mte {
-        // SAFETY: as above; no virtual machine has this without the CPU.
-        unsafe { state.tags.load() };
-    }
-    traps::trap_fp(false);
-    state.fp.load();
-    exit::interrupts::load(state);
-    exit::timers::load(vcpu, state);
-    // What cannot be told now is told at the next turn.
-    let _told = vm.tell_stolen_time(vcpu.index);
-}
-
-/// Takes this vCPU out of the hardware.
-fn put(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
-    exit::timers::put(vcpu, state);
-    exit::interrupts::save(vcpu, state);
-    state.fp.save();
-    if vcpu.vm.config.mte {
-        state.tags.save();
-    }
-    state.el1.save();
-    vcpu.vm.put_tables(cpu);
+    let alarm = if vcpu.index == 0 { vcpu.vm.board.alarm() } else { None };
+    [turn::alarm(vcpu, state), alarm].into_iter().flatten().min()
 }

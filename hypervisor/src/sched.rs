@@ -17,16 +17,13 @@ use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use entresol_devices::gic::Kick;
-use entresol_metal_arm64::{cpu, gic};
+use crate::arch::{self, cpu};
+use entresol_devices::kick::Kick;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::Ordering;
 
 use crate::paging::{self, Ticket};
 use crate::vm::{OutOfHeap, Vm};
-
-/// Software-generated interrupt that makes another CPU look up from what it does.
-pub const KICK: u32 = 1;
 
 /// Where a vCPU is. Stored in the vCPU, written under the scheduler's lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +139,7 @@ impl Queues {
         slot.wait.begin();
         self.ready.push_back(vcpu);
         if self.idle != 0 {
-            gic::send_sgi(self.idle.trailing_zeros() as usize, KICK);
+            arch::kick(self.idle.trailing_zeros() as usize);
         }
     }
 
@@ -219,7 +216,7 @@ pub fn kick(vm: &Vm, vcpus: Kick) {
                     queues.make_ready(vcpu);
                 }
             }
-            Run::Running(cpu) if cpu != this => gic::send_sgi(cpu, KICK),
+            Run::Running(cpu) if cpu != this => arch::kick(cpu),
             Run::Running(_) | Run::Off | Run::Ready | Run::Fetching | Run::Parked => {}
         }
     }
@@ -242,7 +239,7 @@ pub fn interrupt(vm: &Vm) {
         if let Run::Running(cpu) = vm.vcpu(index).run()
             && cpu != this
         {
-            gic::send_sgi(cpu, KICK);
+            arch::kick(cpu);
         }
     }
 }
@@ -266,7 +263,7 @@ pub fn withdraw(vm: &Vm) {
         queues.waiting.retain(|waiter| !core::ptr::eq(Arc::as_ptr(&waiter.vcpu.vm), vm));
         for index in 0..vm.vcpus() {
             match vm.vcpu(index).run() {
-                Run::Running(cpu) => gic::send_sgi(cpu, KICK),
+                Run::Running(cpu) => arch::kick(cpu),
                 Run::Ready | Run::Waiting | Run::Fetching => vm.vcpu(index).set_run(Run::Parked),
                 Run::Off | Run::Parked => {}
             }

@@ -6,10 +6,9 @@
 
 use core::hint::black_box;
 
+use crate::arch::{cpu, map};
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
-use entresol_loader::virt;
 use entresol_machine::{Machine as _, Tags};
-use entresol_metal_arm64::cpu;
 use entresol_mmu::{Busy, CoalescedRing, ConvertError, CopyError, Discarded};
 use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicU64, Ordering};
@@ -279,7 +278,7 @@ fn discard(vcpu: &VcpuRef, start: u64, size: u64) -> u64 {
 fn tags(vcpu: &VcpuRef, address: u64, restores: bool) -> Option<()> {
     let (host, pin) = (host::get(), pin());
     let object = host.objects.get(&pin, vcpu.vm.ram()).filter(|object| object.is_tagged())?;
-    let (machine, frame) = (&host.machine, address.checked_sub(virt::RAM_BASE)? / PAGE_SIZE);
+    let (machine, frame) = (&host.machine, map::frame_of(Gpa::new(address))?);
     let page = object.present(&host.supply(pin.cpu()), frame).filter(|grant| grant.writable)?.frame(frame);
     if restores {
         machine.store_tags(page, &Tags::from_bytes(&black_box([0; Tags::BYTES])));

@@ -2,9 +2,9 @@
 //!
 //! Invariants: a buffer owns its frames. While a device has them the buffer is inside the driver, so nobody touches them.
 
+use crate::arch::cpu;
 use entresol_addr::{PAGE_SIZE, Pfn};
 use entresol_backing::{Order, OutOfMemory};
-use entresol_metal_arm64::cpu;
 
 use crate::host;
 

@@ -15,8 +15,8 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::ptr::NonNull;
 
-use entresol_metal_arm64::boot::Device;
-use entresol_metal_arm64::timer;
+use crate::arch::boot::Device;
+use crate::arch::timer;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{Ordering, fence};
 use virtio_drivers::queue::VirtQueue;

@@ -14,9 +14,9 @@
 mod buffer;
 mod disk;
 
+use crate::arch::boot::{BootInfo, Device};
+use crate::arch::lines;
 use arrayvec::ArrayVec;
-use entresol_metal_arm64::boot::{BootInfo, Device};
-use entresol_metal_arm64::gic;
 use entresol_sync::Once;
 use virtio_drivers::Error;
 use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
@@ -45,7 +45,8 @@ pub fn init(info: &BootInfo) {
         }
     }
     for disk in DISKS.call_once(|| disks) {
-        let enabled = gic::set_edge(disk.device.intid, disk.device.edge).and_then(|()| gic::enable(disk.device.intid));
+        let enabled =
+            lines::set_edge(disk.device.intid, disk.device.edge).and_then(|()| lines::enable(disk.device.intid));
         if let Err(error) = enabled {
             log::error!("disk at {:#x}: no interrupt: {error}", disk.device.registers.start);
         }

@@ -11,8 +11,8 @@
 //!
 //! Invariants: buffers are made once. A device that breaks the rules of its queues is left alone from then on.
 
-use entresol_metal_arm64::boot::Device;
-use entresol_metal_arm64::timer;
+use crate::arch::boot::Device;
+use crate::arch::timer;
 use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
 use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
 use virtio_drivers::{Error, PAGE_SIZE};

@@ -37,8 +37,8 @@ mod tags;
 
 use core::fmt::{self, Write};
 
-use entresol_metal_arm64::boot::BootInfo;
-use entresol_metal_arm64::gic;
+use crate::arch::boot::BootInfo;
+use crate::arch::lines;
 use entresol_sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use entresol_sync::{Mutex, Once};
 use entresol_wire::control::State;
@@ -89,7 +89,7 @@ pub fn init(info: &BootInfo) -> Result<(), OutOfHeap> {
     CHANNEL.call_once(|| Mutex::new(channel));
     SESSION.call_once(|| Mutex::new(session));
     INTID.store(device.intid, Ordering::Relaxed);
-    if let Err(error) = gic::set_edge(device.intid, device.edge).and_then(|()| gic::enable(device.intid)) {
+    if let Err(error) = lines::set_edge(device.intid, device.edge).and_then(|()| lines::enable(device.intid)) {
         log::error!("control: no control channel: {error}");
     }
     // The line may have risen before the interrupt was edge-triggered, and would never rise again: it is lowered, and what

@@ -11,9 +11,9 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use crate::arch::cpu;
 use entresol_addr::{PAGE_SIZE, PageSize};
 use entresol_backing::{Kind, ObjectHandle};
-use entresol_metal_arm64::cpu;
 use entresol_mmu::CoalescedRing;
 use entresol_slot::{Slot, SlotFlags};
 use entresol_sync::atomic::Ordering;
@@ -404,7 +404,7 @@ fn input(name: &str, data: &[u8], attached: &mut Option<Attached>) -> Result<u32
     };
     // Forgotten before it is offered: room that comes after a refusal is not missed.
     ROOM.store(false, Ordering::SeqCst);
-    let taken = vm.devices.offer(data);
+    let taken = vm.offer(data);
     attached.input_waits = taken < data.len();
     Ok(taken as u32)
 }

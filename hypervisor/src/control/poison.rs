@@ -3,9 +3,9 @@
 //! Protocol: [`entresol_mmu::Vm::poison`]'s: the frame is marked, every virtual machine withdraws it, it is sealed. A machine that is made
 //! meanwhile cannot map it, because the mark comes first.
 
+use crate::arch::cpu;
 use entresol_addr::Gpa;
 use entresol_backing::PoisonError as ObjectError;
-use entresol_metal_arm64::cpu;
 use entresol_mmu::PoisonError;
 use entresol_wire::Refusal;
 use entresol_wire::control::{Code, Error, Poisoned};

@@ -1,7 +1,7 @@
 //! Requests about private memory: audits of the hypervisor's own mapping, and reads that should fault.
 
+use crate::arch::{cpu, own, probe as hardware};
 use entresol_addr::Gpa;
-use entresol_metal_arm64::{cpu, own, probe as hardware};
 use entresol_slot::Hint;
 use entresol_wire::Refusal;
 use entresol_wire::control::{Audit, Code, Error, Probe, ProbeFault};

@@ -16,7 +16,7 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 
-use entresol_metal_arm64::timer;
+use crate::arch::timer;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::Ordering;
 use entresol_wire::control::{Answer, Bytes, CONSOLE_CHUNK, Code, Error, Event, Malformed, Request, Response};

@@ -7,9 +7,9 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::future::Future;
 
+use crate::arch::cpu;
 use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_machine::Tags;
-use entresol_metal_arm64::cpu;
 use entresol_mmu::{CopyError, TagError};
 use entresol_slot::Hint;
 use entresol_sync::Pin;

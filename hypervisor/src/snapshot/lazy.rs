@@ -26,10 +26,10 @@ use alloc::vec::Vec;
 use core::future::poll_fn;
 use core::task::Poll;
 
+use crate::arch::{cpu, timer};
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{GrantError, ObjectHandle, Order, PutError, StoreId, StoreSlot};
 use entresol_machine::{Machine, Tags};
-use entresol_metal_arm64::{cpu, timer};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, Ordering};
 use entresol_wire::Refusal;

@@ -36,8 +36,8 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use crate::arch::cpu;
 use entresol_backing::ObjectHandle;
-use entresol_metal_arm64::cpu;
 use entresol_wire::control::{Code, Error};
 use entresol_wire::snapshot::SnapshotError;
 

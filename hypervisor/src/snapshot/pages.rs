@@ -1,9 +1,9 @@
 //! Pages between objects and files.
 
+use crate::arch::cpu;
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{AccessError, ObjectHandle, StoreSlot};
 use entresol_machine::Tags;
-use entresol_metal_arm64::cpu;
 use entresol_wire::snapshot::{self as form, TAGGED_PAGES, page_checksum};
 
 use form::Pages as Layout;

@@ -8,9 +8,9 @@ use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use crate::arch::{cpu, map, timer};
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{ObjectHandle, Policy, Spec};
-use entresol_metal_arm64::{cpu, timer};
 use entresol_wire::Refusal;
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, Config};
@@ -181,7 +181,7 @@ async fn read_shared(
     }
     let (first, blocks) = trailer.shared_place();
     let bytes = file::read(file, first, blocks).await?;
-    let shared = Shared::decode(&bytes, &part, &shared::private_frames(config));
+    let shared = Shared::decode(&bytes, &part, &map::private_frames(config.memory));
     shared.map(Some).map_err(|error| Refused::file(&file.name, &error))
 }
 

@@ -3,33 +3,17 @@
 //! Protocol: the list is read off the image, which nobody changes, and given to new memory before anything is in it. It has guest
 //! frames: memory's, and the page with the records of stolen time, which is a fresh one in a new machine.
 
-use core::ops::Range;
-
-use entresol_addr::PAGE_SIZE;
+use entresol_addr::Gfn;
 use entresol_backing::{ConvertError, ObjectHandle};
-use entresol_loader::virt;
-use entresol_metal_arm64::cpu;
-use entresol_wire::bundle::FileIndex;
-use entresol_wire::config;
 use entresol_wire::snapshot::Shared;
 
 use super::Refused;
+use crate::arch::{cpu, map};
 use crate::host;
 use crate::store::{self, Failure};
 
 /// Parts of memory that are looked at, or converted, before guests have their turn.
 const AT_ONCE: usize = 512;
-/// The first guest frame of memory.
-const RAM: u64 = virt::RAM_BASE / PAGE_SIZE;
-/// The page with the records.
-const RECORDS: u64 = virt::STOLEN_TIME_BASE / PAGE_SIZE;
-
-const _: () = assert!(virt::STOLEN_TIME_SIZE == PAGE_SIZE && RECORDS < RAM, "the list rises");
-
-/// Where a machine like `config` has private memory, in guest frames.
-pub fn private_frames(config: &config::Vm<FileIndex>) -> [Range<u64>; 2] {
-    [RECORDS..RECORDS + 1, RAM..RAM + config.memory / PAGE_SIZE]
-}
 
 /// What the machine whose image has the memory `ram` shares; `records`: its page with the records, too. `None` if its memory is not
 /// private.
@@ -43,7 +27,9 @@ pub async fn list(ram: ObjectHandle, records: bool) -> Result<Option<Shared>, Fa
     }
     let mut shared = Shared::default();
     let mut push = |first, count| shared.push(first, count).map_err(|_| Failure::OutOfMemory);
-    push(RECORDS, records.into())?;
+    if let Some(page) = map::extra_page() {
+        push(page, records.into())?;
+    }
     let mut from = Some(0);
     while let Some(start) = from {
         from = list_some(ram, start, &mut push)?;
@@ -71,7 +57,9 @@ fn list_some(
     for _ in 0..AT_ONCE {
         let Some((open, end)) = object.open_part(&host.machine, start) else { return Ok(None) };
         if open {
-            push(RAM + start, end - start)?;
+            for range in map::shown(start, end - start) {
+                push(range.start().get(), range.count())?;
+            }
         }
         start = end;
     }
@@ -80,7 +68,7 @@ fn list_some(
 
 /// Whether the page with the records is in the list.
 pub fn has_records(shared: &Shared) -> bool {
-    shared.runs().any(|run| run.contains(&RECORDS))
+    map::extra_page().is_some_and(|page| shared.runs().any(|run| run.contains(&page)))
 }
 
 /// Memory that nobody has seen, `ram`, shares what `shared` says, which was checked.
@@ -89,8 +77,10 @@ pub fn has_records(shared: &Shared) -> bool {
 ///
 /// [`Refused`]: no frames for its nodes.
 pub async fn apply(ram: ObjectHandle, shared: &Shared) -> Result<(), Refused> {
-    for (index, run) in shared.runs().filter(|run| run.start >= RAM).enumerate() {
-        open(ram, run)?;
+    let memory =
+        shared.runs().filter_map(|run| Some((map::frame_of(Gfn::new(run.start).base())?, run.end - run.start)));
+    for (index, (first, count)) in memory.enumerate() {
+        open(ram, first, count)?;
         if index % AT_ONCE == 0 {
             store::task::pause().await;
         }
@@ -98,11 +88,11 @@ pub async fn apply(ram: ObjectHandle, shared: &Shared) -> Result<(), Refused> {
     Ok(())
 }
 
-fn open(ram: ObjectHandle, run: Range<u64>) -> Result<(), Refused> {
+fn open(ram: ObjectHandle, first: u64, count: u64) -> Result<(), Refused> {
     let host = host::get();
     let pin = host.epoch.pin(cpu::index());
     let object = host.objects.get(&pin, ram).ok_or_else(|| Refused::because("an object is gone"))?;
-    let opened = object.convert(&host.supply(cpu::index()), run.start - RAM, run.end - run.start, true);
+    let opened = object.convert(&host.supply(cpu::index()), first, count, true);
     opened.map(drop).map_err(|error| match error {
         ConvertError::OutOfMemory => Refused::out_of_memory(error),
         error => Refused::because(alloc::format!("shared pages: {error}")),

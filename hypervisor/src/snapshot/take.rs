@@ -8,10 +8,10 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use crate::arch::{cpu, timer};
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::ObjectHandle;
 use entresol_machine::Tags;
-use entresol_metal_arm64::{cpu, timer};
 use entresol_wire::Refusal;
 use entresol_wire::bundle::FileIndex;
 use entresol_wire::control::{Code, Error};

@@ -6,11 +6,11 @@
 //! Failures: a page that cannot be written stays, and the reclaim that wanted it out ends; one that cannot be read pauses whoever shows it. Neither
 //! loses anything.
 
+use crate::arch::cpu;
 use arrayvec::ArrayVec;
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{ObjectHandle, Out};
 use entresol_machine::{Machine, Tags};
-use entresol_metal_arm64::cpu;
 
 use super::pressure::ENOUGH;
 use super::{Page, RESERVED, SECTORS, Swap, TAGGED};

@@ -9,12 +9,10 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use crate::arch::{Format, Metal, cpu, map};
 use arrayvec::ArrayVec;
-use entresol_addr::{Gfn, GfnRange, PAGE_SHIFT, PageSize};
-use entresol_arch_arm64::stage2::Stage2;
+use entresol_addr::PageSize;
 use entresol_backing::{ObjectHandle, OutError, StoreError};
-use entresol_loader::virt;
-use entresol_metal_arm64::{Metal, cpu};
 use entresol_mmu::{Frames, LeaveError, Shown, begin_out, discard};
 use entresol_wire::config::MAX_VMS;
 
@@ -38,25 +36,21 @@ fn family(number: usize, object: ObjectHandle) -> Option<Vec<Arc<Vm>>> {
     Some(all)
 }
 
-fn shown(family: &[Arc<Vm>]) -> ArrayVec<Shown<'_, 'static, Metal, Stage2>, MAX_VMS> {
+fn shown(family: &[Arc<Vm>]) -> ArrayVec<Shown<'_, 'static, Metal, Format>, MAX_VMS> {
     family.iter().map(|vm| Shown { vm: &vm.memory, object: vm.ram() }).collect()
-}
-
-/// The guest frames of a virtual machine's frames.
-fn guest(frames: Frames) -> Option<GfnRange> {
-    GfnRange::new(Gfn::new((virt::RAM_BASE >> PAGE_SHIFT) + frames.start), frames.count)
 }
 
 /// Whether somebody has used one of the frames since they were made old.
 fn used(family: &[Arc<Vm>], frames: Frames) -> bool {
-    // What lies outside a guest's address space is not to leave.
-    guest(frames).is_none_or(|range| family.iter().any(|vm| vm.memory.test_young(cpu::index(), range).unwrap_or(true)))
+    // What cannot be asked for is not to leave.
+    map::shown(frames.start, frames.count)
+        .any(|range| family.iter().any(|vm| vm.memory.test_young(cpu::index(), range).unwrap_or(true)))
 }
 
 /// Makes the frames old.
 fn age(family: &[Arc<Vm>], frames: Frames) {
-    let Some(range) = guest(frames) else { return };
-    for vm in family {
+    for (range, vm) in map::shown(frames.start, frames.count).flat_map(|range| family.iter().map(move |vm| (range, vm)))
+    {
         if let Err(error) = vm.memory.clear_young(cpu::index(), range) {
             log::error!("swap: vm {}: {error:?}", vm.config.name);
         }

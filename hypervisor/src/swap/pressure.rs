@@ -8,9 +8,9 @@
 //!
 //! Some frames are put by for the nodes of blocks that are taken apart while there is no other.
 
+use crate::arch::cpu;
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{ObjectHandle, Order};
-use entresol_metal_arm64::cpu;
 #[cfg(doc)]
 use entresol_wire::config::Limits;
 use entresol_wire::config::MAX_VMS;

@@ -11,9 +11,9 @@
 
 use alloc::format;
 
+use crate::arch::cpu;
 use entresol_addr::{PAGE_SHIFT, PAGE_SIZE};
 use entresol_backing::{Found, Search};
-use entresol_metal_arm64::cpu;
 use entresol_wire::Refusal as Field;
 use entresol_wire::config::MAX_VMS;
 use entresol_wire::control::{Answer, Code, Error};

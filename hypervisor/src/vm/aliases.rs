@@ -5,8 +5,8 @@
 
 use core::fmt;
 
+use crate::arch::cpu;
 use entresol_addr::Gpa;
-use entresol_metal_arm64::cpu;
 use entresol_slot::{ObjectId, SlotError, SlotRequest};
 
 use super::Vm;

@@ -5,14 +5,14 @@
 //!
 //! Lock order: the balloon's lock → dirty logs → notifier → object → pool.
 
+use crate::arch::cpu;
 use entresol_addr::{GfnRange, PAGE_SIZE};
 use entresol_devices::virtio::balloon::{Busy, GiveBack, Given, TAGS};
-use entresol_metal_arm64::cpu;
 use entresol_wire::Refusal;
 use entresol_wire::control;
 
 use super::Vm;
-use super::lines::Link;
+use super::link::Link;
 
 /// The memory of a virtual machine, to be given back.
 pub struct GuestPages(Link);

@@ -1,7 +1,7 @@
 //! The guest's map: which device answers at which address.
 //!
-//! Addresses are those of QEMU's `virt` machine ([`entresol_loader::virt`]). Disks come first among the virtio transports, then
-//! the console, then entropy, then the balloon; the others exist and are empty. The page with the machine's generation is ours.
+//! Disks come first among the virtio transports, then the console, then entropy, then the balloon; the others exist and are empty.
+//! What else there is, is the [`Board`]'s. A flash answers where no memory does.
 //!
 //! Work that a device could not finish within one exit is remembered in a bit for each transport, and carried on before
 //! some vCPU enters the guest again.
@@ -12,21 +12,15 @@ use alloc::vec::Vec;
 use core::cell::Cell;
 use core::ops::Range;
 
-use entresol_addr::{Gpa, PAGE_SIZE};
+use entresol_addr::Gpa;
 use entresol_devices::bus::{Device, Work};
 use entresol_devices::flash::{Flash, FlashError};
-use entresol_devices::gic::{GicError, REDISTRIBUTOR_SIZE, Vgic};
-use entresol_devices::pl011::{self, Pl011};
-use entresol_devices::pl031::{self, Pl031};
 use entresol_devices::saved::BadState;
 use entresol_devices::virtio::balloon::Balloon;
 use entresol_devices::virtio::block::Block;
 use entresol_devices::virtio::console::Console as VirtioConsole;
 use entresol_devices::virtio::entropy::EntropySource;
 use entresol_devices::virtio::{self, VirtioDevice, VirtioMmio, empty::EmptySlot};
-use entresol_devices::vmgenid::VmGenId;
-use entresol_loader::virt;
-use entresol_metal_arm64::cpu;
 use entresol_slot::Hint;
 use entresol_sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use entresol_wire::bundle::FileIndex;
@@ -35,19 +29,14 @@ use serde::{Deserialize, Serialize};
 
 use super::balloon::GuestPages;
 use super::flash::Window;
-use super::lines::{Line, Link};
+use super::link::Link;
 use super::memory::{DeviceMemory, QUEUE_CACHES};
 use super::{FlashMemory, Media, OutOfHeap, Overlay, Pause, Vm};
-use crate::clock::{self, WallClock};
+use crate::arch::{Board, Line, State, cpu, map};
 use crate::console::Terminal;
-use crate::entropy::{self, MachineEntropy};
-use crate::exit::interrupts;
+use crate::entropy::MachineEntropy;
 use crate::sched::VcpuRef;
-use crate::vcpu::State;
 use crate::{host, paging};
-
-/// First SPI's INTID.
-const FIRST_SPI: u32 = 32;
 
 /// How an access ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +53,6 @@ pub enum Claim {
     Again,
 }
 
-type SerialPort = Pl011<Arc<Terminal>, Line>;
 type VirtioPort = VirtioMmio<VirtioConsole, DeviceMemory, Line>;
 type DiskDevice = Block<Arc<Overlay>>;
 type VirtioDisk = VirtioMmio<DiskDevice, DeviceMemory, Line>;
@@ -75,10 +63,7 @@ type VirtioBalloon = VirtioMmio<BalloonDevice, DeviceMemory, Line>;
 
 /// The devices of one virtual machine.
 pub struct Devices {
-    serial: SerialPort,
-    clock: Pl031<WallClock, Line>,
     flash: Option<Flash<Window>>,
-    generation: VmGenId<Line>,
     transports: Box<[Arc<dyn Device>]>,
     disks: Box<[Arc<VirtioDisk>]>,
     port: Arc<VirtioPort>,
@@ -97,8 +82,6 @@ pub struct Devices {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Saved {
-    serial: pl011::Saved,
-    clock: pl031::Saved,
     disks: Vec<virtio::Saved>,
     console: virtio::Saved,
     entropy: Option<virtio::Saved>,
@@ -107,17 +90,13 @@ pub struct Saved {
 /// What devices of one virtual machine are wired with.
 struct Wires<'a> {
     link: &'a Link,
-    gic: &'a Arc<Vgic>,
+    board: &'a Board,
     private_io: PrivateIo,
     /// The page-frame cache that no queue has yet.
     next_cache: Cell<u16>,
 }
 
 impl Wires<'_> {
-    fn line(&self, spi: u32) -> Result<Line, OutOfHeap> {
-        Ok(Line::new(self.link.clone(), self.gic.clone(), self.gic.spi(FIRST_SPI + spi)?))
-    }
-
     /// For a device of type `D`.
     fn memory<D: VirtioDevice>(&self) -> DeviceMemory {
         let first = self.next_cache.get();
@@ -127,7 +106,7 @@ impl Wires<'_> {
 
     /// The line of transport `slot`.
     fn transport(&self, slot: usize) -> Result<Line, OutOfHeap> {
-        self.line(virt::VIRTIO_SPI + slot as u32)
+        self.board.transport_line(slot)
     }
 }
 
@@ -139,20 +118,14 @@ fn in_order(
     balloon: Option<&Arc<VirtioBalloon>>,
 ) -> Result<Box<[Arc<dyn Device>]>, OutOfHeap> {
     let mut transports: Vec<Arc<dyn Device>> = Vec::new();
-    transports.try_reserve_exact(virt::VIRTIO_SLOTS as usize).map_err(|_| OutOfHeap)?;
+    transports.try_reserve_exact(map::VIRTIO_SLOTS as usize).map_err(|_| OutOfHeap)?;
     transports.extend(disks.iter().map(|disk| disk.clone() as Arc<dyn Device>));
     transports.push(port.clone());
     transports.extend(entropy.map(|entropy| entropy.clone() as Arc<dyn Device>));
     transports.extend(balloon.map(|balloon| balloon.clone() as Arc<dyn Device>));
     let empty: Arc<dyn Device> = Arc::new(EmptySlot);
-    transports.resize(virt::VIRTIO_SLOTS as usize, empty);
+    transports.resize(map::VIRTIO_SLOTS as usize, empty);
     Ok(transports.into_boxed_slice())
-}
-
-impl From<GicError> for OutOfHeap {
-    fn from(_: GicError) -> Self {
-        Self
-    }
 }
 
 impl From<FlashError> for OutOfHeap {
@@ -176,14 +149,14 @@ impl Devices {
     /// [`OutOfHeap`].
     pub fn new(
         link: &Link,
-        gic: &Arc<Vgic>,
+        board: &Board,
         terminal: &Arc<Terminal>,
         media: &Media,
         config: &config::Vm<FileIndex>,
     ) -> Result<Self, OutOfHeap> {
         let private_io = config.private_io;
         let first = config.vcpus as u16;
-        let wires = Wires { link, gic, private_io, next_cache: Cell::new(first) };
+        let wires = Wires { link, board, private_io, next_cache: Cell::new(first) };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(media.disks.len()).map_err(|_| OutOfHeap)?;
         for (slot, disk) in media.disks.iter().enumerate() {
@@ -211,10 +184,7 @@ impl Devices {
         let window = |memory: &Arc<FlashMemory>| Flash::new(Window::new(memory.clone(), link.clone()));
         let flash = media.flash.as_ref().map(window).transpose()?;
         Ok(Self {
-            serial: Pl011::new(terminal.clone(), wires.line(virt::UART_SPI)?),
-            clock: Pl031::new(WallClock, wires.line(virt::RTC_SPI)?),
             flash,
-            generation: VmGenId::new(entropy::generation(), wires.line(virt::VMGENID_SPI)?),
             transports: in_order(&blocks, &port, entropy.as_ref(), balloon.as_ref())?,
             disks: blocks.into_boxed_slice(),
             port,
@@ -236,14 +206,14 @@ impl Devices {
     pub fn fork(
         &self,
         link: &Link,
-        gic: &Arc<Vgic>,
+        board: &Board,
         terminal: &Arc<Terminal>,
         disks: &[Arc<Overlay>],
         flash: Option<&Arc<FlashMemory>>,
         private_io: PrivateIo,
     ) -> Result<Self, OutOfHeap> {
         let first = self.caches.start;
-        let wires = Wires { link, gic, private_io, next_cache: Cell::new(first) };
+        let wires = Wires { link, board, private_io, next_cache: Cell::new(first) };
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(disks.len()).map_err(|_| OutOfHeap)?;
         for (slot, (block, disk)) in self.disks.iter().zip(disks).enumerate() {
@@ -274,10 +244,7 @@ impl Devices {
             _ => None,
         };
         Ok(Self {
-            serial: self.serial.fork(terminal.clone(), wires.line(virt::UART_SPI)?),
-            clock: self.clock.fork(WallClock, wires.line(virt::RTC_SPI)?),
             flash,
-            generation: VmGenId::new(self.generation.id(), wires.line(virt::VMGENID_SPI)?),
             transports: in_order(&blocks, &port, entropy.as_ref(), balloon.as_ref())?,
             disks: blocks.into_boxed_slice(),
             port,
@@ -293,8 +260,6 @@ impl Devices {
     /// Their state outside the machine; no vCPU is on a CPU, and there is no flash.
     pub fn save(&self) -> Saved {
         Saved {
-            serial: self.serial.save(),
-            clock: self.clock.save(),
             disks: self.disks.iter().map(|disk| disk.save()).collect(),
             console: self.port.save(),
             entropy: self.entropy.as_ref().map(|entropy| entropy.save()),
@@ -312,8 +277,6 @@ impl Devices {
             let rule = "must be as many disks as the configuration has, and an entropy source if the machine has one";
             return Err(BadState { field: "devices", rule });
         }
-        self.serial.load(saved.serial)?;
-        self.clock.load(&saved.clock);
         self.disks.iter().zip(&saved.disks).try_for_each(|(disk, saved)| disk.load(saved))?;
         self.port.load(&saved.console)?;
         if let (Some(entropy), Some(saved)) = (&self.entropy, &saved.entropy) {
@@ -323,16 +286,9 @@ impl Devices {
         Ok(())
     }
 
-    /// Tells the guest that it is another than before: a copy.
-    pub fn renew_generation(&self) {
-        self.generation.renew(entropy::generation());
-    }
-
-    /// Gives the guest input; returns how many of the first bytes it took. The serial port has precedence; a guest that
-    /// listens only at its virtio console gets it there.
+    /// Gives the guest input at its virtio console; returns how many of the first bytes it took.
     pub fn offer(&self, bytes: &[u8]) -> usize {
-        let taken = self.serial.offer(bytes);
-        if taken == 0 && !self.serial.is_heard() { self.port.offer(bytes) } else { taken }
+        self.port.offer(bytes)
     }
 
     /// Its balloon, if it has one.
@@ -362,55 +318,37 @@ impl Devices {
         self.lost.store(true, Ordering::SeqCst);
     }
 
-    /// The count at which its clock's alarm must be looked at.
-    pub fn alarm(&self) -> Option<u64> {
-        self.clock.next_alarm().map(clock::count_at)
-    }
-
-    /// Time passes: to be called when a turn of its first vCPU begins, and every slice of it.
-    pub fn tick(&self) {
-        self.serial.tick();
-        if self.clock.next_alarm().is_some() {
-            self.clock.check(clock::unix_seconds());
-        }
-    }
-
-    fn at(&self, gpa: u64) -> Option<(&dyn Device, u64, Option<usize>)> {
-        let inside = |base: u64, size: u64| gpa.checked_sub(base).filter(|offset| *offset < size);
-        if let Some(offset) = inside(virt::UART_BASE, virt::UART_SIZE) {
-            return Some((&self.serial, offset, None));
-        }
-        if let Some(offset) = inside(virt::VIRTIO_BASE, virt::VIRTIO_SIZE * u64::from(virt::VIRTIO_SLOTS)) {
-            let slot = (offset / virt::VIRTIO_SIZE) as usize;
-            return self.transports.get(slot).map(|device| (&**device, offset % virt::VIRTIO_SIZE, Some(slot)));
-        }
-        if let Some(offset) = inside(virt::VMGENID_BASE, virt::VMGENID_SIZE) {
-            return Some((&self.generation, offset, None));
-        }
-        inside(virt::RTC_BASE, virt::RTC_SIZE).map(|offset| (&self.clock as &dyn Device, offset, None))
+    /// The transport at `gpa`, and the offset in it.
+    #[inline]
+    fn transport_at(&self, gpa: u64) -> Option<(&dyn Device, u64, usize)> {
+        let offset = gpa.checked_sub(map::VIRTIO_BASE)?;
+        let slot = (offset / map::VIRTIO_SIZE) as usize;
+        self.transports.get(slot).map(|device| (&**device, offset % map::VIRTIO_SIZE, slot))
     }
 
     /// The flash, if it is what lies at `gpa`, and the offset in it.
     fn flash_at(&self, gpa: u64) -> Option<(&Flash<Window>, u64)> {
         let flash = self.flash.as_ref()?;
-        gpa.checked_sub(virt::FLASH_BASE).filter(|offset| *offset < flash.size()).map(|offset| (flash, offset))
+        gpa.checked_sub(map::FLASH_BASE).filter(|offset| *offset < flash.size()).map(|offset| (flash, offset))
     }
 }
 
 impl Vm {
+    /// The device at `gpa`, the offset in it, and its transport, if it has one.
+    #[inline]
+    fn device_at(&self, gpa: u64) -> Option<(&dyn Device, u64, Option<usize>)> {
+        if let Some((device, offset)) = self.board.device_at(gpa) {
+            return Some((device, offset, None));
+        }
+        self.devices.transport_at(gpa).map(|(device, offset, slot)| (device, offset, Some(slot)))
+    }
+
     /// A guest's load of `size` bytes at `gpa`.
     pub fn device_read(&self, vcpu: &VcpuRef, state: &mut State, gpa: Gpa, size: u8) -> Claim {
-        let address = gpa.get();
-        if let Some((device, offset, _)) = self.devices.at(address) {
+        if let Some((device, offset, _)) = self.device_at(gpa.get()) {
             return Claim::Value(device.read(offset, size));
         }
-        if let Some((frame, offset)) = gic_frame(address) {
-            interrupts::sync(vcpu, state);
-            let (value, kick) = match frame {
-                None => self.gic.dist_read(offset, size),
-                Some(frame) => self.gic.redist_read(frame, offset, size),
-            };
-            interrupts::kick(vcpu, kick);
+        if let Some(value) = self.board.read(vcpu, state, gpa.get(), size) {
             return Claim::Value(value);
         }
         self.read_elsewhere(gpa, size)
@@ -443,18 +381,11 @@ impl Vm {
 
     /// A guest's store of the low `size` bytes of `value` at `gpa`.
     pub fn device_write(&self, vcpu: &VcpuRef, state: &mut State, gpa: Gpa, size: u8, value: u64) -> Claim {
-        let address = gpa.get();
-        if let Some((device, offset, slot)) = self.devices.at(address) {
+        if let Some((device, offset, slot)) = self.device_at(gpa.get()) {
             let work = device.write(offset, size, value);
             return if self.note(slot, work) { Claim::Look } else { Claim::Done };
         }
-        if let Some((frame, offset)) = gic_frame(address) {
-            interrupts::sync(vcpu, state);
-            let kick = match frame {
-                None => self.gic.dist_write(offset, size, value),
-                Some(frame) => self.gic.redist_write(frame, offset, size, value),
-            };
-            interrupts::kick(vcpu, kick);
+        if self.board.write(vcpu, state, gpa.get(), size, value) {
             return Claim::Done;
         }
         self.write_elsewhere(gpa, size, value)
@@ -479,13 +410,13 @@ impl Vm {
 
     /// Whether some device answers in all of the page at `page`: none of them has less than pages.
     pub fn fills(&self, page: u64) -> bool {
-        self.devices.at(page).is_some() || gic_frame(page).is_some()
+        self.device_at(page).is_some() || self.board.is_controller(page)
     }
 
     /// Whether a store or load at `gpa`, which no memory served, will be answered, or tried again; if not, that is noted.
     pub fn answers(&self, gpa: Gpa, write: bool) -> bool {
         let (address, policies) = (gpa.get(), &self.config.policies);
-        let claimed = self.devices.at(address).is_some() || gic_frame(address).is_some();
+        let claimed = self.device_at(address).is_some() || self.board.is_controller(address);
         if claimed || self.devices.flash_at(address).is_some() {
             return true;
         }
@@ -538,40 +469,13 @@ impl Vm {
     #[cold]
     pub fn run_devices(&self) {
         let unfinished = self.devices.unfinished.swap(0, Ordering::AcqRel);
-        for slot in (0..virt::VIRTIO_SLOTS as usize).filter(|slot| unfinished >> slot & 1 != 0) {
+        for slot in (0..map::VIRTIO_SLOTS as usize).filter(|slot| unfinished >> slot & 1 != 0) {
             self.note(Some(slot), self.devices.transports[slot].run());
         }
     }
 }
 
 const _: () = {
-    let queues = virt::VIRTIO_SLOTS as usize * virtio::QUEUES_MAX;
+    let queues = map::VIRTIO_SLOTS as usize * virtio::QUEUES_MAX;
     assert!(MAX_VCPUS as usize + queues * QUEUE_CACHES <= u16::MAX as usize, "page-frame caches have short numbers");
 };
-
-const _: () = {
-    let windows = [
-        (virt::UART_BASE, virt::UART_SIZE),
-        (virt::RTC_BASE, virt::RTC_SIZE),
-        (virt::VMGENID_BASE, virt::VMGENID_SIZE),
-        (virt::VIRTIO_BASE, virt::VIRTIO_SIZE * virt::VIRTIO_SLOTS as u64),
-        (virt::GICD_BASE, virt::GICD_SIZE),
-        (virt::GICR_BASE, virt::GICR_SIZE),
-    ];
-    let mut index = 0;
-    while index < windows.len() {
-        let (base, size) = windows[index];
-        assert!(base.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE), "a device has whole pages");
-        index += 1;
-    }
-};
-
-/// The GIC's frame at `address`: `None` for the distributor, or the number of a redistributor; and the offset in it.
-fn gic_frame(address: u64) -> Option<(Option<usize>, u64)> {
-    let inside = |base: u64, size: u64| address.checked_sub(base).filter(|offset| *offset < size);
-    if let Some(offset) = inside(virt::GICD_BASE, virt::GICD_SIZE) {
-        return Some((None, offset));
-    }
-    let offset = inside(virt::GICR_BASE, virt::GICR_SIZE)?;
-    Some((Some((offset / REDISTRIBUTOR_SIZE) as usize), offset % REDISTRIBUTOR_SIZE))
-}

@@ -20,9 +20,9 @@
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::arch::cpu;
 use entresol_addr::{GfnRange, Gpa, PAGE_SHIFT};
 use entresol_backing::{Kind, ObjectHandle};
-use entresol_metal_arm64::cpu;
 use entresol_mmu::{ForkError, LogError, Mark, RingsError};
 use entresol_slot::{Slot, SlotError, SlotFlags, SlotRequest};
 use entresol_sync::Mutex;

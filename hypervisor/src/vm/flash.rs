@@ -21,13 +21,12 @@ use alloc::sync::Arc;
 use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_backing::{AccessError, CreateError, ForkError, ObjectHandle, Policy, Spec};
 use entresol_devices::flash::{Backing, BackingError};
-use entresol_loader::virt;
-use entresol_metal_arm64::cpu;
 use entresol_slot::{ObjectId, SlotError, SlotFlags, SlotRequest};
 use entresol_sync::Mutex;
 
-use super::lines::Link;
+use super::link::Link;
 use super::slots;
+use crate::arch::{cpu, map};
 use crate::host;
 
 /// The bytes of a flash.
@@ -97,7 +96,7 @@ impl FlashMemory {
     pub fn slot(&self) -> SlotRequest {
         SlotRequest {
             id: slots::FLASH,
-            base: Gpa::new(virt::FLASH_BASE),
+            base: Gpa::new(map::FLASH_BASE),
             size: self.size,
             object: ObjectId::new(self.object().raw()),
             offset: 0,

@@ -21,22 +21,18 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::mem::ManuallyDrop;
 
-use entresol_addr::Gpa;
-use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::ObjectHandle;
-use entresol_loader::virt;
-use entresol_metal_arm64::{Metal, cpu};
 use entresol_mmu::Counter;
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
-use entresol_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use entresol_sync::atomic::{AtomicBool, Ordering};
 use entresol_wire::bundle::FileIndex;
 use entresol_wire::config;
 
-use super::lines::Link;
+use super::link::Link;
 use super::pass_through::Passed;
-use super::stolen::Records;
 use super::{FlashMemory, OutOfHeap, Overlay, Pause, Posted, Status, Vm, slots};
+use crate::arch::{Memory, cpu, map};
 use crate::console::Terminal;
 use crate::counters::Counters;
 use crate::vcpu::Vcpu;
@@ -94,7 +90,7 @@ impl Drop for Hold<'_> {
 }
 
 /// What slot `id` shows.
-fn slot_of(memory: &entresol_mmu::Vm<'static, Metal, Stage2>, id: u32) -> Option<ObjectHandle> {
+fn slot_of(memory: &Memory, id: u32) -> Option<ObjectHandle> {
     let pin = host::get().epoch.pin(cpu::index());
     let slot = memory.slots().iter(&pin).find(|slot| u32::from(slot.id) == id)?;
     Some(ObjectHandle::from_raw(slot.object.get()))
@@ -133,9 +129,10 @@ impl Vm {
         if let (Some((flash, copy)), None) = (flash, shown) {
             flash.copy_to(copy).map_err(ForkError::Disk)?;
         }
-        let (gic, link) = (Arc::new(self.gic.fork().map_err(OutOfHeap::from)?), Link::default());
+        let link = Link::default();
+        let mut board = self.board.fork(&link, terminal)?;
         let flash_copy = flash.map(|(_, copy)| copy);
-        let devices = self.devices.fork(&link, &gic, terminal, disks, flash_copy, config.private_io)?;
+        let devices = self.devices.fork(&link, &board, terminal, disks, flash_copy, config.private_io)?;
         let vcpus = self.fork_vcpus()?;
         let posted = Posted::new(&config)?;
         sched::reserve(vcpus.len())?;
@@ -153,33 +150,28 @@ impl Vm {
         }
         let ram = {
             let pin = host::get().epoch.pin(cpu::index());
-            let slot = memory.slots().find(&pin, Gpa::new(virt::RAM_BASE).frame(), &Hint::new());
+            let slot = memory.slots().find(&pin, map::RAM.frame(), &Hint::new());
             ObjectHandle::from_raw(slot.expect("slot 0 is the memory, and stays").object.get())
         };
-        let records = Records::of_copy(&memory);
+        board.take_over(&memory);
         let vm = Arc::new(Self {
             config,
             memory: ManuallyDrop::new(memory),
-            gic,
             counters: Counters::default(),
             posted,
             tracking: Default::default(),
             unclaimed: Counter::new(),
             devices,
+            board,
             passed: Passed::none(),
             ram,
             short: Default::default(),
-            _records: records,
             vcpus,
             status: Mutex::new(Status::Paused(Pause::NotStarted)),
             runs: AtomicBool::new(false),
-            id_registers: self.id_registers,
-            vtcr: self.vtcr,
-            hcr: self.hcr,
-            last: [const { AtomicUsize::new(0) }; entresol_sync::epoch::MAX_CPUS],
         });
         link.tie(&vm);
-        vm.devices.renew_generation();
+        vm.board.renew_generation();
         Ok(vm)
     }
 

@@ -10,23 +10,20 @@
 //! Lock order: the device's lock → a cache's; no caller is pinned.
 
 use entresol_addr::{Gpa, PAGE_SIZE};
-use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::Reach;
 use entresol_devices::bus::{Area, GuestMemory, MemoryError, Ring};
 use entresol_devices::virtio::QUEUE_SIZE_MAX;
 use entresol_loader::Memory as LoaderMemory;
-use entresol_metal_arm64::{Metal, cpu};
 use entresol_mmu::{CacheError, CopyError, Piece};
 use entresol_slot::Hint;
 use entresol_sync::hint;
 use entresol_wire::config::PrivateIo;
 
 use super::Vm;
-use super::lines::Link;
+use super::link::Link;
+use crate::arch::{Memory, cpu};
 use crate::host;
 use crate::paging::{self, Wanted};
-
-type Memory = entresol_mmu::Vm<'static, Metal, Stage2>;
 
 /// Pages that an area may lie in.
 const PAGES: usize = 2;

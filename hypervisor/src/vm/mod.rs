@@ -17,15 +17,15 @@ mod devices;
 mod dirty;
 mod flash;
 mod fork;
-mod lines;
+mod link;
 mod memory;
 mod overlay;
 pub mod pass_through;
 mod posted;
 pub mod rom;
 mod saved;
-mod slots;
-mod stolen;
+pub mod slots;
+mod wait;
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
@@ -35,25 +35,21 @@ use core::mem::ManuallyDrop;
 
 use entresol_addr::{Gpa, PAGE_SIZE};
 
-use entresol_arch_arm64::stage2::{self, Stage2};
-use entresol_arch_arm64::sysreg::SysReg;
 use entresol_backing::{Grant, Object, ObjectHandle};
-use entresol_devices::gic::Vgic;
-use entresol_metal_arm64::traps::{self, Hcr};
-use entresol_metal_arm64::{Metal, cpu, live};
 use entresol_mmu::Counter;
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
-use entresol_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use entresol_sync::atomic::{AtomicBool, Ordering};
 use entresol_wire::bundle::FileIndex;
 use entresol_wire::config;
 
+use crate::arch::{self, Board, Boot, Memory, cpu};
 use crate::counters::Counters;
 use crate::host;
 use crate::host_work::{self, Work};
 use crate::paging::Short;
 use crate::sched::{self, VcpuRef};
-use crate::vcpu::{Boot, Vcpu};
+use crate::vcpu::Vcpu;
 use devices::Devices;
 use dirty::Tracking;
 
@@ -63,12 +59,13 @@ pub use devices::Claim;
 pub use dirty::{DirtyError, LogOptions, Place, Run};
 pub use flash::FlashMemory;
 pub use fork::{ForkError, Hold};
+pub use link::Link;
+pub use memory::BootMemory;
 pub use overlay::Overlay;
 use pass_through::Passed;
 pub use posted::{Posted, Store};
 pub use saved::Saved;
-use stolen::Records;
-pub use stolen::Wait;
+pub use wait::Wait;
 
 /// What outlives a virtual machine's resets.
 #[derive(Clone, Default)]
@@ -160,17 +157,12 @@ pub enum Status {
     Crashed(Crash),
 }
 
-/// ID registers a guest may read: op1 0, CRn 0, CRm 1–7, op2 0–7.
-const ID_REGISTERS: usize = 56;
-
 /// A virtual machine.
 pub struct Vm {
     /// What its owner wants.
     pub config: config::Vm<FileIndex>,
     /// Its memory.
-    pub memory: ManuallyDrop<entresol_mmu::Vm<'static, Metal, Stage2>>,
-    /// Its interrupt controller.
-    pub gic: Arc<Vgic>,
+    pub memory: ManuallyDrop<Memory>,
     /// Exits by reason.
     pub counters: Counters,
     /// Accesses that no memory and no device served.
@@ -179,21 +171,16 @@ pub struct Vm {
     pub posted: Posted,
     tracking: Tracking,
     pub(crate) devices: Devices,
+    /// What else it has. Dropped after the memory that shows some of it.
+    pub board: Box<Board>,
     /// Devices of the machine that are its own.
     passed: Passed,
     ram: ObjectHandle,
     /// Who waits because it has all that it may have.
     pub short: Short,
-    /// Dropped after the memory that shows them.
-    _records: Records,
     vcpus: Box<[Vcpu]>,
     status: Mutex<Status>,
     runs: AtomicBool,
-    id_registers: [u64; ID_REGISTERS],
-    vtcr: u64,
-    hcr: Hcr,
-    /// The vCPU that ran last on each CPU, plus one: the ASIDs of another mean something else.
-    last: [AtomicUsize; entresol_sync::epoch::MAX_CPUS],
 }
 
 impl Vm {
@@ -229,11 +216,6 @@ impl Vm {
     /// Frames that its memory holds.
     pub fn resident_frames(&self) -> u64 {
         self.with_ram(Object::resident_frames).unwrap_or(0)
-    }
-
-    /// The guest's view of an identification register.
-    pub fn id_register(&self, reg: SysReg) -> u64 {
-        self.id_registers.get(id_index(reg)).copied().unwrap_or(0)
     }
 
     /// The object that is its memory.
@@ -286,18 +268,28 @@ impl Vm {
 
     /// Powers vCPU 0 on at `boot` and lets the virtual machine run.
     pub fn start(self: &Arc<Self>, boot: Boot) {
-        self.set_status(Status::Running);
-        let vcpu = VcpuRef { vm: self.clone(), index: 0 };
-        let on = sched::power_on(vcpu, || *self.vcpu(0).boot.lock() = Some(boot));
-        assert!(on, "a virtual machine that was just built has no vCPU on");
+        self.power_on(Status::Running, boot);
     }
 
     /// Powers vCPU 0 on at `boot`, but the virtual machine waits for its owner.
     pub fn start_paused(self: &Arc<Self>, boot: Boot) {
-        self.set_status(Status::Paused(Pause::NotStarted));
-        let vcpu = VcpuRef { vm: self.clone(), index: 0 };
-        let on = sched::power_on(vcpu, || *self.vcpu(0).boot.lock() = Some(boot));
-        assert!(on, "a virtual machine that was just built has no vCPU on");
+        self.power_on(Status::Paused(Pause::NotStarted), boot);
+    }
+
+    fn power_on(self: &Arc<Self>, status: Status, boot: Boot) {
+        self.set_status(status);
+        *self.vcpu(0).boot.lock() = Some(boot);
+        for index in 0..arch::first_vcpus(self.vcpus()) {
+            let on = sched::power_on(VcpuRef { vm: self.clone(), index }, || ());
+            assert!(on, "a virtual machine that was just built has no vCPU on");
+        }
+    }
+
+    /// Gives the guest input; returns how many of the first bytes it took. The serial port has precedence; a guest that
+    /// listens only at its virtio console gets it there.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        let taken = self.board.offer(bytes);
+        if taken == 0 && !self.board.is_heard() { self.devices.offer(bytes) } else { taken }
     }
 
     fn set_status(&self, status: Status) {
@@ -377,18 +369,7 @@ impl Vm {
     /// Whether an interrupt waits that ends the wait of vCPU `index`, which is on no CPU.
     pub fn wakes(&self, index: usize) -> bool {
         let state = self.vcpu(index).state.lock();
-        self.gic.deliverable(index, &state.gic)
-    }
-
-    /// CPU `cpu` is about to run vCPU `index`.
-    pub fn load_tables(&self, cpu: usize, index: usize) {
-        let vmid = self.memory.load(cpu);
-        let vttbr = stage2::vttbr(self.memory.table().root().start(), vmid);
-        // SAFETY: the table maps this virtual machine's slots only, and lives until no CPU has it loaded.
-        unsafe { traps::set_stage2(self.vtcr, vttbr) };
-        if self.last[cpu].swap(index + 1, Ordering::Relaxed) != index + 1 {
-            live::flush_stage1();
-        }
+        self.board.wakes(index, &state)
     }
 
     /// CPU `cpu` has put its vCPU.
@@ -401,16 +382,6 @@ impl Vm {
     pub fn clean_everything(&self) {
         self.memory.clean_all(cpu::index());
     }
-
-    /// Whether the loaded vCPU's writes of its translation registers trap.
-    pub fn watch_translation(&self, watched: bool) {
-        traps::set_hcr(if watched { self.hcr | Hcr::TVM } else { self.hcr });
-    }
-}
-
-/// Place of an ID register among [`ID_REGISTERS`].
-fn id_index(reg: SysReg) -> usize {
-    usize::from(reg.crm()).wrapping_sub(1).wrapping_mul(8).wrapping_add(usize::from(reg.op2()))
 }
 
 impl Drop for Vm {

@@ -9,10 +9,10 @@
 
 use alloc::sync::Arc;
 
+use crate::arch::cpu;
 use entresol_addr::PAGE_SIZE;
 use entresol_backing::{AccessError, CreateError, ForkError, ObjectHandle, Policy, Spec};
 use entresol_devices::virtio::block::{Disk, DiskError};
-use entresol_metal_arm64::cpu;
 use entresol_sync::Mutex;
 
 use crate::host;

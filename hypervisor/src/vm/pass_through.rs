@@ -11,12 +11,10 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use crate::arch::boot::{BootInfo, Device};
+use crate::arch::{Memory, cpu};
 use entresol_addr::{Gpa, PAGE_SIZE, Pfn};
-use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::{ObjectHandle, Spec};
-use entresol_metal_arm64::boot::{BootInfo, Device};
-use entresol_metal_arm64::{Metal, cpu};
-use entresol_mmu::Vm as Memory;
 use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
 use entresol_sync::Once;
 use entresol_wire::config::{MAX_PASS_THROUGH, PassThrough};
@@ -77,7 +75,7 @@ impl Passed {
     /// # Errors
     ///
     /// What is wrong.
-    pub fn show(&self, memory: &Memory<'static, Metal, Stage2>) -> Result<(), String> {
+    pub fn show(&self, memory: &Memory) -> Result<(), String> {
         for (id, (object, it)) in (FIRST_SLOT..).zip(&self.0) {
             let request = SlotRequest {
                 id,

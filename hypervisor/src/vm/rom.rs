@@ -9,9 +9,9 @@
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
+use crate::arch::{Metal, cpu};
 use entresol_addr::{PAGE_SIZE, Pfn, PfnRange};
 use entresol_backing::{ObjectHandle, Spec};
-use entresol_metal_arm64::{Metal, cpu};
 use entresol_sync::Mutex;
 use entresol_wire::bundle::{Bundle, FileIndex};
 

@@ -8,15 +8,13 @@
 //!
 //! Trust: a state that was read is a stranger's. Configuration, interrupt controller and devices are checked; of the vCPUs only
 //! registers that a guest can write itself are taken, and the hypervisor forces what would lead outside
-//! ([`entresol_metal_arm64::switch::Registers`]).
+//! ([`SavedState`](crate::arch::SavedState)).
 
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use entresol_backing::ObjectHandle;
-use entresol_devices::gic;
-use entresol_metal_arm64::timer;
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config;
 use entresol_wire::snapshot::Known;
@@ -24,9 +22,10 @@ use serde::{Deserialize, Serialize};
 
 use super::build::{self, Inside};
 use super::{Media, OutOfHeap, Pause, Status, Vm, devices, slots};
+use crate::arch::{SavedBoard, cpu, timer};
 use crate::console::Terminal;
 use crate::host;
-use crate::vcpu::{self, Vcpu};
+use crate::vcpu::{self, Counts, Vcpu};
 
 /// The state.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,14 +38,14 @@ pub struct Saved {
     /// The physical count, and the virtual one.
     counts: (u64, u64),
     vcpus: Vec<vcpu::Saved>,
-    gic: gic::Saved,
+    board: SavedBoard,
     devices: devices::Saved,
 }
 
 impl Vm {
     /// What it has that cannot be saved, as the configuration calls it.
     pub fn unsavable(&self) -> Option<&'static str> {
-        let pin = host::get().epoch.pin(entresol_metal_arm64::cpu::index());
+        let pin = host::get().epoch.pin(cpu::index());
         if !self.passed.is_empty() {
             Some("pass_through")
         } else if self.config.balloon {
@@ -68,13 +67,13 @@ impl Vm {
     pub fn save(&self, status: Status, known: impl Fn(FileIndex) -> Known) -> Result<Saved, OutOfHeap> {
         let config = self.config.clone().map_files(0, &mut |_, file| Ok::<_, OutOfHeap>(known(file)))?;
         let now = timer::now();
-        let offset = self.vcpus.first().map_or(0, |vcpu| vcpu.state.lock().timer.offset);
+        let offset = self.vcpus.first().map_or(0, |vcpu| vcpu.state.lock().offset());
         Ok(Saved {
             config,
             running: status == Status::Running,
             counts: (now, now.wrapping_sub(offset)),
             vcpus: self.vcpus.iter().map(Vcpu::save).collect(),
-            gic: self.gic.save().map_err(OutOfHeap::from)?,
+            board: self.board.save()?,
             devices: self.devices.save(),
         })
     }
@@ -102,18 +101,17 @@ impl Saved {
     ) -> Result<(Arc<Vm>, Status), String> {
         let (physical, virtual_count) = self.counts;
         let now = timer::now();
-        let made = self.gic.load(build::gic_config(config)).map_err(|error| bad(&error)).and_then(|gic| {
-            let same = self.vcpus.len() == config.vcpus as usize;
-            if same { Ok(gic) } else { Err(bad(&"vcpus: must be as many as the configuration has")) }
-        });
-        let gic = made.inspect_err(|_| build::destroy_ram(ram))?;
-        let (offset, jump) = (now.wrapping_sub(virtual_count), now.wrapping_sub(physical));
+        if self.vcpus.len() != config.vcpus as usize {
+            build::destroy_ram(ram);
+            return Err(bad(&"vcpus: must be as many as the configuration has"));
+        }
+        let counts = Counts { offset: now.wrapping_sub(virtual_count), jump: now.wrapping_sub(physical) };
         let vcpus = self.vcpus.into_iter().enumerate();
-        let vcpus = vcpus.map(|(index, saved)| Vcpu::load(index as u8, saved, offset, jump)).collect();
-        let inside = Inside { gic, vcpus, ram };
+        let vcpus = vcpus.map(|(index, saved)| Vcpu::load(index as u8, saved, counts)).collect();
+        let inside = Inside { board: Some(self.board), vcpus, ram };
         let vm = build::assemble(config, bundle, terminal, media, inside).map_err(|error| error.to_string())?;
         vm.devices.load(self.devices).map_err(|error| bad(&error))?;
-        vm.devices.renew_generation();
+        vm.board.renew_generation();
         vm.limit_memory();
         Ok((vm, if self.running { Status::Running } else { Status::Paused(Pause::Owner) }))
     }

@@ -4,23 +4,19 @@
 
 use alloc::string::{String, ToString};
 
-use entresol_addr::Gpa;
-use entresol_arch_arm64::stage2::Stage2;
+use entresol_addr::{Gpa, PAGE_SIZE};
 use entresol_backing::ObjectHandle;
-use entresol_loader::virt;
-use entresol_metal_arm64::{Metal, cpu};
 use entresol_slot::{ObjectId, SlotFlags, SlotRequest};
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, KernelFormat};
 
 use super::{Media, rom};
+use crate::arch::{Memory, cpu, map};
 
-/// Its memory's number.
-const RAM: u32 = 0;
-/// Its flash's, while that reads as memory.
-pub const FLASH: u32 = 1;
+/// Its flash's number, while that reads as memory: behind those of its memory.
+pub const FLASH: u32 = map::RAM_SLOTS;
 /// That of the first of its read-only files: firmware, if it has some.
-const ROMS: u32 = 2;
+const ROMS: u32 = FLASH + 1;
 
 /// That of the records of stolen time.
 pub const RECORDS: u32 = ALIASES - 1;
@@ -29,9 +25,6 @@ pub const RECORDS: u32 = ALIASES - 1;
 pub const ALIASES: u32 = 16;
 
 const _: () = assert!(ROMS as usize + 1 + config::MAX_ROMS <= RECORDS as usize);
-// What the configuration was checked with is where things are.
-const _: () = assert!(config::FIRMWARE_BASE == virt::FIRMWARE_BASE && config::FLASH_BASE == virt::FLASH_BASE);
-const _: () = assert!(config::ROM_END == virt::GICD_BASE);
 
 /// Makes them in `memory`, which has none.
 ///
@@ -39,7 +32,7 @@ const _: () = assert!(config::ROM_END == virt::GICD_BASE);
 ///
 /// The field, and what is wrong. Some slots may be there then.
 pub fn create(
-    memory: &entresol_mmu::Vm<'static, Metal, Stage2>,
+    memory: &Memory,
     config: &config::Vm<FileIndex>,
     bundle: &Bundle<'static>,
     ram: ObjectHandle,
@@ -48,16 +41,18 @@ pub fn create(
     let set = |field: &str, request: SlotRequest| {
         memory.set_slot(cpu::index(), &request).map_err(|error| alloc::format!("{field}: {error}"))
     };
-    let base = Gpa::new(virt::RAM_BASE);
     let object = ObjectId::new(ram.raw());
-    set("memory", SlotRequest { id: RAM, base, size: config.memory, object, offset: 0, flags: 0 })?;
+    for (id, (offset, frames)) in (0..).zip(map::parts(config.memory)) {
+        let (base, size) = (frames.start().base(), frames.count() * PAGE_SIZE);
+        set("memory", SlotRequest { id, base, size, object, offset, flags: 0 })?;
+    }
     if let Some(flash) = &media.flash {
         set("flash", flash.slot())?;
     }
-    let firmware = (config.kernel_format == KernelFormat::Firmware).then_some((virt::FIRMWARE_BASE, config.kernel));
+    let firmware = (config.kernel_format == KernelFormat::Firmware).then_some((map::FIRMWARE_BASE, config.kernel));
     let files = firmware.into_iter().chain(config.roms.iter().map(|rom| (rom.at, rom.file)));
     for (id, (base, file)) in (ROMS..).zip(files) {
-        let field = if base == virt::FIRMWARE_BASE && firmware.is_some() {
+        let field = if base == map::FIRMWARE_BASE && firmware.is_some() {
             "kernel".to_string()
         } else {
             alloc::format!("roms at {base:#x}")

@@ -1,6 +1,6 @@
 //! A snapshot: a virtual machine at one moment, in a file of the [store](crate::store).
 //!
-//! Form, version 3. Numbers are little-endian; every part begins at a block of 4096 bytes and is filled up with zeros:
+//! Form, version 4. Numbers are little-endian; every part begins at a block of 4096 bytes and is filled up with zeros:
 //!
 //! | part | what |
 //! |---|---|
@@ -38,8 +38,7 @@
 //! | 72– | zero |
 //!
 //! A block of tags has 128 bytes for each page, in their order: four bits a granule of 16 bytes, the lower granule in the low four.
-//! Pages of disks have zeros there. A file of version 1 is one without bit 0, one of version 2 one without bit 1: a private machine
-//! that is made from it shares what it shares at boot.
+//! Pages of disks have zeros there. The state of an earlier version has another form: such a file is refused.
 //!
 //! A page that no run of a file names is as the base has it; without a base it reads as zero, or as the disk's image.
 //!
@@ -62,8 +61,8 @@ mod tests;
 
 pub use shared::{Shared, SharedPart};
 
-/// The version that this code writes; it reads those before too.
-pub const VERSION: u32 = 3;
+/// The version that this code writes and reads.
+pub const VERSION: u32 = 4;
 /// Bytes of a page's tags.
 pub const TAGS: usize = 128;
 /// Pages whose tags are in one block.
@@ -95,7 +94,7 @@ pub enum SnapshotError {
     #[error("not a snapshot: its last block does not begin with \"ENTSNAPS\"")]
     NotASnapshot,
     /// Another version wrote it.
-    #[error("the snapshot has version {found}, this hypervisor reads up to version {VERSION}")]
+    #[error("the snapshot has version {found}, this hypervisor reads version {VERSION}")]
     BadVersion {
         /// The version it says.
         found: u32,
@@ -164,15 +163,6 @@ pub struct Trailer {
     pub shared: Option<SharedPart>,
 }
 
-/// Flags that a file of `version` may have.
-const fn flags_of(version: u32) -> u32 {
-    match version {
-        1 => 0,
-        2 => WITH_TAGS,
-        _ => WITH_TAGS | WITH_SHARED,
-    }
-}
-
 /// How the pages of a file lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pages {
@@ -233,14 +223,14 @@ impl Trailer {
             return Err(SnapshotError::NotASnapshot);
         }
         let version = small(block, 8);
-        if version == 0 || version > VERSION {
+        if version != VERSION {
             return Err(SnapshotError::BadVersion { found: version });
         }
         let mut unsealed = *block;
         unsealed[CHECKSUM..CHECKSUM + 4].fill(0);
         check_part("trailer", &unsealed, small(block, CHECKSUM))?;
         let flags = small(block, 56);
-        if flags & !flags_of(version) != 0 {
+        if flags & !(WITH_TAGS | WITH_SHARED) != 0 {
             return Err(field("flags", flags, format!("must be known in version {version}")));
         }
         let trailer = Self {

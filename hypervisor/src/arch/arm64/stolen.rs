@@ -17,20 +17,17 @@
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SIZE};
 use entresol_arch_arm64::smccc;
-use entresol_arch_arm64::stage2::Stage2;
 use entresol_backing::{CreateError, ObjectHandle, Policy, Spec};
 use entresol_loader::virt;
-use entresol_metal_arm64::{Metal, cpu, timer};
+use entresol_metal_arm64::cpu;
 use entresol_mmu::ConvertError;
 use entresol_slot::{Hint, ObjectId, SlotError, SlotRequest};
-use entresol_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use entresol_wire::config::{self, MAX_VCPUS};
 
-use super::Vm;
-use super::slots::RECORDS;
+use super::Memory;
 use crate::host;
-
-type Memory = entresol_mmu::Vm<'static, Metal, Stage2>;
+use crate::vm::Vm;
+use crate::vm::slots::RECORDS;
 
 /// Bytes of a record (DEN 0057, stolen time structure).
 const RECORD: u64 = 64;
@@ -38,8 +35,6 @@ const RECORD: u64 = 64;
 const TIME: u64 = 8;
 /// Bytes of the time.
 const BYTES: u64 = 8;
-/// A second in nanoseconds.
-const NANOSECONDS: u128 = 1_000_000_000;
 
 const _: () = assert!(RECORD * MAX_VCPUS as u64 <= PAGE_SIZE);
 
@@ -97,64 +92,15 @@ impl Drop for Records {
     }
 }
 
-/// How long a vCPU has been ready and not on a CPU.
-#[derive(Debug, Default)]
-pub struct Wait {
-    /// Count at which it became ready.
-    since: AtomicU64,
-    /// Counts so far.
-    total: AtomicU64,
-    /// The guest has asked for it.
-    told: AtomicBool,
-}
-
-impl Wait {
-    /// The same for a copy of the virtual machine.
-    pub fn fork(&self) -> Self {
-        let copy = |value: &AtomicU64| AtomicU64::new(value.load(Ordering::Relaxed));
-        let told = AtomicBool::new(self.told.load(Ordering::Relaxed));
-        Self { since: AtomicU64::new(0), total: copy(&self.total), told }
-    }
-
-    /// Outside the machine: nanoseconds, and whether the guest has asked for them.
-    pub fn save(&self) -> (u64, bool) {
-        (self.nanoseconds(), self.told.load(Ordering::Relaxed))
-    }
-
-    /// As it was saved.
-    pub fn load((nanoseconds, told): (u64, bool)) -> Self {
-        let counts = u128::from(nanoseconds) * u128::from(timer::frequency()) / NANOSECONDS;
-        let total = AtomicU64::new(u64::try_from(counts).unwrap_or(u64::MAX));
-        Self { since: AtomicU64::new(0), total, told: AtomicBool::new(told) }
-    }
-
-    /// It is ready from now on. For the scheduler, under its lock.
-    pub fn begin(&self) {
-        self.since.store(timer::now(), Ordering::Relaxed);
-    }
-
-    /// It has a CPU. For the scheduler, under its lock.
-    pub fn end(&self) {
-        let waited = timer::now().saturating_sub(self.since.load(Ordering::Relaxed));
-        self.total.fetch_add(waited, Ordering::Relaxed);
-    }
-
-    /// Nanoseconds so far.
-    fn nanoseconds(&self) -> u64 {
-        let counts = u128::from(self.total.load(Ordering::Relaxed));
-        u64::try_from(counts * NANOSECONDS / u128::from(timer::frequency().max(1))).unwrap_or(u64::MAX)
-    }
-}
-
 impl Vm {
     /// The address of the record of vCPU `index`, which asks for it; SMCCC's "not supported" if there is no frame for it.
     #[cold]
     pub fn stolen_time_record(&self, index: usize) -> u64 {
-        self.vcpu(index).wait.told.store(true, Ordering::Relaxed);
+        self.vcpu(index).wait.tell(true);
         if self.tell_stolen_time(index) {
             return record(index).get();
         }
-        self.vcpu(index).wait.told.store(false, Ordering::Relaxed);
+        self.vcpu(index).wait.tell(false);
         smccc::NOT_SUPPORTED
     }
 
@@ -163,7 +109,7 @@ impl Vm {
     #[inline]
     pub fn tell_stolen_time(&self, index: usize) -> bool {
         let wait = &self.vcpu(index).wait;
-        if !wait.told.load(Ordering::Relaxed) {
+        if !wait.is_told() {
             return true;
         }
         let bytes = wait.nanoseconds().to_le_bytes();

@@ -6,9 +6,9 @@ use entresol_arch_arm64::psci::{self, Power, Status};
 use entresol_arch_arm64::smccc;
 
 use super::{Next, wait};
+use crate::arch::{Boot, State};
 use crate::sched::{self, Leave, Run, VcpuRef};
 use crate::service;
-use crate::vcpu::{Boot, State};
 use crate::vm::Stop;
 
 /// StateType of CPU_SUSPEND's power state, original format: power-down (DEN 0022 5.4.2).

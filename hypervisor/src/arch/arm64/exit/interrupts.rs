@@ -3,8 +3,8 @@
 use entresol_devices::gic::Kick;
 use entresol_metal_arm64::switch::gic as hardware;
 
+use crate::arch::State;
 use crate::sched::{self, VcpuRef};
-use crate::vcpu::State;
 
 /// Reads what the hardware may have changed of the image.
 fn read_back(state: &mut State) {
@@ -22,7 +22,7 @@ fn write_out(state: &State) {
 #[cold]
 pub fn flush(vcpu: &VcpuRef, state: &mut State) {
     read_back(state);
-    let flush = vcpu.vm.gic.flush(vcpu.index, &mut state.gic);
+    let flush = vcpu.vm.board.gic.flush(vcpu.index, &mut state.gic);
     write_out(state);
     kick(vcpu, flush.kick);
 }
@@ -30,7 +30,7 @@ pub fn flush(vcpu: &VcpuRef, state: &mut State) {
 /// Takes the loaded vCPU's interrupts back into the emulated GIC, so that an access to it sees them.
 pub fn sync(vcpu: &VcpuRef, state: &mut State) {
     read_back(state);
-    let others = vcpu.vm.gic.sync(vcpu.index, &mut state.gic);
+    let others = vcpu.vm.board.gic.sync(vcpu.index, &mut state.gic);
     write_out(state);
     kick(vcpu, others);
 }
@@ -49,14 +49,14 @@ pub fn save(vcpu: &VcpuRef, state: &mut State) {
     state.gic.lr = state.interface.lr;
     state.gic.hcr = state.interface.hcr;
     state.gic.vmcr = state.interface.vmcr;
-    let others = vcpu.vm.gic.sync(vcpu.index, &mut state.gic);
+    let others = vcpu.vm.board.gic.sync(vcpu.index, &mut state.gic);
     kick(vcpu, others);
 }
 
 /// Whether an interrupt waits that would end the loaded vCPU's WFI.
 pub fn deliverable(vcpu: &VcpuRef, state: &mut State) -> bool {
     flush(vcpu, state);
-    vcpu.vm.gic.deliverable(vcpu.index, &state.gic)
+    vcpu.vm.board.gic.deliverable(vcpu.index, &state.gic)
 }
 
 /// Tells others that their interrupts changed.

@@ -14,9 +14,9 @@ use entresol_arch_arm64::policy::TranslationRegister;
 use entresol_metal_arm64::features::{self, Feature};
 use entresol_metal_arm64::live;
 
+use crate::arch::State;
 use crate::counters::Reason;
 use crate::sched::VcpuRef;
-use crate::vcpu::State;
 
 /// SCTLR_EL1.M and C: translation and with it caches are on.
 const CACHES: u64 = 1 << 0 | 1 << 2;
@@ -65,7 +65,7 @@ fn make(register: TranslationRegister, value: u64) {
 
 /// The loaded vCPU is watched or not, as it was.
 pub fn resume(vcpu: &VcpuRef, state: &State) {
-    vcpu.vm.watch_translation(state.watched);
+    vcpu.vm.board.watch_translation(state.watched);
 }
 
 fn clean(vcpu: &VcpuRef) {

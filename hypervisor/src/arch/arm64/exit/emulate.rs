@@ -36,12 +36,12 @@ use entresol_mmu::{Abort, CopyError};
 use entresol_wire::config::NoSyndrome;
 
 use super::walk::{self, Untranslated};
-use super::{Next, maintenance, memory, mmio, posted, undefined};
+use super::{Next, absent, maintenance, memory, mmio, park, starve, undefined};
+use crate::arch::State;
 use crate::counters::Reason;
 use crate::host;
 use crate::sched::{Leave, VcpuRef};
-use crate::vcpu::State;
-use crate::vm::{Claim, Crash, Store};
+use crate::vm::{Claim, Crash, Pause, Store};
 
 /// Why an access was not carried out. Nothing of it shows.
 enum Stop {
@@ -77,9 +77,9 @@ pub fn access(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far: u
             Next::Again
         }
         Err(Stop::Again) => Next::Look,
-        Err(Stop::OutOfMemory) => memory::starve(vcpu),
-        Err(Stop::Absent { gpa }) => memory::absent(vcpu, gpa),
-        Err(Stop::Full) => posted::wait_for_room(&vcpu.vm),
+        Err(Stop::OutOfMemory) => starve(vcpu),
+        Err(Stop::Absent { gpa }) => absent(vcpu, gpa),
+        Err(Stop::Full) => park(&vcpu.vm, Pause::CoalescedFull),
         Err(Stop::NoSyndrome(instruction)) => refuse(vcpu, state, fault, far, instruction),
     }
 }

@@ -3,7 +3,7 @@
 use entresol_arch_arm64::inject::{self, Context, Exception, Features};
 use entresol_metal_arm64::{identity, live};
 
-use crate::vcpu::State;
+use crate::arch::State;
 
 /// The instruction that exited is UNDEFINED.
 #[cold]

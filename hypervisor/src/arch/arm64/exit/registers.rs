@@ -8,8 +8,8 @@ use entresol_metal_arm64::switch::el1;
 use entresol_metal_arm64::timer;
 
 use super::{Next, interrupts, maintenance, timers, toggles, undefined};
+use crate::arch::State;
 use crate::sched::VcpuRef;
-use crate::vcpu::State;
 
 /// An MSR, MRS or SYS.
 pub fn system(vcpu: &VcpuRef, state: &mut State, esr: u64, access: Access) -> Next {
@@ -17,13 +17,13 @@ pub fn system(vcpu: &VcpuRef, state: &mut State, esr: u64, access: Access) -> Ne
     // Only the emulated GIC can deactivate what is in no list register of this vCPU.
     if access.reg == SysReg::ICC_DIR_EL1 && !access.read {
         interrupts::sync(vcpu, state);
-        let kick = vcpu.vm.gic.deactivate(vcpu.index, &mut state.gic, value);
+        let kick = vcpu.vm.board.gic.deactivate(vcpu.index, &mut state.gic, value);
         interrupts::kick(vcpu, kick);
         state.skip(esr);
         return Next::Again;
     }
     match policy::answer(access.reg, access.read) {
-        Policy::IdRegister(reg) => state.write(access.rt, vcpu.vm.id_register(reg)),
+        Policy::IdRegister(reg) => state.write(access.rt, vcpu.vm.board.id_register(reg)),
         Policy::ReadAs(value) if access.read => state.write(access.rt, value),
         Policy::ReadAs(_) => {}
         Policy::DebugControl if access.read => state.write(access.rt, el1::mdscr()),
@@ -42,7 +42,7 @@ pub fn system(vcpu: &VcpuRef, state: &mut State, esr: u64, access: Access) -> Ne
                 SgiRegister::AliasGroup1 => gic::SgiRegister::Asgi1r,
                 SgiRegister::Group0 => gic::SgiRegister::Sgi0r,
             };
-            interrupts::kick(vcpu, vcpu.vm.gic.sgi(vcpu.index, register, value));
+            interrupts::kick(vcpu, vcpu.vm.board.gic.sgi(vcpu.index, register, value));
         }
         Policy::SetWay => toggles::set_way(vcpu, state),
         Policy::Translation(register) => toggles::write(vcpu, state, register, value),

@@ -13,9 +13,9 @@ use entresol_metal_arm64::live;
 use entresol_mmu::{Abort, Completion, Instruction};
 
 use super::{Next, emulate, memory};
+use crate::arch::State;
 use crate::counters::Reason;
 use crate::sched::VcpuRef;
-use crate::vcpu::State;
 use crate::vm::Claim;
 
 /// Performs the access of `fault`, which no memory serves.

@@ -4,8 +4,8 @@ use entresol_arch_arm64::syndrome::Wait;
 use entresol_metal_arm64::timer;
 
 use super::{Next, interrupts};
+use crate::arch::State;
 use crate::sched::{self, Deadline, Leave, VcpuRef};
-use crate::vcpu::State;
 
 /// A wait instruction; the PC is past it. `timeout` is the register with the deadline in the guest's virtual count.
 pub fn wait(vcpu: &VcpuRef, state: &mut State, kind: Wait, timeout: Option<u8>) -> Next {

@@ -1,8 +1,6 @@
 //! Why a guest left, and what is done about it: one room for each kind of reason.
 //!
 //! Protocol: the vCPU is loaded, its general registers are in its [`State`], everything else of it is in the hardware.
-//! A handler either lets it run on ([`Next::Again`]), has it look up first ([`Next::Look`]: a slice may be over, the hypervisor
-//! may have work), or makes it leave its CPU.
 //!
 //! Invariants: nothing that a guest does ends in a panic: what is not known is UNDEFINED for it. Memory is behind
 //! [`memory::abort`], which alone pins the grace period.
@@ -24,24 +22,12 @@ mod walk;
 use entresol_arch_arm64::syndrome::{self, Exit};
 use entresol_metal_arm64::exit as hardware;
 
+use crate::arch::{State, lines};
 use crate::counters::Reason;
+use crate::exit::{Next, absent, crash, park, starve};
+use crate::irq;
 use crate::sched::{Leave, VcpuRef};
-use crate::vcpu::State;
 use crate::vm::Crash;
-
-/// What follows an exit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Into the guest again.
-    Again,
-    /// Into the guest again, unless its turn is over.
-    Look,
-    /// Off the CPU.
-    Leave(Leave),
-}
-
-// Two registers: every exit returns one.
-const _: () = assert!(size_of::<Next>() == 16);
 
 /// Handles a synchronous exit.
 #[inline]
@@ -104,4 +90,24 @@ pub fn system_error(vcpu: &VcpuRef, syndrome: u64) -> Leave {
     vcpu.vm.counters.bump(Reason::SystemError);
     vcpu.vm.crash(Crash::SystemError { syndrome });
     Leave::Park
+}
+
+/// The hypervisor's timer has come while the vCPU is loaded.
+pub fn timer_came(vcpu: &VcpuRef, state: &mut State) {
+    timers::sample_physical(vcpu, state);
+}
+
+/// An interrupt of the machine that stands for a guest's, or for the virtual interface's own; whether `intid` is one.
+pub fn interrupt(intid: u32, guest: Option<(&VcpuRef, &mut State)>) -> bool {
+    match (intid, guest) {
+        (lines::VIRTUAL_TIMER, Some((vcpu, state))) => timers::sample(vcpu, state),
+        (lines::VIRTUAL_TIMER, None) => irq::silence(lines::VIRTUAL_TIMER),
+        (lines::MAINTENANCE, Some((vcpu, state))) => {
+            timers::sample(vcpu, state);
+            interrupts::flush(vcpu, state);
+        }
+        (lines::MAINTENANCE, None) => {}
+        _ => return false,
+    }
+    true
 }

@@ -9,14 +9,14 @@ use entresol_metal_arm64::switch::timer::is_asserted;
 use entresol_metal_arm64::{gic as hardware, timer};
 
 use super::interrupts;
+use crate::arch::State;
 use crate::sched::VcpuRef;
-use crate::vcpu::State;
 
 /// Shows both timers' levels to the guest.
 pub fn sample(vcpu: &VcpuRef, state: &mut State) {
     let line = is_asserted();
     hold_back(line);
-    interrupts::kick(vcpu, vcpu.vm.gic.set_ppi(vcpu.index, Ppi::VIRTUAL_TIMER, line));
+    interrupts::kick(vcpu, vcpu.vm.board.gic.set_ppi(vcpu.index, Ppi::VIRTUAL_TIMER, line));
     sample_physical(vcpu, state);
 }
 
@@ -31,7 +31,7 @@ fn hold_back(held: bool) {
 /// Shows the physical timer's level to the guest.
 pub fn sample_physical(vcpu: &VcpuRef, state: &mut State) {
     let line = state.physical_timer.line(timer::now());
-    interrupts::kick(vcpu, vcpu.vm.gic.set_ppi(vcpu.index, Ppi::PHYSICAL_TIMER, line));
+    interrupts::kick(vcpu, vcpu.vm.board.gic.set_ppi(vcpu.index, Ppi::PHYSICAL_TIMER, line));
 }
 
 /// Puts the virtual timer into the hardware.

@@ -8,11 +8,11 @@
 
 use entresol_arch_arm64::abort;
 
-use super::{Next, mmio};
+use super::{Next, mmio, park};
+use crate::arch::State;
 use crate::counters::Reason;
-use crate::sched::{Leave, VcpuRef};
-use crate::vcpu::State;
-use crate::vm::{Pause, Store, Vm};
+use crate::sched::VcpuRef;
+use crate::vm::{Pause, Store};
 
 /// Carries out the store behind the data abort `esr`, if it is one for here.
 #[inline(never)]
@@ -29,15 +29,8 @@ pub fn described(vcpu: &VcpuRef, state: &mut State, esr: u64, far: u64, hpfar: u
     }
     vm.counters.bump(Reason::Posted);
     if done == Store::Full {
-        return Some(wait_for_room(vm));
+        return Some(park(vm, Pause::CoalescedFull));
     }
     state.skip(esr);
     Some(if done == Store::Signalled { Next::Look } else { Next::Again })
-}
-
-/// The owner has to take something first.
-#[cold]
-pub fn wait_for_room(vm: &Vm) -> Next {
-    vm.pause(Pause::CoalescedFull);
-    Next::Leave(Leave::Park)
 }

@@ -1,24 +1,23 @@
 //! Memory aborts: into the core's pipeline, and what its outcomes mean here.
 
-use entresol_addr::Gpa;
 use entresol_arch_arm64::abort;
 use entresol_arch_arm64::inject::{Exception, Status};
 use entresol_fault::{Access, Fault};
+use entresol_metal_arm64::cpu;
 use entresol_metal_arm64::exit::{self as hardware, Rights};
 use entresol_mmu::{Abort, Outcome, Reason};
 
-use super::{Next, mmio, posted, undefined, walk};
+use super::{Next, absent, crash, mmio, park, posted, starve, undefined, walk};
+use crate::arch::State;
 use crate::host;
-use crate::paging::{self, Wanted};
-use crate::sched::{Leave, VcpuRef};
-use crate::vcpu::State;
+use crate::sched::VcpuRef;
 use crate::vm::{Crash, Pause};
 
 /// SError syndrome for an asynchronous external abort of the guest's access: implementation defined, nothing known.
 const SERROR_ISS: u32 = 1 << 24;
 
 /// Handles an instruction or data abort from the second stage.
-#[inline]
+#[inline(always)]
 pub fn abort(cpu: usize, vcpu: &VcpuRef, state: &mut State, esr: u64) -> Next {
     let far = hardware::far();
     let hpfar = if abort::hpfar_is_valid(esr) { Some(hardware::hpfar()) } else { translate(far) };
@@ -53,7 +52,7 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
     match outcome {
         Outcome::Resume | Outcome::Mmio => Next::Again,
         Outcome::Retry => Next::Look,
-        Outcome::Unshare => match vcpu.vm.memory.unshare(entresol_metal_arm64::cpu::index(), fault.gpa) {
+        Outcome::Unshare => match vcpu.vm.memory.unshare(cpu::index(), fault.gpa) {
             // Off by now: the guest tries again, and is served.
             Outcome::Unshare => Next::Look,
             other => conclude(vcpu, state, fault, esr, far, other),
@@ -68,10 +67,7 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
         }
         Outcome::Exit(Reason::OutOfMemory) => starve(vcpu),
         Outcome::Exit(Reason::Stored { .. }) => absent(vcpu, fault.gpa),
-        Outcome::Exit(Reason::DirtyRingFull) => {
-            vcpu.vm.pause(Pause::DirtyRingFull);
-            Next::Leave(Leave::Park)
-        }
+        Outcome::Exit(Reason::DirtyRingFull) => park(&vcpu.vm, Pause::DirtyRingFull),
         Outcome::Exit(Reason::Unsupported { syndrome }) => crash(vcpu, Crash::Unsupported { syndrome }),
         // These tables' format has no word that the hardware refuses.
         Outcome::Exit(Reason::Malformed) => crash(vcpu, Crash::Unsupported { syndrome: esr }),
@@ -80,36 +76,6 @@ pub fn conclude(vcpu: &VcpuRef, state: &mut State, fault: &Fault, esr: u64, far:
             crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() })
         }
     }
-}
-
-/// The page at `gpa` is in a store: the vCPU sleeps until it has been fetched, and makes its access again.
-#[cold]
-pub fn absent(vcpu: &VcpuRef, gpa: Gpa) -> Next {
-    let pause = match paging::want(&vcpu.vm, gpa) {
-        Wanted::Later(reading) => return Next::Leave(Leave::Fetch(reading)),
-        Wanted::Now => return Next::Look,
-        Wanted::OutOfMemory => return starve(vcpu),
-        Wanted::Lost => Pause::Storage,
-    };
-    vcpu.vm.pause(pause);
-    Next::Leave(Leave::Park)
-}
-
-/// There is no frame: the vCPU sleeps until some have been reclaimed, and makes its access again; or its virtual machine is paused.
-#[cold]
-pub fn starve(vcpu: &VcpuRef) -> Next {
-    match paging::frames_for(&vcpu.vm) {
-        Ok(frames) => Next::Leave(Leave::Fetch(frames)),
-        Err(lack) => {
-            vcpu.vm.pause(lack);
-            Next::Leave(Leave::Park)
-        }
-    }
-}
-
-fn crash(vcpu: &VcpuRef, crash: Crash) -> Next {
-    vcpu.vm.crash(crash);
-    Next::Leave(Leave::Park)
 }
 
 /// Gives the guest the abort that its access deserves.

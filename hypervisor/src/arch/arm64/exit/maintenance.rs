@@ -14,11 +14,11 @@ use entresol_metal_arm64::{cpu, live};
 use entresol_mmu::Maintenance;
 
 use super::walk::{self, Untranslated};
-use super::{Next, memory, undefined};
+use super::{Next, absent, memory, starve, undefined};
+use crate::arch::State;
 use crate::counters;
 use crate::host;
 use crate::sched::VcpuRef;
-use crate::vcpu::State;
 
 /// Carries out `operation`, which trapped, on the guest's virtual address `address`.
 #[cold]
@@ -38,8 +38,8 @@ pub fn maintain(vcpu: &VcpuRef, state: &mut State, esr: u64, operation: CacheOp,
             undefined::enter(state, Exception::DataAbort { address, status, write: true, cache_maintenance: true });
             Next::Again
         }
-        Err(Untranslated::OutOfMemory) => memory::starve(vcpu),
-        Err(Untranslated::Absent { gpa }) => memory::absent(vcpu, gpa),
+        Err(Untranslated::OutOfMemory) => starve(vcpu),
+        Err(Untranslated::Absent { gpa }) => absent(vcpu, gpa),
         Err(Untranslated::Again) => Next::Look,
     }
 }

@@ -12,9 +12,9 @@ use entresol_metal_arm64::exit::{self as hardware, Rights, Translated};
 use entresol_metal_arm64::{cpu, live};
 use entresol_mmu::{Outcome, Reason};
 
+use crate::arch::State;
 use crate::host;
 use crate::sched::VcpuRef;
-use crate::vcpu::State;
 
 /// Why there is no translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

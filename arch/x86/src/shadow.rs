@@ -142,7 +142,7 @@ impl<T: Tables> GuestTables for Guest<'_, T> {
             let says = match key.source {
                 Source::Registers { .. } => self.registers_say(above, index),
                 Source::Table { .. } => match entries.next() {
-                    Some(raw) => self.entry_says(&key, index, *raw),
+                    Some(entry) => self.entry_says(&key, index, entry.raw),
                     None => Says::Nothing,
                 },
                 Source::Page { gfn } if above > 1 => {

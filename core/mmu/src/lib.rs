@@ -42,6 +42,7 @@ mod guest;
 mod handle;
 mod host;
 mod invalidate;
+mod kept;
 mod lease;
 mod maintain;
 mod mapping;
@@ -68,6 +69,8 @@ mod discard_tests;
 #[cfg(test)]
 mod fork_tests;
 #[cfg(test)]
+mod kept_tests;
+#[cfg(test)]
 mod mmio_tests;
 #[cfg(test)]
 mod pfncache_property_tests;
@@ -91,6 +94,7 @@ pub use fork::ForkError;
 pub use guest::CopyError;
 pub use host::Host;
 pub use invalidate::InvalidateError;
+pub use kept::Kept;
 pub use maintain::{Maintenance, ReadOnlyIvac};
 pub use mark::Mark;
 pub use merge::{MergeError, MergeRefusal, Merging, Scan};

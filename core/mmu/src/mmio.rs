@@ -134,6 +134,12 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         }
     }
 
+    /// Whether there is no memory at `gfn`, by what the vCPU found there last: true until the end of the pin (INV-8, INV-9).
+    #[inline]
+    pub fn is_nothing(&self, _pin: &Pin<'_>, cache: &MmioCache, gfn: Gfn) -> bool {
+        cache.knows(gfn, self.slots.generation())
+    }
+
     /// The words of the tables on the way to `gfn`, as they are now; `None` if there can be none.
     pub fn way(&self, _pin: &Pin<'_>, gfn: Gfn) -> Option<Way> {
         self.table.way(&self.host.machine, gfn)

@@ -157,12 +157,23 @@ impl Notifier {
     /// `invalidate_range_end`: the backing has its new state; faults that looked it up earlier will retry.
     pub fn end(&self, invalidation: Invalidation) {
         let _writers = self.writers.lock();
-        let ended = self.sequence.load(Ordering::Relaxed);
-        self.history[(ended % HISTORY) as usize].set(invalidation.range);
-        self.sequence.store(ended + 1, ordering!(NotifierEnd, Release, Relaxed));
+        self.pass(invalidation.range, "invalidate_range_end");
         self.progress[invalidation.place].clear();
         self.active.fetch_sub(1, Ordering::SeqCst);
-        told!("invalidate_range_end: gfn {:#x}, the sequence is {}", invalidation.range.start(), ended + 1);
+    }
+
+    /// Something about `range` has changed that nobody had to wait for: who sampled before looks again.
+    pub fn told(&self, range: GfnRange) {
+        let _writers = self.writers.lock();
+        self.pass(range, "told");
+    }
+
+    /// The range goes into the history, and the sequence moves: because of `_what`, for the trace. The caller has the writers' lock.
+    fn pass(&self, range: GfnRange, _what: &str) {
+        let ended = self.sequence.load(Ordering::Relaxed);
+        self.history[(ended % HISTORY) as usize].set(range);
+        self.sequence.store(ended + 1, ordering!(NotifierEnd, Release, Relaxed));
+        told!("{_what}: gfn {:#x}, the sequence is {}", range.start(), ended + 1);
     }
 
     /// Whether no invalidation but `mine` is in progress in `range`. One that starts later waits for the caller's pin.

@@ -12,7 +12,7 @@
 //!
 //! There is no way from a frame to who shows it: relatives and strangers that merging made one do not know each other. So step 2 looks
 //! at all entries, machine after machine, a GiB at a time. It needs no notifier, because the mark outlasts it: no entry for the frame comes
-//! after step 1, on machines that are made meanwhile neither.
+//! after step 1, on machines that are made meanwhile neither. It moves the notifier for who keeps frames ([`crate::Kept`]).
 //!
 //! # What it looks like afterwards
 //!
@@ -113,6 +113,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         while let Some(part) = self.shown_from(cpu, next) {
             while self.withdraw_some(cpu, part, poisoned.pfn) {}
             next = part.end();
+            self.notifier.told(part);
         }
         self.caches.forget_frame(poisoned.pfn);
     }

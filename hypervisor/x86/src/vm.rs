@@ -10,6 +10,7 @@ use core::fmt;
 
 use entresol_addr::{Gpa, PAGE_SIZE, PageSize};
 use entresol_arch_x86::emulate::Unsupported;
+use entresol_arch_x86::emulate::memo::Memo;
 use entresol_arch_x86::exit::Exit;
 use entresol_arch_x86::npt::Nested;
 use entresol_backing::{ObjectHandle, Policy, Spec};
@@ -19,7 +20,7 @@ use entresol_loader::x86::{self, Boot};
 use entresol_loader::{Memory as LoaderMemory, Region};
 use entresol_metal_x86::switch::{self, FpState, Guest, Segment};
 use entresol_metal_x86::{Metal, cpu, features, timer};
-use entresol_mmu::{CopyError, LogError, MmioCache, Options, ReadOnlyIvac, Vm as Memory};
+use entresol_mmu::{CopyError, Kept, LogError, MmioCache, Options, ReadOnlyIvac, Vm as Memory};
 use entresol_slot::{Hint, ObjectId, SlotError, SlotFlags, SlotRequest};
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config::{self, LargestEntry, Limits};
@@ -104,6 +105,8 @@ pub struct Vcpu {
     pub hint: Hint,
     /// What was found to be no memory.
     pub mmio: MmioCache,
+    /// The instructions that touched it.
+    pub code: Memo<Kept>,
 }
 
 impl Vm {
@@ -132,7 +135,7 @@ impl Vm {
         }
         let guest = guest(&boot.start);
         let clock = KvmClock::new(timer::now());
-        let vcpu = Vcpu { guest, fp: FpState::new(), hint: Hint::new(), mmio: MmioCache::new() };
+        let vcpu = Vcpu { guest, fp: FpState::new(), hint: Hint::new(), mmio: MmioCache::new(), code: Memo::new() };
         Ok(Self {
             name: config.name.clone(),
             services: config.policies.services,

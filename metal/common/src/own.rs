@@ -139,6 +139,8 @@ pub struct Own<R> {
     regime: R,
     /// First byte of the memory that [`Self::init`] was given; 0 before.
     reserve: AtomicU64,
+    /// Where the tables of blocks are in it: behind those of the CPUs.
+    tables: AtomicU64,
     /// First frame, and number of 2 MiB blocks, that have a table set aside.
     first: AtomicU64,
     blocks: AtomicU64,
@@ -197,6 +199,7 @@ impl<R: Regime> Own<R> {
         Self {
             regime,
             reserve: AtomicU64::new(0),
+            tables: AtomicU64::new(0),
             first: AtomicU64::new(0),
             blocks: AtomicU64::new(0),
             used: AtomicBool::new(false),
@@ -211,8 +214,8 @@ impl<R: Regime> Own<R> {
     ///
     /// If the reserve is smaller than [`reserve_for`] says.
     pub fn init(&self, Aside { reserve, span }: Aside) {
-        let wanted = reserve_for(span, self.regime.cpus());
-        assert!(reserve.count() >= wanted, "{} frames are too few tables", reserve.count());
+        let cpus = self.regime.cpus();
+        assert!(reserve.count() >= reserve_for(span, cpus), "{} frames are too few tables", reserve.count());
         for frame in 0..reserve.count() {
             let table = Table(reserve.start().offset(frame).base().get());
             for index in 0..512 {
@@ -221,6 +224,8 @@ impl<R: Regime> Own<R> {
         }
         self.first.store(span.start().get() & !(OWN_BLOCK - 1), Ordering::Relaxed);
         self.blocks.store(blocks(span), Ordering::Relaxed);
+        let tables = reserve.start().offset(CPU_TABLES * cpus as u64);
+        self.tables.store(tables.base().get(), Ordering::Relaxed);
         self.reserve.store(reserve.start().base().get(), Ordering::Release);
     }
 
@@ -417,11 +422,10 @@ impl<R: Regime> Own<R> {
 
     /// The table that is set aside for the block around `frame`.
     fn reserved_table(&self, frame: Pfn) -> Option<Table> {
-        let reserve = self.reserve.load(Ordering::Acquire);
         let offset = frame.get().checked_sub(self.first.load(Ordering::Relaxed))?;
         let number = offset / OWN_BLOCK;
-        let inside = reserve != 0 && number < self.blocks.load(Ordering::Relaxed);
-        inside.then(|| Table(reserve + (self.regime.cpus() as u64 * CPU_TABLES + number) * PAGE_SIZE))
+        let inside = self.can_unmap() && number < self.blocks.load(Ordering::Relaxed);
+        inside.then(|| Table(self.tables.load(Ordering::Relaxed) + number * PAGE_SIZE))
     }
 }
 

@@ -15,8 +15,10 @@
 //!
 //! | room | question |
 //! |---|---|
+//! | `decode` | which instruction do these bytes begin with? |
 //! | `flags` | what does an operation leave in RFLAGS? |
 //! | `registers` | what is in the part of a register that an instruction names? |
+//! | [`memo`] | was it decoded before? |
 //!
 //! Invariants: no bytes, registers or bus make it panic or loop. After [`prepare`] nothing is allocated.
 //!
@@ -24,19 +26,19 @@
 //! (TF) and hardware breakpoints do not fire; a LOCK prefix is not more atomic than the bus; a string instruction's two accesses
 //! are made one after the other, and a store that is refused has had its load.
 
+mod decode;
 mod flags;
+pub mod memo;
 mod registers;
 #[cfg(test)]
 mod tests;
 
 use core::fmt;
 
+pub use decode::prepare;
 use entresol_addr::PAGE_SIZE;
-use iced_x86::{
-    Code as Opcode, Decoder, DecoderOptions, Instruction as Decoded, MemorySize, Mnemonic, OpKind, Register,
-};
-
 use flags::Arithmetic;
+use registers::Part;
 pub use registers::{Registers, Width};
 
 /// Most bytes of an instruction.
@@ -177,14 +179,6 @@ pub fn fetch<E>(at: u64, mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) 
     Ok(Bytes { bytes, count, stopped })
 }
 
-/// Has the decoder make its tables, some 80 KiB of heap in 2,000 pieces, which it does when it is first used. To be called while there is heap
-/// to spare, and before a guest can be the first to use it.
-pub fn prepare() {
-    const NOP: [u8; 1] = [0x90];
-    let decoded = Decoder::new(64, &NOP, DecoderOptions::NONE).decode();
-    debug_assert!(!decoded.is_invalid());
-}
-
 /// What an instruction does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
@@ -204,13 +198,45 @@ enum Operation {
     Take,
 }
 
+/// Where an operand in memory is: what is added up, and how many bits of the sum count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Address {
+    /// Numbers of general registers.
+    base: Option<u8>,
+    index: Option<u8>,
+    /// Of the index.
+    shift: u8,
+    /// Among the segments' bases; `None` where the mode takes it for zero.
+    segment: Option<u8>,
+    /// What the instruction says itself; RIP is in it.
+    displacement: u64,
+    /// Bits of an offset.
+    mask: u64,
+}
+
 /// An instruction that can be carried out.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Instruction {
-    decoded: Decoded,
     operation: Operation,
     width: Width,
-    size: CodeSize,
+    /// Of its operands, the first is in memory, not the second.
+    to_memory: bool,
+    /// The operand that is a register; `None`: a number.
+    register: Option<Part>,
+    /// That.
+    immediate: u64,
+    /// The operand in memory. Of a string instruction, the source.
+    memory: Address,
+    /// Of a string instruction.
+    destination: Address,
+    /// Of a string instruction: the width of its addresses, and whether it has a repeat prefix.
+    addresses: Width,
+    repeats: bool,
+    /// RIP of the next one.
+    next: u64,
+    length: u8,
+    /// What linear addresses keep.
+    linear: u64,
 }
 
 /// How far it went.
@@ -223,24 +249,9 @@ pub enum Progress {
 }
 
 impl Instruction {
-    /// The instruction that begins `code`, whose RIP is `rip`.
-    ///
-    /// # Errors
-    ///
-    /// [`Unsupported`].
-    pub fn decode(code: &[u8], rip: u64, size: CodeSize) -> Result<Self, Unsupported> {
-        let mut decoder = Decoder::with_ip(size.bits(), code, rip, DecoderOptions::NONE);
-        let decoded = decoder.decode();
-        if decoded.is_invalid() {
-            let cut_off = decoder.last_error() == iced_x86::DecoderError::NoMoreBytes && code.len() < LONGEST;
-            return Err(if cut_off { Unsupported::Truncated } else { Unsupported::Invalid });
-        }
-        let operation = operation(&decoded)?;
-        let width = match operation {
-            Operation::Extend { .. } => registers::width(decoded.op0_register()).ok_or(Unsupported::Other)?,
-            _ => memory_width(&decoded).ok_or(Unsupported::Vector)?,
-        };
-        Ok(Self { decoded, operation, width, size })
+    /// Its bytes.
+    pub fn length(&self) -> usize {
+        self.length.into()
     }
 
     /// Bytes of the access to memory.
@@ -265,47 +276,43 @@ impl Instruction {
         match self.operation {
             Operation::Move => self.do_move(registers, bus)?,
             Operation::Extend { signed, from } => {
-                let value = bus.load(self.linear(registers, 1), from)?;
+                let value = bus.load(self.linear(&self.memory, registers), from)?;
                 let value = if signed { from.sign_extended(value) } else { value };
-                registers.set(self.decoded.op0_register(), value);
+                self.set_register(registers, value);
             }
             Operation::Arithmetic(operation) => self.compute(operation, registers, bus)?,
             Operation::Exchange => {
-                let (memory, register) = self.sides();
-                let at = self.linear(registers, memory);
+                let at = self.linear(&self.memory, registers);
                 let loaded = bus.load(at, self.width)?;
-                bus.store(at, self.width, registers.get(register))?;
-                registers.set(register, loaded);
+                bus.store(at, self.width, self.source(registers))?;
+                self.set_register(registers, loaded);
             }
             Operation::Fill | Operation::Copy | Operation::Take => return self.step_string(registers, bus),
         }
-        registers.rip = self.next();
+        registers.rip = self.next;
         Ok(Progress::Done)
     }
 
     fn do_move<B: Bus>(&self, registers: &mut Registers, bus: &mut B) -> Result<(), B::Error> {
-        if self.decoded.op0_kind() == OpKind::Memory {
-            bus.store(self.linear(registers, 0), self.width, self.source(registers))
-        } else {
-            let value = bus.load(self.linear(registers, 1), self.width)?;
-            registers.set(self.decoded.op0_register(), value);
-            Ok(())
+        let at = self.linear(&self.memory, registers);
+        if self.to_memory {
+            return bus.store(at, self.width, self.source(registers));
         }
+        let value = bus.load(at, self.width)?;
+        self.set_register(registers, value);
+        Ok(())
     }
 
     fn compute<B: Bus>(&self, operation: Arithmetic, registers: &mut Registers, bus: &mut B) -> Result<(), B::Error> {
-        let in_memory = self.decoded.op0_kind() == OpKind::Memory;
-        let at = self.linear(registers, if in_memory { 0 } else { 1 });
-        let loaded = bus.load(at, self.width)?;
-        let register = self.decoded.op0_register();
-        let (left, right) =
-            if in_memory { (loaded, self.source(registers)) } else { (registers.get(register), loaded) };
+        let at = self.linear(&self.memory, registers);
+        let (loaded, other) = (bus.load(at, self.width)?, self.source(registers));
+        let (left, right) = if self.to_memory { (loaded, other) } else { (other, loaded) };
         let (value, rflags) = operation.apply(left, right, self.width, registers.rflags);
         if operation.stores() {
-            if in_memory {
+            if self.to_memory {
                 bus.store(at, self.width, value)?;
             } else {
-                registers.set(register, value);
+                self.set_register(registers, value);
             }
         }
         registers.rflags = rflags;
@@ -314,21 +321,19 @@ impl Instruction {
 
     /// One step of a string instruction.
     fn step_string<B: Bus>(&self, registers: &mut Registers, bus: &mut B) -> Result<Progress, B::Error> {
-        let decoded = &self.decoded;
-        let repeats = decoded.has_rep_prefix() || decoded.has_repne_prefix();
-        let [source, destination, count] = registers::string(self.address_width());
-        if repeats && registers.get(count) == 0 {
-            registers.rip = self.next();
+        let [source, destination, count] = registers::string(self.addresses);
+        if self.repeats && registers.get(count) == 0 {
+            registers.rip = self.next;
             return Ok(Progress::Done);
         }
         let accumulator = registers::accumulator(self.width);
         let value = match self.operation {
             Operation::Fill => registers.get(accumulator),
-            _ => bus.load(self.linear(registers, 1), self.width)?,
+            _ => bus.load(self.linear(&self.memory, registers), self.width)?,
         };
         match self.operation {
             Operation::Take => registers.set(accumulator, value),
-            _ => bus.store(self.linear(registers, 0), self.width, value)?,
+            _ => bus.store(self.linear(&self.destination, registers), self.width, value)?,
         }
         let step =
             if registers.rflags & flags::DF != 0 { self.width.bytes().wrapping_neg() } else { self.width.bytes() };
@@ -339,164 +344,34 @@ impl Instruction {
                 registers.set(register, registers.get(register).wrapping_add(step));
             }
         }
-        if repeats {
+        if self.repeats {
             let left = registers.get(count).wrapping_sub(1);
             registers.set(count, left);
             if registers.get(count) != 0 {
                 return Ok(Progress::Again);
             }
         }
-        registers.rip = self.next();
+        registers.rip = self.next;
         Ok(Progress::Done)
     }
 
-    /// Width of a string instruction's addresses.
-    fn address_width(&self) -> Width {
-        let kinds = [self.decoded.op0_kind(), self.decoded.op1_kind()];
-        let has = |wanted: [OpKind; 2]| kinds.iter().any(|kind| wanted.contains(kind));
-        if has([OpKind::MemoryESRDI, OpKind::MemorySegRSI]) {
-            Width::Long
-        } else if has([OpKind::MemoryESEDI, OpKind::MemorySegESI]) {
-            Width::Double
-        } else {
-            Width::Word
-        }
-    }
-
-    /// Which operand is memory, and the register that the other is.
-    fn sides(&self) -> (u32, Register) {
-        if self.decoded.op0_kind() == OpKind::Memory {
-            (0, self.decoded.op1_register())
-        } else {
-            (1, self.decoded.op0_register())
-        }
-    }
-
-    /// The second operand where the first is memory: a register or a number.
+    /// The operand that is not in memory.
     fn source(&self, registers: &Registers) -> u64 {
-        if self.decoded.op1_kind() == OpKind::Register {
-            registers.get(self.decoded.op1_register())
-        } else {
-            self.width.truncated(self.decoded.try_immediate(1).unwrap_or_default())
+        self.register.map_or(self.immediate, |part| registers.get(part))
+    }
+
+    fn set_register(&self, registers: &mut Registers, value: u64) {
+        if let Some(part) = self.register {
+            registers.set(part, value);
         }
     }
 
-    /// The linear address of an operand in memory.
-    fn linear(&self, registers: &Registers, operand: u32) -> u64 {
-        let long = self.size == CodeSize::Bits64;
-        let value = |register: Register, _, _| Some(registers.for_address(register, long));
-        // The closure knows every register that an address may name.
-        self.decoded.virtual_address(operand, 0, value).unwrap_or_default() & self.size.linear()
-    }
-
-    fn next(&self) -> u64 {
-        let next = self.decoded.next_ip();
-        match self.size {
-            CodeSize::Bits16 => next & 0xffff,
-            CodeSize::Bits32 => next & 0xffff_ffff,
-            CodeSize::Bits64 => next,
-        }
-    }
-}
-
-/// What an instruction does, or why not.
-fn operation(decoded: &Decoded) -> Result<Operation, Unsupported> {
-    match decoded.code() {
-        Opcode::Stosb_m8_AL | Opcode::Stosw_m16_AX | Opcode::Stosd_m32_EAX | Opcode::Stosq_m64_RAX => {
-            return Ok(Operation::Fill);
-        }
-        Opcode::Movsb_m8_m8 | Opcode::Movsw_m16_m16 | Opcode::Movsd_m32_m32 | Opcode::Movsq_m64_m64 => {
-            return Ok(Operation::Copy);
-        }
-        Opcode::Lodsb_AL_m8 | Opcode::Lodsw_AX_m16 | Opcode::Lodsd_EAX_m32 | Opcode::Lodsq_RAX_m64 => {
-            return Ok(Operation::Take);
-        }
-        _ => {}
-    }
-    let narrow = || memory_width(decoded).ok_or(Unsupported::Other);
-    let operation = match decoded.mnemonic() {
-        Mnemonic::Mov => Operation::Move,
-        Mnemonic::Xchg => Operation::Exchange,
-        Mnemonic::Movzx => Operation::Extend { signed: false, from: memory(decoded).and_then(|()| narrow())? },
-        Mnemonic::Movsx | Mnemonic::Movsxd => {
-            Operation::Extend { signed: true, from: memory(decoded).and_then(|()| narrow())? }
-        }
-        mnemonic => Operation::Arithmetic(Arithmetic::of(mnemonic).ok_or_else(|| reason(decoded))?),
-    };
-    memory(decoded)?;
-    let segments =
-        [decoded.op0_register(), decoded.op1_register()].iter().any(|register| registers::is_system(*register));
-    if segments { Err(Unsupported::System) } else { Ok(operation) }
-}
-
-/// That one of the first two operands is in memory.
-fn memory(decoded: &Decoded) -> Result<(), Unsupported> {
-    let found = decoded.op0_kind() == OpKind::Memory || decoded.op1_kind() == OpKind::Memory;
-    if found { Ok(()) } else { Err(Unsupported::NoMemory) }
-}
-
-/// Bytes that an operand in memory has, where a general register could hold them.
-fn memory_width(decoded: &Decoded) -> Option<Width> {
-    match decoded.memory_size() {
-        MemorySize::UInt8 | MemorySize::Int8 => Some(Width::Byte),
-        MemorySize::UInt16 | MemorySize::Int16 => Some(Width::Word),
-        MemorySize::UInt32 | MemorySize::Int32 => Some(Width::Double),
-        MemorySize::UInt64 | MemorySize::Int64 => Some(Width::Long),
-        _ => None,
-    }
-}
-
-/// Why an instruction with an unknown mnemonic is not carried out.
-fn reason(decoded: &Decoded) -> Unsupported {
-    let touches = decoded.op_kinds().any(|kind| kind >= OpKind::MemorySegSI);
-    match decoded.mnemonic() {
-        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc if touches => Unsupported::BitString,
-        Mnemonic::Cmpxchg | Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b | Mnemonic::Xadd if touches => {
-            Unsupported::Atomic
-        }
-        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => {
-            Unsupported::Port
-        }
-        Mnemonic::Cmpsb
-        | Mnemonic::Cmpsw
-        | Mnemonic::Cmpsq
-        | Mnemonic::Scasb
-        | Mnemonic::Scasw
-        | Mnemonic::Scasd
-        | Mnemonic::Scasq => Unsupported::Comparison,
-        Mnemonic::Lgdt
-        | Mnemonic::Lidt
-        | Mnemonic::Sgdt
-        | Mnemonic::Sidt
-        | Mnemonic::Lldt
-        | Mnemonic::Ltr
-        | Mnemonic::Lmsw
-        | Mnemonic::Smsw
-        | Mnemonic::Sldt
-        | Mnemonic::Str => Unsupported::System,
-        Mnemonic::Push
-        | Mnemonic::Pop
-        | Mnemonic::Call
-        | Mnemonic::Jmp
-        | Mnemonic::Ret
-        | Mnemonic::Enter
-        | Mnemonic::Leave
-        | Mnemonic::Pushf
-        | Mnemonic::Pushfq
-        | Mnemonic::Popf
-        | Mnemonic::Popfq
-        | Mnemonic::Iretq
-        | Mnemonic::Iretd => Unsupported::ControlFlow,
-        // The encoder's string comparison of double words shares its name with SSE's.
-        _ if decoded.code() == Opcode::Cmpsd_m32_m32 => Unsupported::Comparison,
-        _ if !touches => Unsupported::NoMemory,
-        _ if memory_width(decoded).is_none()
-            || decoded.op_kinds().enumerate().any(|(index, kind)| {
-                kind == OpKind::Register && registers::is_vector(decoded.op_register(index as u32))
-            }) =>
-        {
-            Unsupported::Vector
-        }
-        _ => Unsupported::Other,
+    /// The linear address of an operand.
+    fn linear(&self, address: &Address, registers: &Registers) -> u64 {
+        let general = |number: Option<u8>| number.map_or(0, |number| registers.general[usize::from(number & 15)]);
+        let index = general(address.index) << (address.shift & 3);
+        let offset = address.displacement.wrapping_add(general(address.base)).wrapping_add(index) & address.mask;
+        let base = address.segment.and_then(|segment| registers.bases.get(usize::from(segment)));
+        offset.wrapping_add(base.copied().unwrap_or(0)) & self.linear
     }
 }

@@ -64,23 +64,42 @@ const BYTES: [u8; 20] = [0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 8, 9, 10, 11, 1
 const HIGH: u8 = 16;
 
 /// A part of a general register.
-struct Part {
-    index: usize,
-    shift: u32,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    /// Below 16.
+    index: u8,
+    shift: u8,
     width: Width,
 }
 
+impl Part {
+    /// The low bytes of register `index`.
+    const fn low(index: u8, width: Width) -> Self {
+        Self { index, shift: 0, width }
+    }
+
+    /// The register's number, where an address names it.
+    pub(super) const fn number(self) -> u8 {
+        self.index
+    }
+}
+
+/// What string instructions use.
+pub(super) const SOURCE: u8 = 6;
+pub(super) const DESTINATION: u8 = 7;
+const COUNT: u8 = 1;
+
 /// The part that a register is, if it is one.
-fn part(register: Register) -> Option<Part> {
+pub(super) fn part(register: Register) -> Option<Part> {
     let number = register as usize;
     let group = |first: Register, width| {
         let index = number.checked_sub(first as usize).filter(|index| *index < 16)?;
-        Some(Part { index, shift: 0, width })
+        Some(Part::low(index as u8, width))
     };
     let byte = || {
         let place = *BYTES.get(number.checked_sub(Register::AL as usize)?)?;
         let (index, shift) = if place >= HIGH { (place - HIGH, 8) } else { (place, 0) };
-        Some(Part { index: usize::from(index), shift, width: Width::Byte })
+        Some(Part { index, shift, width: Width::Byte })
     };
     group(Register::RAX, Width::Long)
         .or_else(|| group(Register::EAX, Width::Double))
@@ -104,45 +123,28 @@ pub(super) fn is_vector(register: Register) -> bool {
 }
 
 /// Source, destination and count of a string instruction with addresses of this width.
-pub(super) const fn string(width: Width) -> [Register; 3] {
-    match width {
-        Width::Long => [Register::RSI, Register::RDI, Register::RCX],
-        Width::Double => [Register::ESI, Register::EDI, Register::ECX],
-        _ => [Register::SI, Register::DI, Register::CX],
-    }
+pub(super) const fn string(width: Width) -> [Part; 3] {
+    [Part::low(SOURCE, width), Part::low(DESTINATION, width), Part::low(COUNT, width)]
 }
 
 /// The accumulator of this width.
-pub(super) const fn accumulator(width: Width) -> Register {
-    match width {
-        Width::Byte => Register::AL,
-        Width::Word => Register::AX,
-        Width::Double => Register::EAX,
-        Width::Long => Register::RAX,
-    }
+pub(super) const fn accumulator(width: Width) -> Part {
+    Part::low(0, width)
 }
 
 impl Registers {
-    /// A general register; anything else is 0.
-    pub(super) fn get(&self, register: Register) -> u64 {
-        part(register).map_or(0, |Part { index, shift, width }| width.truncated(self.general[index] >> shift))
+    /// A part of a general register.
+    pub(super) const fn get(&self, part: Part) -> u64 {
+        part.width.truncated(self.general[part.index as usize & 15] >> (part.shift & 63))
     }
 
-    /// Stores to a general register: 32 bits clear the upper half, fewer leave the rest (SDM volume 1, 3.4.1.1).
-    pub(super) fn set(&mut self, register: Register, value: u64) {
-        let Some(Part { index, shift, width }) = part(register) else { return };
-        let kept = match width {
+    /// Stores to a part: 32 bits clear the upper half, fewer leave the rest (SDM volume 1, 3.4.1.1).
+    pub(super) const fn set(&mut self, part: Part, value: u64) {
+        let (register, shift) = (&mut self.general[part.index as usize & 15], part.shift & 63);
+        let kept = match part.width {
             Width::Long | Width::Double => 0,
-            _ => self.general[index] & !(width.mask() << shift),
+            width => *register & !(width.mask() << shift),
         };
-        self.general[index] = kept | width.truncated(value) << shift;
-    }
-
-    /// What a register adds to an address: a segment its base, which 64-bit code has for FS and GS only.
-    pub(super) fn for_address(&self, register: Register, long: bool) -> u64 {
-        let Some(segment) = (register as usize).checked_sub(Register::ES as usize).filter(|index| *index < 6) else {
-            return self.get(register);
-        };
-        if long && segment < 4 { 0 } else { self.bases[segment] }
+        *register = kept | part.width.truncated(value) << shift;
     }
 }

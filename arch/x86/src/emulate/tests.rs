@@ -300,6 +300,99 @@ proptest! {
     }
 }
 
+/// Code that names memory in one of all ways: prefixes, an opcode, and bytes that the decoder makes of it what it may.
+fn naming_memory() -> impl Strategy<Value = Vec<u8>> {
+    let prefix = prop::sample::select(vec![vec![], vec![0x67], vec![0x64], vec![0x65, 0x67], vec![0x2e], vec![0x66]]);
+    let rex = prop_oneof![Just(vec![]), (0x40u8..0x50).prop_map(|rex| vec![rex])];
+    let opcodes: [&[u8]; 11] =
+        [&[0x88], &[0x8b], &[0x01], &[0x3a], &[0xa0], &[0xa3], &[0xc7], &[0xaa], &[0xa5], &[0xad], &[0x0f, 0xb6]];
+    let opcode = prop::sample::select(opcodes.map(<[u8]>::to_vec).to_vec());
+    let rest = prop::collection::vec(any::<u8>(), 10);
+    (prefix, rex, opcode, rest).prop_map(|parts| [parts.0, parts.1, parts.2, parts.3].concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4_000))]
+
+    /// What is added up for an address is what the decoder adds up.
+    #[test]
+    fn addresses_are_the_decoders(
+        code in naming_memory(), general in prop::array::uniform16(numbers()), bases in prop::array::uniform6(numbers()),
+        mode in prop::sample::select(vec![CodeSize::Bits16, CodeSize::Bits32, CodeSize::Bits64]),
+    ) {
+        use iced_x86::{Decoder, DecoderOptions, OpKind, Register};
+        let registers = Registers { general, rip: RIP, rflags: 0, bases };
+        let Ok(instruction) = Instruction::decode(&code, RIP, mode) else { return Ok(()) };
+        let decoded = Decoder::with_ip(mode.bits(), &code, RIP, DecoderOptions::NONE).decode();
+        let value = |register: Register, _, _| {
+            let segment = (register as usize).wrapping_sub(Register::ES as usize);
+            if segment < 6 {
+                return Some(if mode == CodeSize::Bits64 && segment < 4 { 0 } else { bases[segment] });
+            }
+            registers::part(register).map(|part| registers.get(part))
+        };
+        let addresses: Vec<u64> = (0..decoded.op_count())
+            .filter(|operand| decoded.op_kind(*operand) >= OpKind::MemorySegSI)
+            .map(|operand| decoded.virtual_address(operand, 0, value).unwrap() & mode.linear())
+            .collect();
+        let [memory, destination] = [&instruction.memory, &instruction.destination]
+            .map(|address| instruction.linear(address, &registers));
+        let expected = match instruction.operation {
+            Operation::Copy => vec![destination, memory],
+            Operation::Fill => vec![destination],
+            _ => vec![memory],
+        };
+        prop_assert_eq!(addresses, expected, "{:x?}", code);
+        prop_assert_eq!(instruction.length(), decoded.len());
+    }
+
+    /// An instruction is recalled with all of its words as they were, and with one changed it is not.
+    #[test]
+    fn what_is_recalled_is_what_is_there(
+        rips in prop::collection::vec(0u64..64, 1..20), count in 0..=memo::MOST_WORDS, changed in 0..memo::MOST_WORDS,
+    ) {
+        let mut memo = memo::Memo::new();
+        let at = |word: u64| entresol_addr::Hpa::new(word * 8);
+        let word = |number: u64| memo::Held { at: at(number), value: number * 3 };
+        let place = |rip| memo::Place { rip, ..memo::Place::default() };
+        // MOV [RAX], CL with a displacement that says which it is.
+        let instruction = |rip: u64| Instruction::decode(&[0x88, 0x48, rip as u8], rip, CodeSize::Bits64).unwrap();
+        let mut last = BTreeMap::new();
+        for (turn, rip) in rips.iter().enumerate() {
+            memo.keep(&place(*rip), turn, (0..count as u64).map(word), &instruction(*rip));
+            last.insert(*rip, turn);
+        }
+        let load = |from: entresol_addr::Hpa| from.get() / 8 * 3;
+        prop_assert_eq!(memo.recall(&place(rips[rips.len() - 1]), |_| true, load), Some(&instruction(rips[rips.len() - 1])));
+        for (rip, turn) in last {
+            // Another may have taken its way.
+            let mut asked = None;
+            let found = memo.recall(&place(rip), |kept| { asked = Some(*kept); true }, load).copied();
+            prop_assert!(found.is_none_or(|found| found == instruction(rip) && asked == Some(turn)));
+            prop_assert_eq!(memo.recall(&place(rip), |_| false, load), None, "what is not kept");
+            let other = |from| if from == at(changed as u64) { u64::MAX } else { load(from) };
+            prop_assert_eq!(memo.recall(&place(rip), |_| true, other).is_some(), found.is_some() && changed >= count);
+            for place in [
+                memo::Place { root: 1, ..place(rip) }, memo::Place { user: true, ..place(rip) },
+                memo::Place { base: 1, ..place(rip) }, memo::Place { cr0: 1, ..place(rip) },
+                memo::Place { cr4: 1, ..place(rip) }, memo::Place { efer: 1, ..place(rip) },
+                memo::Place { attributes: 1, ..place(rip) },
+            ] {
+                prop_assert_eq!(memo.recall(&place, |_| true, load), None);
+            }
+        }
+    }
+}
+
+#[test]
+fn more_words_than_there_is_room_for_are_not_kept() {
+    let mut memo = memo::Memo::new();
+    let instruction = long(&[0x88, 0x08]).unwrap();
+    let words = (0..=memo::MOST_WORDS as u64).map(|at| memo::Held { at: entresol_addr::Hpa::new(at * 8), value: 0 });
+    memo.keep(&memo::Place::default(), (), words, &instruction);
+    assert_eq!(memo.recall(&memo::Place::default(), |()| true, |_| 0), None);
+}
+
 fn registers(pairs: &[(usize, u64)]) -> Registers {
     let mut registers = Registers { rip: RIP, rflags: 2, ..Registers::default() };
     for (index, value) in pairs {

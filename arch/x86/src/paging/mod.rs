@@ -225,10 +225,16 @@ const GLOBAL: u64 = 1 << 8;
 const DEEPEST: usize = 4;
 
 /// An entry that was used.
-#[derive(Clone, Copy)]
-struct Used {
-    at: Gpa,
-    raw: u64,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// Where it is.
+    pub at: Gpa,
+    /// The word, with its flags set as the walk has set them.
+    pub raw: u64,
+}
+
+impl Used {
+    const NONE: Self = Self { at: Gpa::new(0), raw: 0 };
 }
 
 /// Translates the linear address `address` as the processor would for `request`, and sets accessed and dirty flags as it would.
@@ -245,15 +251,19 @@ pub fn walk<T: Tables>(
     trace(tables, regime, address, request).map(|(translation, _)| translation)
 }
 
-/// [`walk`], and the entries that it has used.
-pub(crate) fn trace<T: Tables>(
+/// [`walk`], and the entries that it has used. As long as they hold these words, and the regime is the same, it leads to the same.
+///
+/// # Errors
+///
+/// As [`walk`].
+pub fn trace<T: Tables>(
     tables: &mut T,
     regime: &Regime,
     address: u64,
     request: Request,
 ) -> Result<(Translation, Way), WalkError<T::Error>> {
     let address = match regime.mode {
-        Mode::Off => return Ok((untranslated(address), Way { raws: [0; DEEPEST + 1], depth: 0 })),
+        Mode::Off => return Ok((untranslated(address), Way { used: [Used::NONE; DEEPEST + 1], depth: 0 })),
         Mode::Bits32 | Mode::Pae => address & 0xffff_ffff,
         Mode::Level4 => canonical(address, 48)?,
         Mode::Level5 => canonical(address, 57)?,
@@ -266,16 +276,17 @@ pub(crate) fn trace<T: Tables>(
     Err(WalkError::Contended)
 }
 
-/// The entries that a walk has used, from the top, with their flags set as it has set them.
-pub(crate) struct Way {
-    raws: [u64; DEEPEST + 1],
+/// The entries that a walk has used, from the top. The page-directory pointers of PAE paging are not among them: they are the regime's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    used: [Used; DEEPEST + 1],
     depth: usize,
 }
 
 impl Way {
     /// Them.
-    pub(crate) fn entries(&self) -> &[u64] {
-        &self.raws[..self.depth]
+    pub fn entries(&self) -> &[Used] {
+        &self.used[..self.depth]
     }
 }
 
@@ -310,7 +321,7 @@ fn once<T: Tables>(
     request: Request,
 ) -> Result<Option<(Translation, Way)>, WalkError<T::Error>> {
     let (mode, width) = (regime.mode, regime.mode.width());
-    let mut used = [Used { at: Gpa::new(0), raw: 0 }; DEEPEST];
+    let mut used = [Used::NONE; DEEPEST + 1];
     let mut depth = 0;
     let mut rights = Rights::ALL;
     let (mut table, mut level) = start(regime, address).ok_or(WalkError::Fault(rights::absent(regime, request)))?;
@@ -345,11 +356,9 @@ fn once<T: Tables>(
     if !set(tables, width, &page, ACCESSED | dirties)? {
         return Ok(None);
     }
-    let mut way = Way { raws: [0; DEEPEST + 1], depth: depth + 1 };
-    for (raw, entry) in way.raws.iter_mut().zip(&used[..depth]) {
-        *raw = entry.raw | ACCESSED;
-    }
-    way.raws[depth] = page.raw | ACCESSED | dirties;
+    used[..depth].iter_mut().for_each(|entry| entry.raw |= ACCESSED);
+    used[depth] = Used { raw: page.raw | ACCESSED | dirties, ..page };
+    let way = Way { used, depth: depth + 1 };
     let translation = Translation {
         gpa: Gpa::new(base | address & ((1 << shift) - 1)),
         page_shift: shift as u8,

@@ -6,14 +6,18 @@
 //! The processor has told the physical address of the access that failed. An instruction that touches one place has touched that one:
 //! its tables are not walked a second time for it.
 //!
-use entresol_addr::{Gpa, PAGE_SIZE};
+//! An instruction that was found is kept ([`emulate::memo`]), with the frames of the entries and of the code that led to it
+//! ([`entresol_mmu::Kept`]): in memory that the machine shares with nobody, and by walks of four or five levels.
+//!
+use entresol_addr::{Gpa, Hpa, PAGE_SIZE};
+use entresol_arch_x86::emulate::memo::{Held, Memo, Place};
 use entresol_arch_x86::emulate::{self, Bus, CodeSize, Instruction, Progress, Registers, Unsupported, Width};
-use entresol_arch_x86::paging::{self, Controls, Kind, Mode, Regime, Request, Tables, WalkError};
+use entresol_arch_x86::paging::{self, Controls, Kind, Mode, Regime, Request, Tables, WalkError, Way};
 use entresol_fault::{Access, Cause, Fault};
 use entresol_machine::Word;
 use entresol_metal_x86::switch::Guest;
 use entresol_metal_x86::{Metal, features};
-use entresol_mmu::{CopyError, Outcome};
+use entresol_mmu::{CopyError, Kept, MmioCache, Outcome};
 use entresol_slot::Hint;
 use entresol_sync::Pin;
 
@@ -62,8 +66,18 @@ pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
     let mut registers = registers(guest);
     let done = {
         let pin = vm.memory.host().epoch.pin(cpu);
-        let mut view = View::new(&vm.memory, &vm.devices, &pin, &vm.vcpu.hint, guest);
-        carry_out(&mut view, &mut registers, guest, fault.gpa)
+        let mut view = View {
+            memory: &vm.memory,
+            devices: &vm.devices,
+            mmio: &vm.vcpu.mmio,
+            now: guest_time(guest),
+            pin: &pin,
+            hint: &vm.vcpu.hint,
+            place: place(guest),
+            by_leave: *guest.rflags() & RFLAGS_AC != 0,
+            known: None,
+        };
+        carry_out(&mut view, &mut vm.vcpu.code, &mut registers, fault.gpa)
     };
     match done {
         Ok(Ok(progress)) => {
@@ -87,30 +101,63 @@ pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
     }
 }
 
-/// Fetches, decodes, executes.
+/// Finds the instruction, executes it.
 fn carry_out(
     view: &mut View<'_>,
+    memo: &mut Memo<Kept>,
     registers: &mut Registers,
-    guest: &mut Guest,
     gpa: Gpa,
 ) -> Result<Result<Progress, Unsupported>, Stop> {
-    let size = code_size(guest);
+    let (memory, pin) = (view.memory, view.pin);
+    let known = memo.recall(&view.place, |kept| memory.is_kept(pin, kept), |at| Metal::load_guest(word_at(at)));
+    if let Some(instruction) = known {
+        view.known = instruction.touches_one_place().then_some(gpa);
+        return instruction.execute(registers, view).map(Ok);
+    }
+    match find(view, memo)? {
+        Ok(instruction) => {
+            view.known = instruction.touches_one_place().then_some(gpa);
+            instruction.execute(registers, view).map(Ok)
+        }
+        Err(unsupported) => Ok(Err(unsupported)),
+    }
+}
+
+/// Fetches and decodes the instruction, and keeps it.
+#[cold]
+#[inline(never)]
+fn find(view: &mut View<'_>, memo: &mut Memo<Kept>) -> Result<Result<Instruction, Unsupported>, Stop> {
+    let place = view.place;
+    let size = code_size(&place);
     let at = match size {
-        CodeSize::Bits64 => registers.rip,
-        CodeSize::Bits16 | CodeSize::Bits32 => registers.bases[CS].wrapping_add(registers.rip) & u64::from(u32::MAX),
+        CodeSize::Bits64 => place.rip,
+        CodeSize::Bits16 | CodeSize::Bits32 => place.base.wrapping_add(place.rip) & u64::from(u32::MAX),
     };
-    let bytes = emulate::fetch(at, |at, to| view.read_code(at, to))?;
-    let instruction = match Instruction::decode(bytes.as_slice(), registers.rip, size) {
+    let kept = view.memory.keep();
+    let mut way = None;
+    let bytes = emulate::fetch(at, |at, to| view.read_code(at, to).map(|found| way = way.or(Some(found))))?;
+    let instruction = match Instruction::decode(bytes.as_slice(), place.rip, size) {
         Ok(instruction) => instruction,
         Err(Unsupported::Truncated) => return bytes.stopped.map_or(Ok(Err(Unsupported::Truncated)), Err),
         Err(unsupported) => return Ok(Err(unsupported)),
     };
-    view.known = instruction.touches_one_place().then_some(gpa);
-    instruction.execute(registers, view).map(Ok)
+    if let Some((gpa, way)) = way
+        && let Some(words) = view.depends_on(gpa, &way, &bytes.as_slice()[..instruction.length()])
+    {
+        memo.keep(&place, kept, words.into_iter().flatten(), &instruction);
+    }
+    Ok(Ok(instruction))
 }
 
-/// CS among the bases.
-const CS: usize = 1;
+/// The word of the machine's memory at an aligned address.
+#[inline]
+fn word_at(at: Hpa) -> Word {
+    Word::new(at.frame(), (at.page_offset() / 8) as u16)
+}
+
+/// Entries of a walk, and words that code touches, at most.
+const MOST_ENTRIES: usize = 5;
+const MOST_CODE: usize = 3;
 /// L and D/B of a segment's attributes.
 const ATTRIBUTE_L: u16 = 1 << 9;
 const ATTRIBUTE_D: u16 = 1 << 10;
@@ -118,9 +165,23 @@ const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
 
-fn code_size(guest: &mut Guest) -> CodeSize {
-    let (attributes, efer) = (guest.code().attributes, guest.efer());
+fn code_size(place: &Place) -> CodeSize {
+    let Place { attributes, efer, .. } = *place;
     CodeSize::of(efer & EFER_LMA != 0, attributes & ATTRIBUTE_L != 0, attributes & ATTRIBUTE_D != 0)
+}
+
+fn place(guest: &mut Guest) -> Place {
+    let code = guest.code();
+    Place {
+        rip: guest.rip(),
+        base: code.base,
+        root: guest.cr3(),
+        cr0: guest.cr0(),
+        cr4: guest.cr4(),
+        efer: guest.efer(),
+        attributes: code.attributes,
+        user: guest.privilege() == 3,
+    }
 }
 
 fn registers(guest: &mut Guest) -> Registers {
@@ -136,21 +197,21 @@ fn write_back(guest: &mut Guest, from: &Registers) {
 struct View<'v> {
     memory: &'v Made,
     devices: &'v Devices,
+    mmio: &'v MmioCache,
     /// The guest's time stamp counter.
     now: u64,
     pin: &'v Pin<'v>,
     hint: &'v Hint,
-    regime: Regime,
-    user: bool,
+    place: Place,
     by_leave: bool,
     /// Where the access that failed goes, if the instruction has no other.
     known: Option<Gpa>,
 }
 
-impl<'v> View<'v> {
-    fn new(memory: &'v Made, devices: &'v Devices, pin: &'v Pin<'v>, hint: &'v Hint, guest: &mut Guest) -> Self {
-        let (user, by_leave) = (guest.privilege() == 3, *guest.rflags() & RFLAGS_AC != 0);
-        let (cr0, cr3, cr4, efer) = (guest.cr0(), guest.cr3(), guest.cr4(), guest.efer());
+impl View<'_> {
+    /// What the guest's tables are read by.
+    fn regime(&mut self) -> Regime {
+        let Place { root, cr0, cr4, efer, .. } = self.place;
         let mut controls = Controls::empty();
         for (set, flag) in [
             (cr0 & 1 << 16 != 0, Controls::WRITE_PROTECT),
@@ -163,32 +224,30 @@ impl<'v> View<'v> {
         ] {
             controls.set(flag, set);
         }
-        let regime = Regime {
+        let mut regime = Regime {
             mode: Mode::of(cr0, cr4, efer),
-            root: cr3,
+            root,
             pointers: [0; 4],
             controls,
             // CPUID says that there are no protection keys.
             pkru: 0,
-            physical_bits: memory.ipa_bits(),
+            physical_bits: self.memory.ipa_bits(),
         };
-        let now = guest_time(guest);
-        let mut view = Self { memory, devices, now, pin, hint, regime, user, by_leave, known: None };
-        if view.regime.mode == Mode::Pae {
+        if regime.mode == Mode::Pae {
             // With nested paging the processor reads them with each walk (APM 15.25.10). Where there is no memory they are absent.
             for index in 0..4 {
-                let at = Gpa::new((cr3 & 0xffff_ffe0) + index * 8);
-                view.regime.pointers[index as usize] = Tables::load(&mut view, at, paging::Width::Long).unwrap_or(0);
+                let at = Gpa::new((root & 0xffff_ffe0) + index * 8);
+                regime.pointers[index as usize] = Tables::load(self, at, paging::Width::Long).unwrap_or(0);
             }
         }
-        view
+        regime
     }
 
-    fn translate(&mut self, linear: u64, kind: Kind) -> Result<Gpa, Stop> {
-        let request = Request { kind, user: self.user, by_leave: self.by_leave };
-        let regime = self.regime;
-        match paging::walk(self, &regime, linear, request) {
-            Ok(translation) => Ok(translation.gpa),
+    fn trace(&mut self, linear: u64, kind: Kind) -> Result<(Gpa, Way), Stop> {
+        let request = Request { kind, user: self.place.user, by_leave: self.by_leave };
+        let regime = self.regime();
+        match paging::trace(self, &regime, linear, request) {
+            Ok((translation, way)) => Ok((translation.gpa, way)),
             Err(WalkError::Fault(code)) => Err(Stop::Fault { linear, code: code.bits() }),
             Err(WalkError::NonCanonical) => Err(Stop::NonCanonical),
             Err(WalkError::Contended) => Err(Stop::Again),
@@ -196,10 +255,40 @@ impl<'v> View<'v> {
         }
     }
 
-    /// Bytes of code, within one page.
-    fn read_code(&mut self, linear: u64, to: &mut [u8]) -> Result<(), Stop> {
-        let gpa = self.translate(linear, Kind::Fetch)?;
-        Ok(self.memory.read(self.pin, self.hint, gpa, to)?)
+    fn translate(&mut self, linear: u64, kind: Kind) -> Result<Gpa, Stop> {
+        self.trace(linear, kind).map(|(gpa, _)| gpa)
+    }
+
+    /// Bytes of code, within one page; where they are, and which entries said so.
+    fn read_code(&mut self, linear: u64, to: &mut [u8]) -> Result<(Gpa, Way), Stop> {
+        let (gpa, way) = self.trace(linear, Kind::Fetch)?;
+        self.memory.read(self.pin, self.hint, gpa, to)?;
+        Ok((gpa, way))
+    }
+
+    /// The words that the code `bytes` at `gpa` and the way to it are in, if they can be kept and hold just that.
+    fn depends_on(&self, gpa: Gpa, way: &Way, bytes: &[u8]) -> Option<[Option<Held>; MOST_ENTRIES + MOST_CODE]> {
+        let (first, end) = (gpa.page_offset(), gpa.page_offset() + bytes.len() as u64);
+        let mode = Mode::of(self.place.cr0, self.place.cr4, self.place.efer);
+        if !matches!(mode, Mode::Level4 | Mode::Level5) || end > PAGE_SIZE {
+            return None;
+        }
+        let mut words = [None; MOST_ENTRIES + MOST_CODE];
+        for (word, entry) in words.iter_mut().zip(way.entries()) {
+            let frame = self.memory.frame_to_keep(self.pin, self.hint, entry.at)?;
+            let at = Hpa::new(frame.base().get() + entry.at.page_offset());
+            *word = Some(Held { at, value: entry.raw });
+        }
+        let frame = self.memory.frame_to_keep(self.pin, self.hint, gpa)?.base().get();
+        let mut loaded = [0; MOST_CODE * 8];
+        for (number, offset) in (first & !7..end).step_by(8).enumerate() {
+            let at = Hpa::new(frame + offset);
+            let value = Metal::load_guest(word_at(at));
+            loaded.get_mut(number * 8..number * 8 + 8)?.copy_from_slice(&value.to_le_bytes());
+            *words.get_mut(MOST_ENTRIES + number)? = Some(Held { at, value });
+        }
+        let skipped = (first % 8) as usize;
+        (loaded.get(skipped..skipped + bytes.len())? == bytes).then_some(words)
     }
 
     /// The physical addresses of an access, and how many of its bytes are at the first.
@@ -216,6 +305,10 @@ impl<'v> View<'v> {
 
     /// Bytes within one page: of memory, or of a device.
     fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), Stop> {
+        if self.memory.is_nothing(self.pin, self.mmio, gpa.frame()) {
+            self.devices.load(gpa, to, self.now);
+            return Ok(());
+        }
         match self.memory.read(self.pin, self.hint, gpa, to) {
             Err(CopyError::Outside { .. }) => {
                 self.devices.load(gpa, to, self.now);
@@ -227,6 +320,10 @@ impl<'v> View<'v> {
 
     /// The same for a store; one to read-only memory is ignored too.
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), Stop> {
+        if self.memory.is_nothing(self.pin, self.mmio, gpa.frame()) {
+            self.devices.store(gpa, from, self.now);
+            return Ok(());
+        }
         match self.memory.write(self.pin, self.hint, gpa, from) {
             Err(CopyError::Outside { .. }) => {
                 self.devices.store(gpa, from, self.now);

@@ -43,6 +43,7 @@ fn main(machine: &Machine) {
     if services {
         tally.check("nobody answers: loads read ones, stores are ignored", nobody());
         tally.check("entries say where no memory is", entries(machine.argument("entries") != Some("none")));
+        tally.check("code that touches devices is what memory says it is", code());
         tally.check("services answer, and refuse bad arguments", services_answer());
         tally.check("memory outlives its entries", outlives(START, end));
         tally.check("the log names each page that was written, once", log(START, end));
@@ -203,6 +204,66 @@ fn entries(some: bool) -> bool {
     store(one, 1);
     let old = changed("after a change of slots", [0, 0, 1, 1]);
     first && second && another && third && log && old
+}
+
+/// Code that loads from where nobody answers, and what it returns: MOV EAX, [RDI]; MOV RAX, [RDI]; MOVZX EAX, byte ptr [RDI]; with RET.
+const LOADS: [([u8; 4], u64); 3] = [
+    ([0x8b, 0x07, 0xc3, 0x90], u32::MAX as u64),
+    ([0x48, 0x8b, 0x07, 0xc3], u64::MAX),
+    ([0x0f, 0xb6, 0x07, 0xc3], u8::MAX as u64),
+];
+
+/// Runs code at `at` twice.
+fn loads(at: u64) -> [u64; 2] {
+    // SAFETY: one of `LOADS` is there.
+    let load: extern "C" fn(u64) -> u64 = unsafe { core::mem::transmute(at as *const ()) };
+    [load(NOWHERE), load(NOWHERE)]
+}
+
+/// Code is changed where it is, and by the tables; its page's second-stage entry is taken away.
+fn code() -> bool {
+    const PLACE: u64 = 64 << 20;
+    const OTHER: u64 = 66 << 20;
+    let write = |at: u64, code: [u8; 4]| {
+        // SAFETY: memory of the guest's that nothing else uses.
+        unsafe { (at as *mut [u8; 4]).write_volatile(code) };
+    };
+    // Also across two words.
+    let changed = [0, 6].iter().all(|offset| {
+        LOADS.iter().all(|(code, value)| {
+            write(PLACE + offset, *code);
+            loads(PLACE + offset) == [*value; 2]
+        })
+    });
+    let (first, second) = (LOADS[0], LOADS[2]);
+    write(PLACE, first.0);
+    write(OTHER, second.0);
+    let mapped = [(PLACE, first.1), (OTHER, second.1), (PLACE, first.1)].iter().all(|(page, value)| {
+        map(*page);
+        loads(WINDOW) == [*value; 2]
+    });
+    map(WINDOW);
+    let zapped = call(ZAP, PLACE, PAGE) == 0 && loads(PLACE) == [first.1; 2];
+    changed && mapped && zapped
+}
+
+/// 2 MiB of addresses that are mapped elsewhere for a while.
+const WINDOW: u64 = 96 << 20;
+
+/// The window shows the memory at `page`.
+fn map(page: u64) {
+    const LARGE: u64 = 0x83;
+    const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+    let root: u64;
+    // SAFETY: the tables are the runtime's, mapped where they are: a root, one of level 3, and those of 2 MiB pages; nothing of the window
+    // is used meanwhile.
+    unsafe {
+        asm!("mov {}, cr3", out(reg) root, options(nomem, nostack, preserves_flags));
+        let third = *((root & ADDRESS) as *const u64) & ADDRESS;
+        let second = *(third as *const u64) & ADDRESS;
+        ((second + (WINDOW >> 21) * 8) as *mut u64).write_volatile(page | LARGE);
+        asm!("invlpg [{}]", in(reg) WINDOW, options(nostack, preserves_flags));
+    }
 }
 
 fn services_answer() -> bool {

@@ -59,13 +59,7 @@ impl Outer {
             command.args(["-append", append]);
         }
         if let Some(socket) = &self.control {
-            // A comma ends a value of QEMU's options; two stand for one.
-            let path = socket.to_string_lossy().replace(',', ",,");
-            // A port of its own and not a console's: QEMU holds back what the host does not read, where a console's output is
-            // thrown away. Port 0 can only be a console's.
-            command.args(["-device", "virtio-serial-device,max_ports=2"]);
-            command.args(["-chardev", &format!("socket,id=control,path={path},server=on,wait=off")]);
-            command.args(["-device", "virtserialport,chardev=control,nr=1,name=entresol.control"]);
+            command.args(control(socket));
         }
         if let Some(store) = &self.store {
             command.args(disk(store, "entresol-store"));
@@ -74,6 +68,17 @@ impl Outer {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command
     }
+}
+
+/// Arguments for the control channel at `socket`.
+pub fn control(socket: &Path) -> [String; 6] {
+    // A comma ends a value of QEMU's options; two stand for one.
+    let path = socket.to_string_lossy().replace(',', ",,");
+    // A port of its own and not a console's: QEMU holds back what the host does not read, where a console's output is
+    // thrown away. Port 0 can only be a console's.
+    let port = "virtserialport,chardev=control,nr=1,name=entresol.control";
+    let channel = format!("socket,id=control,path={path},server=on,wait=off");
+    ["-device", "virtio-serial-device,max_ports=2", "-chardev", &channel, "-device", port].map(str::to_owned)
 }
 
 /// Arguments for a virtio disk of its own, which is told by its serial number. Its errors are the guest's to see: else QEMU

@@ -1,13 +1,16 @@
 //! Time: the time stamp counter, how fast it counts, and a timer that interrupts as [`crate::interrupts::TIMER`].
 //!
-//! Protocol: [`init`] once on the boot CPU, which compares the counter with counter 2 of the interval timer for a hundredth of a second,
+//! Protocol: [`init`] once on the boot CPU, which compares the counter with counter 0 of the interval timer for a hundredth of a second,
 //! and the local APIC's timer with the counter in the same time. Then every CPU has a deadline of its own.
 //!
 //! Where the processor has no deadlines in counts of the time stamp counter, the local APIC's timer counts down what is left. It has 32
 //! bits and a rate that was measured, so it may interrupt early, never late by more than the measure's error: who set a
 //! deadline looks at the counter, and sets it again.
 //!
-//! Sources: Intel 8254 (modes and control word); port 61h of the PC (gate and output of counter 2); APM volume 2, 16.4.1 (APIC timer).
+//! Counter 2 would interrupt nobody, but its gate and its output are at a port that not every machine has; the interrupt of counter 0 is
+//! masked.
+//!
+//! Sources: Intel 8254 (modes, control word, read-back command); APM volume 2, 16.4.1 (APIC timer).
 //!
 //! Known holes: the counter is taken to have one rate, and to be the same on all CPUs.
 
@@ -16,14 +19,15 @@ use x86_64::instructions::port::Port;
 
 use crate::apic;
 
-const COUNTER: u16 = 0x42;
+const COUNTER: u16 = 0x40;
 const CONTROL: u16 = 0x43;
-const GATE: u16 = 0x61;
-/// Counter 2, low byte then high, mode 0: the output rises when the count has come to zero.
-const ONE_SHOT: u8 = 2 << 6 | 3 << 4;
-const GATE_OPEN: u8 = 1 << 0;
-const SPEAKER: u8 = 1 << 1;
-const OUTPUT: u8 = 1 << 5;
+/// Counter 0, low byte then high, mode 0: the output rises when the count has come to zero.
+const ONE_SHOT: u8 = 3 << 4;
+/// Read back the status of counter 0, not its count.
+const STATUS: u8 = 3 << 6 | 1 << 5 | 1 << 1;
+/// In the status: the output, and how the counter is set.
+const OUTPUT: u8 = 1 << 7;
+const SET: u8 = 0x3f;
 /// Counts of the interval timer in a second, and in a hundredth.
 const COUNTS: u64 = 1_193_182;
 const HUNDREDTH: u16 = (COUNTS / 100) as u16;
@@ -77,24 +81,25 @@ pub fn clear() {
 ///
 /// If the machine has no interval timer.
 pub(crate) fn init() {
-    let (mut gate, mut control, mut counter) =
-        (Port::<u8>::new(GATE), Port::<u8>::new(CONTROL), Port::<u8>::new(COUNTER));
-    // SAFETY: the interval timer's second counter drives the speaker only, which is off; nobody else uses it.
-    let (counts, timer) = unsafe {
-        let kept = gate.read();
-        gate.write(kept & !SPEAKER | GATE_OPEN);
-        control.write(ONE_SHOT);
+    let (mut control, mut counter) = (Port::<u8>::new(CONTROL), Port::<u8>::new(COUNTER));
+    // SAFETY: the interval timer's first counter interrupts nobody, and nobody else uses it.
+    let mut status = || unsafe {
+        control.write(STATUS);
+        Port::<u8>::new(COUNTER).read()
+    };
+    // SAFETY: as above.
+    unsafe {
+        Port::<u8>::new(CONTROL).write(ONE_SHOT);
         let [low, high] = HUNDREDTH.to_le_bytes();
         counter.write(low);
         counter.write(high);
-        let start = now();
-        apic::set_count(u32::MAX);
-        let risen = (0..MOST_LOOKS).any(|_| gate.read() & OUTPUT != 0);
-        assert!(risen, "counter 2 of the interval timer does not count: the machine must have one");
-        let (counts, timer) = (now() - start, u32::MAX - apic::count());
-        gate.write(kept);
-        (counts, timer)
-    };
+    }
+    let start = now();
+    apic::set_count(u32::MAX);
+    assert!(status() & SET == ONE_SHOT, "the interval timer does not answer: the machine must have one");
+    let risen = (0..MOST_LOOKS).any(|_| status() & OUTPUT != 0);
+    assert!(risen, "counter 0 of the interval timer does not count");
+    let (counts, timer) = (now() - start, u32::MAX - apic::count());
     apic::set_count(0);
     TAKES_DEADLINES.store(apic::has_deadline(), Ordering::Relaxed);
     RATE.store((u64::from(timer) << 32) / counts.max(1), Ordering::Relaxed);

@@ -40,7 +40,7 @@ pub fn measure() -> Result<Rows> {
     bundle::pack(&bundle::check(bundle::written("1G", 1, vec![vm]))?, &packed)?;
     let outcome = execute(&work, "x86", operations::DONE, |counts| {
         let extra = counted(&plugin, counts).to_vec();
-        OuterX86 { extra, ..OuterX86::new(&hypervisor, &packed) }.command(&qemu)
+        OuterX86 { cpus: 1, extra, ..OuterX86::new(&hypervisor, &packed) }.command(&qemu)
     })?;
     let stores = &operations::each(&[CALIBRATION], &outcome.counts)?[0].1;
     ensure!(stores.median == 1, "a store counts as {} instructions: the counts mean nothing", stores.median);

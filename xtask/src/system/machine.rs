@@ -135,17 +135,23 @@ impl<'a> Builder<'a> {
         let x86 = self.context.x86()?;
         let write = || boot_disk::write(self.context.bochs()?, &x86.hypervisor, &packed, &self.folder);
         let disk = disk.then(write).transpose()?;
-        let cpu = cpu.to_owned();
-        let outer = OuterX86 { cpu, memory, disk, extra: self.extra, ..OuterX86::new(&x86.hypervisor, &packed) };
-        let sockets = tempfile::tempdir().context("cannot make a folder")?;
-        // There is no control channel: nobody connects.
-        let socket = sockets.path().join("ctl.sock");
+        let (sockets, socket) = control_socket()?;
+        let outer = OuterX86 {
+            cpu: cpu.to_owned(),
+            cpus: self.outer_cpus,
+            memory,
+            disk,
+            control: Some(socket.clone()),
+            store: self.store,
+            extra: self.extra,
+            ..OuterX86::new(&x86.hypervisor, &packed)
+        };
         Machine::spawn(self.folder, outer.command(&x86.qemu), socket, sockets)
     }
 
     /// The boot bundle of these virtual machines, and the outer machine's memory.
     fn pack_x86(&self, vms: Vec<WrittenVm>) -> Result<(u64, PathBuf)> {
-        let mut written = bundle::written(&self.outer_memory, 1, vms);
+        let mut written = bundle::written(&self.outer_memory, self.outer_cpus, vms);
         written.outer.arch = Some(Arch::X86);
         let loaded = bundle::check(written)?;
         let packed = self.folder.join("bundle.img");
@@ -164,6 +170,13 @@ impl<'a> Builder<'a> {
     }
 }
 
+/// A folder of its own for a control channel, and the channel's socket there.
+fn control_socket() -> Result<(tempfile::TempDir, PathBuf)> {
+    let sockets = tempfile::tempdir().context("cannot make a folder for the control channel")?;
+    let socket = sockets.path().join("ctl.sock");
+    Ok((sockets, socket))
+}
+
 /// A running machine.
 pub struct Machine {
     child: Child,
@@ -177,8 +190,7 @@ pub struct Machine {
 
 impl Machine {
     fn start(builder: Builder<'_>, outer: Outer) -> Result<Self> {
-        let sockets = tempfile::tempdir().context("cannot make a folder for the control channel")?;
-        let socket = sockets.path().join("ctl.sock");
+        let (sockets, socket) = control_socket()?;
         let outer = Outer { control: Some(socket.clone()), store: builder.store, extra: builder.extra, ..outer };
         let command = outer.command(&builder.context.qemu);
         Self::spawn(builder.folder, command, socket, sockets)

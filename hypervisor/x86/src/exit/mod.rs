@@ -88,8 +88,13 @@ fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
         Exit::InterruptWindow => Next::Look,
         Exit::Shutdown => Next::End(End::Crash(Crash::TripleFault)),
         Exit::InvalidState => Next::End(End::Crash(Crash::InvalidState)),
-        // Of the machine's own. It is kept pending, and nobody has asked for any.
-        Exit::Interrupt => Next::Again,
+        // Of the machine's own: another CPU's kick. Out of the guest is all that it wants.
+        Exit::Interrupt => {
+            while let Some(line) = entresol_metal_x86::interrupts::ack() {
+                entresol_metal_x86::interrupts::deactivate(line);
+            }
+            Next::Look
+        }
         // The CPU has taken it by now: another's question about the own mapping, or the end.
         Exit::NonMaskable => Next::Again,
         Exit::Exception { vector, error, .. } => panic!("the machine's exception {vector}, error code {error:#x}"),

@@ -14,10 +14,11 @@ use core::cell::UnsafeCell;
 use core::fmt;
 use core::mem::offset_of;
 
+use entresol_metal_common::stack::StackArea;
 use entresol_sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use smccc::{Smc, psci};
 
-use crate::boot::{BootInfo, MAX_CPUS, Region};
+use crate::boot::{BootInfo, MAX_CPUS};
 use crate::{exception, timer, traps};
 
 const PAGE: usize = 4096;
@@ -52,22 +53,11 @@ unsafe impl Sync for Stacks {}
 #[used]
 static STACKS: Stacks = Stacks(UnsafeCell::new([[0; STACK_STRIDE]; MAX_CPUS]));
 
-/// The parts of a CPU's stack area that are mapped.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct StackArea {
-    pub emergency: Region,
-    pub main: Region,
-}
-
-impl StackArea {
-    /// The area of CPU `index`.
-    pub fn of(index: usize) -> Self {
-        assert!(index < MAX_CPUS, "CPU {index} of {MAX_CPUS}");
-        let start = (STACKS.0.get() as usize + index * STACK_STRIDE) as u64;
-        let emergency = Region { start: start + PAGE as u64, end: start + (PAGE + EMERGENCY) as u64 };
-        let main = Region { start: emergency.end + PAGE as u64, end: start + STACK_STRIDE as u64 };
-        Self { emergency, main }
-    }
+/// The stack area of CPU `index`.
+pub(crate) fn stacks_of(index: usize) -> StackArea {
+    assert!(index < MAX_CPUS, "CPU {index} of {MAX_CPUS}");
+    let start = STACKS.0.get() as usize + index * STACK_STRIDE;
+    StackArea::new(start as u64, STACK_STRIDE as u64, EMERGENCY as u64)
 }
 
 /// What a CPU knows of itself. On lines of its own, because its CPU reads it before its caches are on.
@@ -170,7 +160,7 @@ pub fn halt() -> ! {
 
 /// End of the boot CPU's stack area.
 pub(crate) fn boot_stack_end() -> usize {
-    StackArea::of(0).main.end as usize
+    stacks_of(0).main.end as usize
 }
 
 /// Makes this CPU number 0. Without MMU, before any other CPU runs.
@@ -188,7 +178,7 @@ pub(crate) fn init_others(info: &BootInfo) {
 }
 
 fn init_block(index: usize, affinity: u64, state: u32) {
-    let area = StackArea::of(index);
+    let area = stacks_of(index);
     let (stack_top, emergency_top) = (area.main.end, area.emergency.end);
     let content = PerCpu { index, stack_top, emergency_top, affinity, state: AtomicU32::new(state) };
     // SAFETY: one CPU, no references; `StackArea::of` has checked the index.

@@ -21,13 +21,13 @@ use core::arch::global_asm;
 use core::fmt;
 use core::panic::PanicInfo;
 
+use entresol_metal_common::stack::Trace;
 use entresol_sync::atomic::{AtomicUsize, Ordering};
 
 use crate::boot::image_offset;
-use crate::console::Emergency;
-use crate::cpu::{self, PER_CPU_EMERGENCY_TOP, StackArea};
-use crate::power;
+use crate::cpu::{self, PER_CPU_EMERGENCY_TOP};
 use crate::switch::{EXIT_INTERRUPT, EXIT_SERROR, EXIT_SYNCHRONOUS, FRAME_REGISTERS};
+use crate::{console, power};
 
 /// What the CPU was doing.
 #[repr(C, align(16))]
@@ -167,7 +167,7 @@ static REPORTER: AtomicUsize = AtomicUsize::new(NOBODY);
 /// An exception from EL2 itself.
 #[unsafe(no_mangle)]
 extern "C" fn entresol_fatal(frame: &Frame) -> ! {
-    report(format_args!("{frame}"), Trace { first: frame.elr, frame_pointer: frame.x[29] })
+    report(format_args!("{frame}"), trace(frame.elr, frame.x[29]))
 }
 
 #[panic_handler]
@@ -177,28 +177,28 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     unsafe {
         core::arch::asm!("mov {}, x29", "adr {}, .", out(reg) frame_pointer, out(reg) here, options(nomem, nostack));
     }
-    report(format_args!("{info}"), Trace { first: here, frame_pointer })
+    report(format_args!("{info}"), trace(here, frame_pointer))
 }
 
-fn report(what: fmt::Arguments<'_>, trace: Trace) -> ! {
+fn report(what: fmt::Arguments<'_>, trace: impl Iterator<Item = u64>) -> ! {
     let cpu = cpu::index();
     match claim(cpu) {
         None => {}
         Some(reporter) if reporter == cpu => {
-            Emergency::print(format_args!("\nPANIC inside a panic on CPU {cpu}\n"));
+            console::emergency(format_args!("\nPANIC inside a panic on CPU {cpu}\n"));
             power::off()
         }
         Some(_) => cpu::halt(),
     }
-    Emergency::print(format_args!("\nPANIC on CPU {cpu}: {what}\n"));
+    console::emergency(format_args!("\nPANIC on CPU {cpu}: {what}\n"));
     for (depth, address) in trace.enumerate() {
         if depth == MOST_FRAMES {
-            Emergency::print(format_args!("  ...\n"));
+            console::emergency(format_args!("  ...\n"));
             break;
         }
-        Emergency::print(format_args!("  #{depth:<2} {:#010x}\n", image_offset(address)));
+        console::emergency(format_args!("  #{depth:<2} {:#010x}\n", image_offset(address)));
     }
-    Emergency::print(format_args!("END OF PANIC\n"));
+    console::emergency(format_args!("END OF PANIC\n"));
     power::off()
 }
 
@@ -236,40 +236,15 @@ fn explain(class: u64, far: u64) -> &'static str {
     if class != DATA_ABORT_SAME_LEVEL {
         return "";
     }
-    let below = |cpu| {
-        let area = StackArea::of(cpu);
-        (far < area.main.start && far >= area.emergency.end)
-            || (far < area.emergency.start && far >= area.emergency.start - 4096)
-    };
-    if (0..cpu::count()).any(below) { " (stack overflow: a guard page)" } else { "" }
+    if (0..cpu::count()).any(|cpu| cpu::stacks_of(cpu).is_guard(far)) { " (stack overflow: a guard page)" } else { "" }
 }
 
 /// Return addresses, from frame record to frame record (AAPCS64 6.4.6).
-struct Trace {
-    first: u64,
-    frame_pointer: u64,
-}
-
-impl Iterator for Trace {
-    type Item = u64;
-
-    fn next(&mut self) -> Option<u64> {
-        let address = core::mem::take(&mut self.first);
-        if address == 0 {
-            return None;
-        }
-        let fp = self.frame_pointer;
-        let own = |cpu: usize| {
-            let area = StackArea::of(cpu);
-            [area.main, area.emergency].iter().any(|part| part.contains(fp) && part.contains(fp + 15))
-        };
-        if fp.is_multiple_of(8) && (0..cpu::count()).any(own) {
-            // SAFETY: both words lie inside a mapped stack.
-            let [next, link] = unsafe { core::ptr::read(fp as *const [u64; 2]) };
-            // Frames grow towards higher addresses; anything else is the end, or nonsense.
-            self.frame_pointer = if next > fp { next } else { 0 };
-            self.first = link.saturating_sub(4);
-        }
-        Some(address)
-    }
+fn trace(first: u64, frame_pointer: u64) -> impl Iterator<Item = u64> {
+    let read = |at| {
+        let own = (0..cpu::count()).any(|cpu| cpu::stacks_of(cpu).has_record(at));
+        // SAFETY: both words lie inside a mapped stack.
+        own.then(|| unsafe { core::ptr::read(at as *const [u64; 2]) })
+    };
+    Trace { first, frame_pointer, back: 4, read }
 }

@@ -20,6 +20,7 @@ use core::arch::asm;
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
 use entresol_machine::own::{RemoveError, Work};
 use entresol_machine::{Features, Machine, Tags, TlbOp, Vmid, Word};
+use entresol_metal_common::own::Moves;
 use entresol_metal_common::pool::{self, Pool};
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
@@ -129,6 +130,26 @@ impl Metal {
     fn around(address: Hpa, bytes: usize) -> PfnRange {
         let frames = (address.page_offset() + bytes as u64).div_ceil(PAGE_SIZE);
         PfnRange::new(address.frame(), frames).expect("bytes of the machine do not wrap")
+    }
+}
+
+/// What moves bytes.
+struct Instructions;
+
+impl Moves for Instructions {
+    #[inline]
+    fn bytes(&self, from: u64, to: u64, count: u64) {
+        move_bytes(from, to, count);
+    }
+
+    #[inline]
+    fn page(&self, from: u64, to: u64) {
+        move_bytes(from, to, PAGE_SIZE);
+    }
+
+    #[inline]
+    fn zero(&self, at: u64) {
+        zero(at, PAGE_SIZE);
     }
 }
 
@@ -319,21 +340,10 @@ unsafe impl Machine for Metal {
 
     fn through_window(&self, frame: Pfn, work: Work<'_>) {
         POOL.check(PfnRange::single(frame));
-        let inside = |at: u16, len: usize| {
-            assert!(u64::from(at) + len as u64 <= PAGE_SIZE, "{len} bytes at {at:#x} leave the window");
-            u64::from(at)
-        };
-        OWN.through(Window::Work, frame, |window| match work {
-            Work::Read { at, to } => move_bytes(window + inside(at, to.len()), to.as_mut_ptr() as u64, to.len() as u64),
-            Work::Write { at, from } => {
-                move_bytes(from.as_ptr() as u64, window + inside(at, from.len()), from.len() as u64);
-            }
-            Work::Zero => zero(window, PAGE_SIZE),
-            Work::Copy { from } => {
-                POOL.check(PfnRange::single(from));
-                OWN.through(Window::Source, from, |source| move_bytes(source, window, PAGE_SIZE));
-            }
-        });
+        if let Work::Copy { from } = work {
+            POOL.check(PfnRange::single(from));
+        }
+        OWN.work(&Instructions, frame, work);
     }
 
     #[inline]

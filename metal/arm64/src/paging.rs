@@ -125,7 +125,7 @@ pub fn build(info: &BootInfo) -> *const MmuRegisters {
     map(Region { start: constants, end: data }, CONSTANTS);
     map(Region { start: data, end: stacks }, DATA);
     for index in 0..info.cpus.len() {
-        let area = cpu::StackArea::of(index);
+        let area = cpu::stacks_of(index);
         map(area.emergency, DATA);
         map(area.main, DATA);
     }

@@ -2,8 +2,7 @@
 
 use smccc::{Hvc, Smc, psci};
 
-use crate::console::Emergency;
-use crate::cpu;
+use crate::{console, cpu};
 
 /// Turns the machine off.
 pub fn off() -> ! {
@@ -25,6 +24,6 @@ pub(crate) fn off_by_hvc() -> ! {
 
 /// Without the console's lock, since a panic may hold it.
 fn came_back(call: &str, result: Result<(), psci::error::Error>) -> ! {
-    Emergency::print(format_args!("PSCI {call} came back: {result:?}\n"));
+    console::emergency(format_args!("PSCI {call} came back: {result:?}\n"));
     cpu::halt()
 }

@@ -28,7 +28,7 @@
 //! Known holes: RAM that was mapped with 1 GiB blocks cannot leave.
 
 use entresol_addr::{PAGE_SIZE, Pfn, PfnRange};
-use entresol_machine::own::{OWN_BLOCK, RemoveError, is_own_unit};
+use entresol_machine::own::{OWN_BLOCK, RemoveError, Work, is_own_unit};
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -110,6 +110,18 @@ pub trait Regime {
 
     /// Makes this CPU walk `root`, and forget what it knew. It translates all that the old one does to the same.
     fn switch(&self, root: Table);
+}
+
+/// How bytes are moved. Guests may write the same memory meanwhile.
+pub trait Moves {
+    /// `count` bytes from `from` to `to`, which are mapped and do not overlap.
+    fn bytes(&self, from: u64, to: u64, count: u64);
+
+    /// Of the whole pages at `from` and `to`.
+    fn page(&self, from: u64, to: u64);
+
+    /// Fills the page at `at` with zero.
+    fn zero(&self, at: u64);
 }
 
 /// A window of a CPU.
@@ -381,6 +393,29 @@ impl<R: Regime> Own<R> {
         word.store(0, Ordering::Release);
         self.regime.forget_window(address);
         result
+    }
+
+    /// `Machine::through_window`.
+    ///
+    /// # Panics
+    ///
+    /// If the work leaves the frame.
+    #[inline]
+    pub fn work(&self, moves: &impl Moves, frame: Pfn, work: Work<'_>) {
+        let inside = |at: u16, len: usize| {
+            assert!(u64::from(at) + len as u64 <= PAGE_SIZE, "{len} bytes at {at:#x} leave the window");
+            u64::from(at)
+        };
+        self.through(Window::Work, frame, |window| match work {
+            Work::Read { at, to } => {
+                moves.bytes(window + inside(at, to.len()), to.as_mut_ptr() as u64, to.len() as u64)
+            }
+            Work::Write { at, from } => {
+                moves.bytes(from.as_ptr() as u64, window + inside(at, from.len()), from.len() as u64);
+            }
+            Work::Zero => moves.zero(window),
+            Work::Copy { from } => self.through(Window::Source, from, |source| moves.page(source, window)),
+        });
     }
 
     fn root(&self) -> Table {

@@ -2,9 +2,8 @@
 //!
 //! Purpose: logs, panics and the guests' consoles go out of it, polled; what is typed comes in by interrupt.
 //!
-//! Protocol: one lock for output, so that lines of several CPUs do not mix. A record of the log has lines of its own, and
-//! repeats the line that it interrupted ([`Line`]). A panic takes no lock ([`Emergency`]): its output may cut a line in
-//! two, but it always comes. Input has one reader at a time, under its own lock.
+//! Protocol: output is [`entresol_metal_common::console`]'s; a panic takes no lock ([`emergency`]). Input has one reader at a time, under
+//! a lock of its own.
 //!
 //! The registers are driven here and not by a crate, because the emergency path must work while another CPU is in the middle
 //! of anything.
@@ -13,9 +12,9 @@
 //!
 //! Known holes: COM1 is taken for granted.
 
-use core::fmt::{self, Write};
+use core::fmt;
 
-use entresol_metal_common::line::Line;
+use entresol_metal_common::console::{Console, Uart};
 use entresol_sync::Mutex;
 use x86_64::instructions::port::Port;
 
@@ -45,8 +44,11 @@ const RECEIVED: u8 = 1 << 0;
 const THERE: u8 = 1 << 0;
 const EMPTY: u8 = 1 << 5;
 
-static OUTPUT: Mutex<Line> = Mutex::new(Line::EMPTY);
+static CONSOLE: Console<Com1> = Console::new(Com1);
 static INPUT: Mutex<()> = Mutex::new(());
+
+/// The port.
+struct Com1;
 
 fn register_read(offset: u16) -> u8 {
     // SAFETY: a register of COM1, which nobody else has.
@@ -71,93 +73,33 @@ pub(crate) fn early_init() {
 
 /// Connects the log. Once.
 pub(crate) fn init() {
-    if log::set_logger(&Logger).is_ok() {
+    if log::set_logger(&CONSOLE).is_ok() {
         log::set_max_level(log::LevelFilter::Info);
     }
 }
 
-fn put(byte: u8) {
-    while register_read(LINE_STATUS) & EMPTY == 0 {
-        core::hint::spin_loop();
+impl Uart for Com1 {
+    fn put(&self, byte: u8) {
+        while register_read(LINE_STATUS) & EMPTY == 0 {
+            core::hint::spin_loop();
+        }
+        register_write(DATA, byte);
     }
-    register_write(DATA, byte);
 }
 
 /// Writes bytes as they are, all of them before any other CPU's.
 pub fn write_bytes(bytes: &[u8]) {
-    write_on(&mut OUTPUT.lock(), bytes);
-}
-
-fn write_on(line: &mut Line, bytes: &[u8]) {
-    for byte in bytes {
-        line.put(*byte);
-        put(*byte);
-    }
+    CONSOLE.write_bytes(bytes);
 }
 
 /// Writes text, with CR before each LF, all of it before any other CPU's.
 pub fn write_fmt(text: fmt::Arguments<'_>) {
-    print(&mut OUTPUT.lock(), text);
+    CONSOLE.write_fmt(text);
 }
 
-/// Writes a record on lines of its own.
-fn write_record(record: &log::Record<'_>) {
-    let mut line = OUTPUT.lock();
-    let interrupted = line.clone();
-    if interrupted.is_begun() {
-        write_on(&mut line, b"\r\n");
-    }
-    print(&mut line, format_args!("[{}] {}: {}\n", record.level(), record.target(), record.args()));
-    write_on(&mut line, interrupted.text());
-}
-
-fn print(line: &mut Line, text: fmt::Arguments<'_>) {
-    // A formatter that gives up cuts the text short; there is nobody left to tell.
-    if (Text { line }).write_fmt(text).is_err() {
-        b"<formatting failed>\r\n".iter().copied().for_each(put);
-    }
-}
-
-/// Text on a line, with CR before each LF.
-struct Text<'a> {
-    line: &'a mut Line,
-}
-
-impl fmt::Write for Text<'_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for byte in text.bytes() {
-            if byte == b'\n' {
-                write_on(self.line, b"\r");
-            }
-            write_on(self.line, &[byte]);
-        }
-        Ok(())
-    }
-}
-
-/// The console without its lock, for panics.
-pub(crate) struct Emergency;
-
-impl Emergency {
-    /// Writes text at once, whoever else is writing.
-    pub fn print(text: fmt::Arguments<'_>) {
-        // A formatter that gives up cuts the text short; there is nobody left to tell.
-        if Emergency.write_fmt(text).is_err() {
-            b"<formatting failed>\r\n".iter().copied().for_each(put);
-        }
-    }
-}
-
-impl fmt::Write for Emergency {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for byte in text.bytes() {
-            if byte == b'\n' {
-                put(b'\r');
-            }
-            put(byte);
-        }
-        Ok(())
-    }
+/// Writes text at once, whoever else is writing: for panics.
+pub(crate) fn emergency(text: fmt::Arguments<'_>) {
+    CONSOLE.print_at_once(text);
 }
 
 /// Lets received bytes interrupt. The caller enables the interrupt (`BootInfo::uart.intid`).
@@ -171,20 +113,4 @@ pub fn enable_rx_interrupt() {
 pub fn read_byte() -> Option<u8> {
     let _turn = INPUT.lock();
     (register_read(LINE_STATUS) & THERE != 0).then(|| register_read(DATA))
-}
-
-struct Logger;
-
-impl log::Log for Logger {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::max_level()
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            write_record(record);
-        }
-    }
-
-    fn flush(&self) {}
 }

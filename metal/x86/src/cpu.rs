@@ -18,7 +18,7 @@ use core::cell::UnsafeCell;
 use core::fmt;
 use core::mem::offset_of;
 
-use entresol_metal_common::memory::Region;
+use entresol_metal_common::stack::StackArea;
 use entresol_sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use x86_64::VirtAddr;
 use x86_64::instructions::tables::load_tss;
@@ -66,29 +66,17 @@ unsafe impl Sync for Stacks {}
 #[used]
 static STACKS: Stacks = Stacks(UnsafeCell::new([[0; STACK_STRIDE]; MAX_CPUS]));
 
-/// The parts of a CPU's stack area that are mapped.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct StackArea {
-    pub emergency: Region,
-    pub main: Region,
+/// The stack area of CPU `index`.
+pub(crate) fn stacks_of(index: usize) -> StackArea {
+    assert!(index < MAX_CPUS, "CPU {index} of {MAX_CPUS}");
+    let start = STACKS.0.get() as usize + index * STACK_STRIDE;
+    StackArea::new(start as u64, STACK_STRIDE as u64, (EXCEPTION_STACK + 2 * OTHER_STACK) as u64)
 }
 
-impl StackArea {
-    /// The area of CPU `index`.
-    pub fn of(index: usize) -> Self {
-        assert!(index < MAX_CPUS, "CPU {index} of {MAX_CPUS}");
-        let start = (STACKS.0.get() as usize + index * STACK_STRIDE) as u64;
-        let emergency = (EXCEPTION_STACK + 2 * OTHER_STACK) as u64;
-        let emergency = Region { start: start + PAGE as u64, end: start + PAGE as u64 + emergency };
-        let main = Region { start: emergency.end + PAGE as u64, end: start + STACK_STRIDE as u64 };
-        Self { emergency, main }
-    }
-
-    /// Tops of the interrupt stacks, in the order of the task state segment.
-    fn interrupt_stacks(&self) -> [u64; 3] {
-        let first = self.emergency.start + EXCEPTION_STACK as u64;
-        [first, first + OTHER_STACK as u64, first + 2 * OTHER_STACK as u64]
-    }
+/// Tops of the interrupt stacks in an area, in the order of the task state segment.
+fn interrupt_stacks(area: &StackArea) -> [u64; 3] {
+    let first = area.emergency.start + EXCEPTION_STACK as u64;
+    [first, first + OTHER_STACK as u64, first + 2 * OTHER_STACK as u64]
 }
 
 /// What a CPU knows of itself.
@@ -253,9 +241,9 @@ pub(crate) fn init_others(info: &BootInfo) {
 }
 
 fn init_block(index: usize, apic_id: u32, state: u32) {
-    let area = StackArea::of(index);
+    let area = stacks_of(index);
     let mut tss = TaskStateSegment::new();
-    for (place, top) in area.interrupt_stacks().into_iter().enumerate() {
+    for (place, top) in interrupt_stacks(&area).into_iter().enumerate() {
         tss.interrupt_stack_table[place] = VirtAddr::new(top);
     }
     let block = block(index);

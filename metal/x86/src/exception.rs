@@ -25,6 +25,7 @@ use core::cell::UnsafeCell;
 use core::fmt;
 use core::panic::PanicInfo;
 
+use entresol_metal_common::stack::Trace;
 use entresol_sync::atomic::{AtomicUsize, Ordering};
 use x86_64::VirtAddr;
 use x86_64::instructions::port::Port;
@@ -33,10 +34,9 @@ use x86_64::registers::control::Cr2;
 use x86_64::registers::segmentation::{CS, Segment};
 use x86_64::structures::DescriptorTablePointer;
 
-use crate::console::Emergency;
-use crate::cpu::{self, IST_EXCEPTION, IST_MACHINE_CHECK, IST_NMI, StackArea};
+use crate::cpu::{self, IST_EXCEPTION, IST_MACHINE_CHECK, IST_NMI};
 use crate::interrupts::{STUB, entresol_interrupt_stubs};
-use crate::{own, power, probe};
+use crate::{console, own, power, probe};
 
 /// Vectors that exceptions have, and all.
 const EXCEPTIONS: usize = 32;
@@ -222,7 +222,7 @@ extern "C" fn entresol_exception(frame: &mut Frame) {
         (frame.general[RAX], frame.general[RDX]) = (rax, rdx);
         return;
     }
-    report(format_args!("{frame}"), Trace { first: frame.rip, frame_pointer: frame.general[FRAME_POINTER] })
+    report(format_args!("{frame}"), trace(frame.rip, frame.general[FRAME_POINTER]))
 }
 
 /// Whether the machine has a reason of its own for a non-maskable interrupt.
@@ -238,28 +238,28 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     unsafe {
         core::arch::asm!("mov {}, rbp", "lea {}, [rip]", out(reg) frame_pointer, out(reg) here, options(nomem, nostack));
     }
-    report(format_args!("{info}"), Trace { first: here, frame_pointer })
+    report(format_args!("{info}"), trace(here, frame_pointer))
 }
 
-fn report(what: fmt::Arguments<'_>, trace: Trace) -> ! {
+fn report(what: fmt::Arguments<'_>, trace: impl Iterator<Item = u64>) -> ! {
     let cpu = cpu::index();
     match REPORTER.compare_exchange(NOBODY, cpu, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {}
         Err(reporter) if reporter == cpu => {
-            Emergency::print(format_args!("\nPANIC inside a panic on CPU {cpu}\n"));
+            console::emergency(format_args!("\nPANIC inside a panic on CPU {cpu}\n"));
             power::off()
         }
         Err(_) => cpu::halt(),
     }
-    Emergency::print(format_args!("\nPANIC on CPU {cpu}: {what}\n"));
+    console::emergency(format_args!("\nPANIC on CPU {cpu}: {what}\n"));
     for (depth, address) in trace.enumerate() {
         if depth == MOST_FRAMES {
-            Emergency::print(format_args!("  ...\n"));
+            console::emergency(format_args!("  ...\n"));
             break;
         }
-        Emergency::print(format_args!("  #{depth:<2} {address:#010x}\n"));
+        console::emergency(format_args!("  #{depth:<2} {address:#010x}\n"));
     }
-    Emergency::print(format_args!("END OF PANIC\n"));
+    console::emergency(format_args!("END OF PANIC\n"));
     power::off()
 }
 
@@ -278,41 +278,16 @@ impl fmt::Display for Frame {
 }
 
 fn explain(vector: u64, address: u64) -> &'static str {
-    let below = |cpu| {
-        let area = StackArea::of(cpu);
-        (address < area.main.start && address >= area.emergency.end)
-            || (address < area.emergency.start && address >= area.emergency.start - 4096)
-    };
-    let overflow = vector == PAGE_FAULT && (0..cpu::count()).any(below);
+    let overflow = vector == PAGE_FAULT && (0..cpu::count()).any(|cpu| cpu::stacks_of(cpu).is_guard(address));
     if overflow { " (stack overflow: a guard page)" } else { "" }
 }
 
 /// Return addresses, from frame to frame (System V ABI, AMD64 supplement 3.2.2).
-struct Trace {
-    first: u64,
-    frame_pointer: u64,
-}
-
-impl Iterator for Trace {
-    type Item = u64;
-
-    fn next(&mut self) -> Option<u64> {
-        let address = core::mem::take(&mut self.first);
-        if address == 0 {
-            return None;
-        }
-        let fp = self.frame_pointer;
-        let own = |cpu: usize| {
-            let area = StackArea::of(cpu);
-            [area.main, area.emergency].iter().any(|part| part.contains(fp) && part.contains(fp.saturating_add(15)))
-        };
-        if fp.is_multiple_of(8) && (0..cpu::count()).any(own) {
-            // SAFETY: both words lie inside a mapped stack.
-            let [next, back] = unsafe { core::ptr::read(fp as *const [u64; 2]) };
-            // Frames grow towards higher addresses; anything else is the end, or nonsense.
-            self.frame_pointer = if next > fp { next } else { 0 };
-            self.first = back.saturating_sub(1);
-        }
-        Some(address)
-    }
+fn trace(first: u64, frame_pointer: u64) -> impl Iterator<Item = u64> {
+    let read = |at| {
+        let own = (0..cpu::count()).any(|cpu| cpu::stacks_of(cpu).has_record(at));
+        // SAFETY: both words lie inside a mapped stack.
+        own.then(|| unsafe { core::ptr::read(at as *const [u64; 2]) })
+    };
+    Trace { first, frame_pointer, back: 1, read }
 }

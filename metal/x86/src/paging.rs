@@ -91,7 +91,7 @@ pub fn build(info: &BootInfo, registers: impl Iterator<Item = u64>) -> PhysFrame
     map(Region { start: constants, end: data }, CONSTANTS);
     map(Region { start: data, end: stacks }, DATA);
     for index in 0..cpu::count() {
-        let area = cpu::StackArea::of(index);
+        let area = cpu::stacks_of(index);
         map(area.emergency, DATA);
         map(area.main, DATA);
     }

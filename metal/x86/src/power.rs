@@ -9,9 +9,8 @@ use acpi::fadt::Fadt;
 use entresol_sync::Once;
 use x86_64::instructions::port::Port;
 
-use crate::console::Emergency;
 use crate::tables::Identity;
-use crate::{cpu, sleep};
+use crate::{console, cpu, sleep};
 
 /// PM1 control: SLP_TYP 12:10, SLP_EN 13.
 const PM1_TYPE_SHIFT: u32 = 10;
@@ -85,7 +84,7 @@ pub fn off() -> ! {
         // SAFETY: as above; the start code's tables map it, and ours.
         Some(Off::Memory { address, value }) => unsafe { (*address as *mut u8).write_volatile(*value) },
         // Without the console's lock, since a panic may hold it.
-        None => Emergency::print(format_args!("ACPI does not say how this machine is turned off: halting\n")),
+        None => console::emergency(format_args!("ACPI does not say how this machine is turned off: halting\n")),
     }
     // It may take a moment.
     cpu::halt()

@@ -95,7 +95,7 @@ fn machine_of(blob: &'static [u8], address: u64) -> Result<BootInfo, InfoError> 
 /// Says that this is not EL2, and turns the machine off as far as its firmware can be reached from here. Nothing of EL2
 /// may be touched, so this is no panic.
 fn refuse_level(level: u64, blob: Option<&'static [u8]>) -> ! {
-    console::Emergency::print(format_args!(
+    console::emergency(format_args!(
         "\nPANIC: entered at EL{level}; EL2 is needed: enable the machine's virtualization\nEND OF PANIC\n"
     ));
     if level == 1 && blob.is_some_and(info::psci_is_hvc) {

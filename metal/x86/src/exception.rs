@@ -225,10 +225,11 @@ extern "C" fn entresol_exception(frame: &mut Frame) {
     report(format_args!("{frame}"), trace(frame.rip, frame.general[FRAME_POINTER]))
 }
 
-/// Whether the machine has a reason of its own for a non-maskable interrupt.
+/// Whether the machine has a reason of its own for a non-maskable interrupt. A port that does not exist reads as ones.
 fn is_hardware_error() -> bool {
     // SAFETY: reading the port has no effect.
-    unsafe { Port::<u8>::new(SYSTEM_CONTROL).read() & HARDWARE_ERRORS != 0 }
+    let status = unsafe { Port::<u8>::new(SYSTEM_CONTROL).read() };
+    status != u8::MAX && status & HARDWARE_ERRORS != 0
 }
 
 #[panic_handler]

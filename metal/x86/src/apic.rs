@@ -7,12 +7,12 @@
 //!
 //! Registers are model-specific ones (x2APIC) where the CPU has them, and a page of memory elsewhere.
 //!
-//! Invariants: every local source but the timer is masked.
+//! Invariants: every local source but the timer is masked, and on the boot CPU the machine's NMI line.
 //!
 //! Sources: APM volume 2, 16.2 to 16.6 (local interrupts, ICR, LVT, priorities), 16.9 to 16.11 (x2APIC); Intel SDM volume 3A, 11.5.4.1
 //! (TSC deadline), 11.12.3 (its writes are not ordered behind stores).
 //!
-//! Known holes: the machine's NMI line is masked too.
+//! Known holes: the machine's NMI is taken to be at LINT1, as on every PC, whatever ACPI's MADT says.
 
 use entresol_sync::atomic::{AtomicU64, Ordering};
 use raw_cpuid::CpuId;
@@ -48,8 +48,9 @@ enum Register {
     Divide = 0x3e0,
 }
 
-/// LVT: masked; the timer's mode, TSC deadline.
+/// LVT: masked; as an NMI; the timer's mode, TSC deadline.
 const MASKED: u32 = 1 << 16;
+const BY_NMI: u32 = 0b100 << 8;
 const BY_DEADLINE: u32 = 0b10 << 17;
 /// Spurious vector: on.
 const ON: u32 = 1 << 8;
@@ -117,12 +118,13 @@ pub(crate) fn switch_on(spurious: u8) {
     unsafe { core::arch::x86_64::_mm_mfence() };
 }
 
-/// All local sources are masked but the timer, which interrupts with `timer`; all priorities are let through.
-pub(crate) fn init_cpu(timer: u8) {
-    let sources = [Register::Line0, Register::Line1, Register::Error, Register::Performance, Register::Thermal];
-    for source in sources {
+/// All local sources are masked but the timer, which interrupts with `timer`, and, if this CPU is the one that gets them, the
+/// machine's `errors`; all priorities are let through.
+pub(crate) fn init_cpu(timer: u8, errors: bool) {
+    for source in [Register::Line0, Register::Error, Register::Performance, Register::Thermal] {
         write(source, MASKED);
     }
+    write(Register::Line1, if errors { BY_NMI } else { MASKED });
     write(Register::Divide, BY_ONE);
     write(Register::Timer, u32::from(timer) | if has_deadline() { BY_DEADLINE } else { 0 });
     write(Register::Priority, 0);

@@ -106,7 +106,7 @@ pub fn init(info: &BootInfo) -> Result<(), Error> {
 
 /// Sets up this CPU's local APIC: its timer is enabled, and what other CPUs send.
 pub fn init_cpu() {
-    apic::init_cpu(vector_of(TIMER));
+    apic::init_cpu(vector_of(TIMER), cpu::index() == 0);
 }
 
 const fn vector_of(line: u32) -> u8 {
@@ -168,6 +168,10 @@ pub fn ack() -> Option<u32> {
     });
     note.filter(|vector| *vector != SPURIOUS).and_then(|vector| u32::from(vector).checked_sub(OFFSET))
 }
+
+/// Nothing: where a GIC has two steps, a local APIC has one, which is [`deactivate`].
+#[inline]
+pub fn drop_priority(_line: u32) {}
 
 /// What [`ack`] took is handled: it can come again.
 #[inline]

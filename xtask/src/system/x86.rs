@@ -23,24 +23,32 @@ fn vm(kernel: PathBuf, page_size: LargestEntry, services: bool) -> WrittenVm {
 pub fn x86_guest_works_its_memory(context: &Context) -> Result<()> {
     for (page_size, services) in [(LargestEntry::Block2M, false), (LargestEntry::Page4K, true)] {
         // What leaves the mapping is forgotten by the other CPU, which sleeps.
-        let builder = Builder::new(context, "x86_guest_works_its_memory")?.outer("1G", 1 + u32::from(services));
+        let builder = Builder::new(context, "x86_guest_works_its_memory")?.outer("1G", 2);
         let mut vm = vm(guests::x86("guest-x86-first")?, page_size, services);
         vm.memory.private = services;
         let mut machine = builder.boot_x86(EPYC, vec![vm])?;
         machine.expect("ALL PASS")?;
         let log = machine.expect_power_off()?;
         ensure!(log.contains("vm first: powered off"), "the hypervisor did not see the guest's end");
+        all_cpus_run(&log, 2)?;
     }
+    Ok(())
+}
+
+/// The hypervisor found and started so many.
+fn all_cpus_run(log: &str, cpus: u32) -> Result<()> {
+    ensure!(log.contains(&format!(" {cpus} CPUs,")), "the hypervisor did not find {cpus} CPUs");
+    ensure!(!log.contains("going on with fewer"), "a CPU did not start");
     Ok(())
 }
 
 /// GRUB starts the same image from a disk, by multiboot2.
 pub fn x86_starts_from_a_disk(context: &Context) -> Result<()> {
-    let builder = Builder::new(context, "x86_starts_from_a_disk")?.outer("512M", 1);
+    let builder = Builder::new(context, "x86_starts_from_a_disk")?.outer("512M", 3);
     let mut machine =
         builder.boot_x86_disk(EPYC, vec![vm(guests::x86("guest-x86-first")?, LargestEntry::Page4K, true)])?;
     machine.expect("ALL PASS")?;
-    machine.expect_power_off().map(drop)
+    all_cpus_run(&machine.expect_power_off()?, 3)
 }
 
 /// The first access to what is no memory leaves an entry, the next ones need no look-up; without an address bit to reserve each takes the
@@ -65,7 +73,7 @@ pub fn x86_linux_runs_a_script(context: &Context) -> Result<()> {
     let guest = fetch::guest_x86()?;
     let script = "set -e\nuname -m\ncd /tmp\ndd if=/dev/urandom of=random bs=1M count=8 2>/dev/null\n\
                   cp random copy && cmp random copy && echo intact\nsleep 1\nexit 7\n";
-    let builder = Builder::new(context, "x86_linux_runs_a_script")?.outer("2G", 1);
+    let builder = Builder::new(context, "x86_linux_runs_a_script")?.outer("2G", 2);
     let initrd = builder.file("initrd.cpio", &Initrd::scripted(script).pack(&guest)?)?;
     let vm = WrittenVm {
         cmdline: "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=acpi".into(),

@@ -33,6 +33,7 @@ pub mod pl031;
 pub mod power;
 mod primecell;
 pub mod saved;
+pub mod serial;
 pub mod uart16550;
 pub mod virtio;
 pub mod vmgenid;

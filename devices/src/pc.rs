@@ -375,7 +375,7 @@ mod tests {
             let _ = pc.port_read(0x3fd, 1, &NOW);
         }
         world.kicked.lock().clear();
-        (0..crate::pl011::listener::TICKS).for_each(|_| pc.uart().tick());
+        (0..crate::serial::listener::TICKS).for_each(|_| pc.uart().tick());
         assert_eq!(pc.uart().offer(b"x"), 1);
         assert_eq!((world.kicked.lock().as_slice(), pc.apic().acknowledge(1)), (&[1][..], Some(0x34)));
         assert_eq!(pc.port_read(0x3f8, 1, &NOW), u32::from(b'x'));

@@ -8,50 +8,37 @@
 //! UARTTXINTR, which marks the passage down through the trigger level, comes at once after each byte; it stays until
 //! UARTICR clears it. In loopback mode (UARTCR.LBE) bytes go to the receive FIFO instead.
 //!
-//! Receiving: the host calls [`Pl011::offer`], which takes what fits and no more; nothing from the host ever overruns.
-//!
-//! Input is held back until the guest listens ([`listener`]), because a driver that opens the port throws away what the
-//! FIFO holds, and whoever pipes a script into a VM writes it before any driver is there. When [`Pl011::offer`] took
-//! less than all, [`Terminal::input_wanted`] comes once the guest listens and the FIFO is empty. The program that owns
-//! the VM calls [`Pl011::tick`] every 10 ms or so.
+//! Receiving: as every port of ours ([`crate::serial`]).
 //!
 //! Receive interrupts: UARTRXINTR comes when a character brings the FIFO to its trigger level and goes when it falls
 //! below, or by UARTICR. UARTRTINTR, which hardware raises after 32 bit times of silence, comes at once: the host's
 //! bytes arrive in no time, so silence has always passed. It goes when the FIFO is empty, or by UARTICR until the next
 //! character comes or goes.
 //!
-//! Invariants: the line is high exactly if UARTMIS is not zero. Characters accepted are read in order, each once.
+//! Invariants: the line is high exactly if UARTMIS is not zero.
 //!
-//! Lock order: the port's lock, then the terminal's `put` or the line. `input_wanted` is called with neither.
-//!
-//! Known holes: no baud timing; no modem on the line, so CTS, DSR, DCD and RI read as zero outside loopback; and those of
-//! [`listener`].
+//! Known holes: no baud timing; no modem on the line, so CTS, DSR, DCD and RI read as zero outside loopback.
 
-pub(crate) mod fifo;
-pub mod listener;
 mod registers;
 #[cfg(test)]
 mod tests;
 
-use entresol_sync::Mutex;
-use fifo::Fifo;
-use listener::Listener;
 use registers::{Control, Flags, Interrupts, LineControl};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Interrupt, Terminal, Work};
 use crate::primecell;
 use crate::saved::{BadState, check};
+use crate::serial::{self, Port, Receiver, Registers, fifo};
 
 /// Bytes of guest address space that it takes.
 pub const SIZE: u64 = 0x1000;
 
 /// A PL011 with its terminal and its interrupt line.
-pub struct Pl011<T, L> {
-    state: Mutex<State>,
-    terminal: T,
-    line: L,
-}
+pub type Pl011<T, L> = Port<State, T, L>;
+
+/// The registers of a port, outside of it.
+pub type Saved = serial::Saved<State>;
 
 /// Each modem line with the interrupt that its change raises.
 const MODEM_LINES: [(Flags, Interrupts); 4] = [
@@ -61,16 +48,11 @@ const MODEM_LINES: [(Flags, Interrupts); 4] = [
     (Flags::RI, Interrupts::RI),
 ];
 
-/// The registers of a port, outside of it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Saved(State);
-
 /// The register file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct State {
-    receive: Fifo,
+pub struct State {
+    receiver: Receiver,
     receive_status: u32,
     ilpr: u32,
     ibrd: u32,
@@ -81,92 +63,6 @@ struct State {
     mask: Interrupts,
     raw: Interrupts,
     dmacr: u32,
-    listener: Listener,
-    /// Level of the line as last driven.
-    high: bool,
-    /// Input was refused since the terminal was last called for more.
-    refused: bool,
-}
-
-impl<T: Terminal, L: Interrupt> Pl011<T, L> {
-    /// A port at power-on.
-    pub fn new(terminal: T, line: L) -> Self {
-        Self { state: Mutex::new(State::new()), terminal, line }
-    }
-
-    /// A port in the same state for a copy of the virtual machine, on its own terminal. `line` is as high as this one's; input
-    /// that this port's host still holds is not the copy's.
-    pub fn fork(&self, terminal: T, line: L) -> Self {
-        let state = State { refused: false, ..self.state.lock().clone() };
-        Self { state: Mutex::new(state), terminal, line }
-    }
-
-    /// Its registers. Input that its host still holds is not among them.
-    pub fn save(&self) -> Saved {
-        Saved(State { refused: false, ..self.state.lock().clone() })
-    }
-
-    /// Takes over registers that were saved.
-    ///
-    /// # Errors
-    ///
-    /// [`BadState`].
-    pub fn load(&self, saved: Saved) -> Result<(), BadState> {
-        saved.0.receive.check()?;
-        let flags = [saved.0.mask, saved.0.raw].iter().all(|flags| Interrupts::all().contains(*flags));
-        let controls = Control::all().contains(saved.0.control) && LineControl::all().contains(saved.0.line_control);
-        check(flags && controls, "serial", "must have no bits that the port has not")?;
-        *self.state.lock() = saved.0;
-        Ok(())
-    }
-
-    /// Gives the guest input; returns how many of the first bytes it took. The rest is to be offered again after
-    /// [`Terminal::input_wanted`].
-    pub fn offer(&self, bytes: &[u8]) -> usize {
-        let mut state = self.state.lock();
-        let taken = state.acceptable(bytes);
-        for byte in &bytes[..taken] {
-            state.receive(u16::from(*byte));
-            state.listener.given(*byte);
-        }
-        state.refused |= taken < bytes.len();
-        state.drive(&self.line);
-        taken
-    }
-
-    /// Whether [`Self::offer`] would take a byte now.
-    pub fn wants_input(&self) -> bool {
-        let state = self.state.lock();
-        state.listens() && state.receive.room(state.depth()) > 0
-    }
-
-    /// Whether the guest listens to this port, with or without room at the moment.
-    pub fn is_heard(&self) -> bool {
-        self.state.lock().listens()
-    }
-
-    /// Time passes: to be called every 10 ms or so, while the guest runs. Guests that cannot otherwise be told from ones
-    /// that are still setting the port up are heard after [`listener::TICKS`] of these.
-    pub fn tick(&self) {
-        self.access(|state| state.listener.tick(state.hears()));
-    }
-
-    /// Runs `act` on the registers, settles the line, and calls for input if the guest has come to want what was
-    /// refused.
-    fn access<R>(&self, act: impl FnOnce(&mut State) -> R) -> R {
-        let mut state = self.state.lock();
-        let result = act(&mut state);
-        state.drive(&self.line);
-        let call = state.refused && state.listens() && state.receive.is_empty();
-        if call {
-            state.refused = false;
-        }
-        drop(state);
-        if call {
-            self.terminal.input_wanted();
-        }
-        result
-    }
 }
 
 impl<T: Terminal, L: Interrupt> Device for Pl011<T, L> {
@@ -184,18 +80,14 @@ impl<T: Terminal, L: Interrupt> Device for Pl011<T, L> {
     }
 
     fn reset(&self) {
-        self.access(|state| {
-            // The line's level is outside the register file, and so is what the host still holds.
-            let (high, refused) = (state.high, state.refused);
-            *state = State { high, refused, ..State::new() };
-        });
+        self.power_on();
     }
 }
 
-impl State {
-    const fn new() -> Self {
+impl Registers for State {
+    fn new() -> Self {
         Self {
-            receive: Fifo::new(),
+            receiver: Receiver::new(),
             receive_status: 0,
             ilpr: 0,
             ibrd: 0,
@@ -206,12 +98,52 @@ impl State {
             mask: Interrupts::empty(),
             raw: Interrupts::empty(),
             dmacr: 0,
-            listener: Listener::new(),
-            high: false,
-            refused: false,
         }
     }
 
+    fn check(&self) -> Result<(), BadState> {
+        let flags = [self.mask, self.raw].iter().all(|flags| Interrupts::all().contains(*flags));
+        let controls = Control::all().contains(self.control) && LineControl::all().contains(self.line_control);
+        check(flags && controls, "serial", "must have no bits that the port has not")
+    }
+
+    fn receiver(&self) -> &Receiver {
+        &self.receiver
+    }
+
+    fn receiver_mut(&mut self) -> &mut Receiver {
+        &mut self.receiver
+    }
+
+    fn depth(&self) -> usize {
+        if self.line_control.contains(LineControl::FEN) { fifo::DEPTH } else { 1 }
+    }
+
+    fn receive(&mut self, character: u16) {
+        if !self.receiver.fifo.push(character, self.depth()) {
+            self.receive_status |= 0x8;
+            self.raw.insert(Interrupts::OE);
+            return;
+        }
+        if character & fifo::BREAK != 0 {
+            self.raw.insert(Interrupts::BE);
+        }
+        if self.receiver.fifo.len() >= self.trigger() {
+            self.raw.insert(Interrupts::RX);
+        }
+        self.raw.insert(Interrupts::RT);
+    }
+
+    fn hears(&self) -> bool {
+        self.unmasked() && self.control.contains(Control::UARTEN | Control::RXE)
+    }
+
+    fn is_due(&self) -> bool {
+        self.raw.intersects(self.mask)
+    }
+}
+
+impl State {
     fn load(&mut self, register: u64) -> u32 {
         match register {
             registers::DR => self.take_character(),
@@ -247,10 +179,10 @@ impl State {
             _ => {}
         }
         match register {
-            registers::DR => self.listener.sent(),
-            registers::LCR_H | registers::IFLS | registers::CR => self.listener.set_up(self.unmasked()),
-            registers::IMSC => self.listener.set_mask(self.unmasked(), self.hears()),
-            registers::ICR => self.listener.cleared(),
+            registers::DR => self.receiver.listener.sent(),
+            registers::LCR_H | registers::IFLS | registers::CR => self.receiver.listener.set_up(self.unmasked()),
+            registers::IMSC => self.receiver.listener.set_mask(self.unmasked(), self.hears()),
+            registers::ICR => self.receiver.listener.cleared(),
             _ => {}
         }
     }
@@ -260,30 +192,6 @@ impl State {
         self.mask.intersects(Interrupts::RX | Interrupts::RT)
     }
 
-    /// Whether input would interrupt the guest.
-    fn hears(&self) -> bool {
-        self.unmasked() && self.control.contains(Control::UARTEN | Control::RXE)
-    }
-
-    /// Whether the guest takes input now.
-    fn listens(&self) -> bool {
-        self.listener.listens(self.hears())
-    }
-
-    /// How many of the first bytes the guest takes now.
-    fn acceptable(&self, bytes: &[u8]) -> usize {
-        if !self.listens() {
-            return 0;
-        }
-        let room = self.receive.room(self.depth()).min(bytes.len());
-        self.listener.portion(self.hears(), &bytes[..room])
-    }
-
-    /// Depth of the FIFOs.
-    fn depth(&self) -> usize {
-        if self.line_control.contains(LineControl::FEN) { fifo::DEPTH } else { 1 }
-    }
-
     /// Characters at which UARTRXINTR comes.
     fn trigger(&self) -> usize {
         if self.line_control.contains(LineControl::FEN) { fifo::receive_trigger(self.ifls) } else { 1 }
@@ -291,12 +199,12 @@ impl State {
 
     /// UARTFR; counts loads that find nothing.
     fn poll_flags(&mut self) -> Flags {
-        if self.receive.is_empty() {
-            self.listener.polled();
+        if self.receiver.fifo.is_empty() {
+            self.receiver.listener.polled();
         }
         let mut flags = Flags::TXFE | self.modem();
-        flags.set(Flags::RXFE, self.receive.is_empty());
-        flags.set(Flags::RXFF, self.receive.room(self.depth()) == 0);
+        flags.set(Flags::RXFE, self.receiver.fifo.is_empty());
+        flags.set(Flags::RXFF, self.receiver.fifo.room(self.depth()) == 0);
         flags
     }
 
@@ -314,31 +222,15 @@ impl State {
 
     /// A load of UARTDR: the oldest character and its errors, which UARTRSR repeats.
     fn take_character(&mut self) -> u32 {
-        let Some(character) = self.receive.pop() else { return 0 };
+        let Some(character) = self.receiver.fifo.pop() else { return 0 };
         let character = u32::from(character);
         // Bits 2:0 are this character's; bit 3, overrun, stays until UARTECR.
         self.receive_status = (self.receive_status & 0x8) | (character >> 8 & 0x7);
-        if self.receive.len() < self.trigger() {
+        if self.receiver.fifo.len() < self.trigger() {
             self.raw.remove(Interrupts::RX);
         }
-        self.raw.set(Interrupts::RT, !self.receive.is_empty());
+        self.raw.set(Interrupts::RT, !self.receiver.fifo.is_empty());
         character
-    }
-
-    /// A character arrives.
-    fn receive(&mut self, character: u16) {
-        if !self.receive.push(character, self.depth()) {
-            self.receive_status |= 0x8;
-            self.raw.insert(Interrupts::OE);
-            return;
-        }
-        if character & fifo::BREAK != 0 {
-            self.raw.insert(Interrupts::BE);
-        }
-        if self.receive.len() >= self.trigger() {
-            self.raw.insert(Interrupts::RX);
-        }
-        self.raw.insert(Interrupts::RT);
     }
 
     /// A store to UARTDR.
@@ -368,15 +260,6 @@ impl State {
             if moved.contains(line) {
                 self.raw.insert(interrupt);
             }
-        }
-    }
-
-    /// Drives the line to what UARTMIS says, if that is a change.
-    fn drive(&mut self, line: &impl Interrupt) {
-        let high = self.raw.intersects(self.mask);
-        if high != self.high {
-            self.high = high;
-            line.set_level(high);
         }
     }
 }

@@ -3,11 +3,12 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use proptest::prelude::*;
 
-use super::listener::{POLLS, TICKS};
 use super::*;
+use crate::serial::listener::{POLLS, TICKS};
 
 #[derive(Default)]
 struct Host {

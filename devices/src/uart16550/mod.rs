@@ -7,8 +7,7 @@
 //! once after each byte and when it is enabled; reading IIR, when it names it, takes it back. In loopback (MCR bit 4) bytes go to
 //! the receiver instead.
 //!
-//! Receiving: [`Uart16550::offer`] takes what fits and no more, so nothing from the host overruns; input is held back until the
-//! guest listens, by the rules of [`listener`](crate::pl011::listener): LSR stands for UARTFR, THR for UARTDR, IER for UARTIMSC,
+//! Receiving: as every port of ours ([`crate::serial`]). In the rules of [`listener`](crate::serial::listener) LSR stands for UARTFR, THR for UARTDR, IER for UARTIMSC,
 //! and FCR, LCR and MCR for the registers that set the port up. The character timeout, which hardware raises after four
 //! character times of silence, comes at once: the host's bytes arrive in no time, so silence has always passed.
 //!
@@ -16,9 +15,7 @@
 //! FCR bits 1 and 2; Linux switches them on after it has enabled the interrupt, and would lose input).
 //!
 //! Invariants: the line is high exactly if IIR names an interrupt and MCR.OUT2, which gates it on a PC, is on outside
-//! loopback. Characters accepted are read in order, each once.
-//!
-//! Lock order: the port's lock, then the terminal's `put` or the line. `input_wanted` is called with neither.
+//! loopback.
 //!
 //! Known holes: no baud timing; the modem is always there (CTS, DSR, DCD on) and never rings.
 
@@ -26,35 +23,28 @@ mod registers;
 #[cfg(test)]
 mod tests;
 
-use entresol_sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Device, Interrupt, Terminal, Work};
-use crate::pl011::fifo::{BREAK, DEPTH, Fifo};
-use crate::pl011::listener::Listener;
 use crate::saved::{BadState, check};
+use crate::serial::fifo::{BREAK, DEPTH, Fifo};
+use crate::serial::{self, Port, Receiver, Registers};
 use registers::{Enable, FifoControl, LineControl, LineStatus, Modem, ModemStatus, Source};
 
 /// Ports that it takes.
 pub const SIZE: u64 = 8;
 
 /// A 16550 with its terminal and its interrupt line.
-pub struct Uart16550<T, L> {
-    state: Mutex<State>,
-    terminal: T,
-    line: L,
-}
+pub type Uart16550<T, L> = Port<State, T, L>;
 
 /// The registers of a port, outside of it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Saved(State);
+pub type Saved = serial::Saved<State>;
 
 /// The register file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct State {
-    receive: Fifo,
+pub struct State {
+    receiver: Receiver,
     /// OE and BI of LSR, until it is read.
     errors: LineStatus,
     enable: Enable,
@@ -67,93 +57,6 @@ struct State {
     divisor: u16,
     /// The transmitter's interrupt waits.
     emptied: bool,
-    listener: Listener,
-    /// Level of the line as last driven.
-    high: bool,
-    /// Input was refused since the terminal was last called for more.
-    refused: bool,
-}
-
-impl<T: Terminal, L: Interrupt> Uart16550<T, L> {
-    /// A port at power-on.
-    pub fn new(terminal: T, line: L) -> Self {
-        Self { state: Mutex::new(State::new()), terminal, line }
-    }
-
-    /// A port in the same state for a copy of the virtual machine, on its own terminal. `line` is as high as this one's; input
-    /// that this port's host still holds is not the copy's.
-    pub fn fork(&self, terminal: T, line: L) -> Self {
-        let state = State { refused: false, ..self.state.lock().clone() };
-        Self { state: Mutex::new(state), terminal, line }
-    }
-
-    /// Its registers. Input that its host still holds is not among them.
-    pub fn save(&self) -> Saved {
-        Saved(State { refused: false, ..self.state.lock().clone() })
-    }
-
-    /// Takes over registers that were saved.
-    ///
-    /// # Errors
-    ///
-    /// [`BadState`].
-    pub fn load(&self, saved: Saved) -> Result<(), BadState> {
-        let state = saved.0;
-        state.receive.check()?;
-        let controls = Enable::all().contains(state.enable)
-            && FifoControl::KEPT.contains(state.fifo)
-            && Modem::all().contains(state.modem);
-        let flags = LineStatus::STICKY.contains(state.errors) && ModemStatus::DELTAS.contains(state.deltas);
-        check(controls && flags, "serial", "must have no bits that the port has not")?;
-        *self.state.lock() = state;
-        Ok(())
-    }
-
-    /// Gives the guest input; returns how many of the first bytes it took. The rest is to be offered again after
-    /// [`Terminal::input_wanted`].
-    pub fn offer(&self, bytes: &[u8]) -> usize {
-        let mut state = self.state.lock();
-        let taken = state.acceptable(bytes);
-        for byte in &bytes[..taken] {
-            state.receive(u16::from(*byte));
-            state.listener.given(*byte);
-        }
-        state.refused |= taken < bytes.len();
-        state.drive(&self.line);
-        taken
-    }
-
-    /// Whether [`Self::offer`] would take a byte now.
-    pub fn wants_input(&self) -> bool {
-        let state = self.state.lock();
-        state.listens() && state.receive.room(state.depth()) > 0
-    }
-
-    /// Whether the guest listens to this port, with or without room at the moment.
-    pub fn is_heard(&self) -> bool {
-        self.state.lock().listens()
-    }
-
-    /// Time passes: to be called every 10 ms or so, while the guest runs.
-    pub fn tick(&self) {
-        self.access(|state| state.listener.tick(state.hears()));
-    }
-
-    /// Runs `act` on the registers, settles the line, and calls for input if the guest has come to want what was refused.
-    fn access<R>(&self, act: impl FnOnce(&mut State) -> R) -> R {
-        let mut state = self.state.lock();
-        let result = act(&mut state);
-        state.drive(&self.line);
-        let call = state.refused && state.listens() && state.receive.is_empty();
-        if call {
-            state.refused = false;
-        }
-        drop(state);
-        if call {
-            self.terminal.input_wanted();
-        }
-        result
-    }
 }
 
 /// Offsets are port numbers from the first; the port has registers of one byte. What an access of more than one byte does on a
@@ -177,18 +80,14 @@ impl<T: Terminal, L: Interrupt> Device for Uart16550<T, L> {
     }
 
     fn reset(&self) {
-        self.access(|state| {
-            // The line's level is outside the register file, and so is what the host still holds.
-            let (high, refused) = (state.high, state.refused);
-            *state = State { high, refused, ..State::new() };
-        });
+        self.power_on();
     }
 }
 
-impl State {
-    const fn new() -> Self {
+impl Registers for State {
+    fn new() -> Self {
         Self {
-            receive: Fifo::new(),
+            receiver: Receiver::new(),
             errors: LineStatus::empty(),
             enable: Enable::empty(),
             fifo: FifoControl::empty(),
@@ -198,12 +97,52 @@ impl State {
             scratch: 0,
             divisor: 12,
             emptied: false,
-            listener: Listener::new(),
-            high: false,
-            refused: false,
         }
     }
 
+    fn check(&self) -> Result<(), BadState> {
+        let controls = Enable::all().contains(self.enable)
+            && FifoControl::KEPT.contains(self.fifo)
+            && Modem::all().contains(self.modem);
+        let flags = LineStatus::STICKY.contains(self.errors) && ModemStatus::DELTAS.contains(self.deltas);
+        check(controls && flags, "serial", "must have no bits that the port has not")
+    }
+
+    fn receiver(&self) -> &Receiver {
+        &self.receiver
+    }
+
+    fn receiver_mut(&mut self) -> &mut Receiver {
+        &mut self.receiver
+    }
+
+    fn depth(&self) -> usize {
+        if self.fifo.contains(FifoControl::ENABLE) { DEPTH } else { 1 }
+    }
+
+    fn receive(&mut self, character: u16) {
+        if !self.receiver.fifo.push(character, self.depth()) {
+            self.errors.insert(LineStatus::OVERRUN);
+        } else if self.receiver.fifo.len() == 1 {
+            self.look_at_front();
+        }
+    }
+
+    fn hears(&self) -> bool {
+        self.unmasked() && self.gated()
+    }
+
+    /// In loopback the receiver is not on the line.
+    fn is_connected(&self) -> bool {
+        !self.modem.contains(Modem::LOOP)
+    }
+
+    fn is_due(&self) -> bool {
+        self.gated() && self.source().is_some()
+    }
+}
+
+impl State {
     fn load(&mut self, register: u64) -> u8 {
         let latch = self.line_control.contains(LineControl::DLAB);
         match register {
@@ -235,9 +174,9 @@ impl State {
             _ => {}
         }
         match register {
-            registers::IIR_FCR | registers::LCR | registers::MCR => self.listener.set_up(self.unmasked()),
-            registers::IER if !latch => self.listener.set_mask(self.unmasked(), self.hears()),
-            registers::DATA if !latch => self.listener.sent(),
+            registers::IIR_FCR | registers::LCR | registers::MCR => self.receiver.listener.set_up(self.unmasked()),
+            registers::IER if !latch => self.receiver.listener.set_mask(self.unmasked(), self.hears()),
+            registers::DATA if !latch => self.receiver.listener.sent(),
             _ => {}
         }
     }
@@ -252,33 +191,9 @@ impl State {
         self.modem & (Modem::OUT2 | Modem::LOOP) == Modem::OUT2
     }
 
-    /// Whether input would interrupt the guest.
-    fn hears(&self) -> bool {
-        self.unmasked() && self.gated()
-    }
-
-    /// Whether the guest takes input now. In loopback the receiver is not on the line.
-    fn listens(&self) -> bool {
-        !self.modem.contains(Modem::LOOP) && self.listener.listens(self.hears())
-    }
-
-    /// How many of the first bytes the guest takes now.
-    fn acceptable(&self, bytes: &[u8]) -> usize {
-        if !self.listens() {
-            return 0;
-        }
-        let room = self.receive.room(self.depth()).min(bytes.len());
-        self.listener.portion(self.hears(), &bytes[..room])
-    }
-
-    /// Depth of the receiver.
-    fn depth(&self) -> usize {
-        if self.fifo.contains(FifoControl::ENABLE) { DEPTH } else { 1 }
-    }
-
     /// The most urgent interrupt that is enabled.
     fn source(&self) -> Option<Source> {
-        let waiting = self.receive.len();
+        let waiting = self.receiver.fifo.len();
         let full = waiting >= self.fifo.trigger();
         let sources = [
             (Enable::LINE_STATUS, !self.errors.is_empty(), Source::LineStatus),
@@ -302,11 +217,11 @@ impl State {
 
     /// A load of LSR; counts loads that find nothing.
     fn line_status(&mut self) -> u8 {
-        if self.receive.is_empty() {
-            self.listener.polled();
+        if self.receiver.fifo.is_empty() {
+            self.receiver.listener.polled();
         }
         let mut status = LineStatus::EMPTY | core::mem::take(&mut self.errors);
-        status.set(LineStatus::DATA_READY, !self.receive.is_empty());
+        status.set(LineStatus::DATA_READY, !self.receiver.fifo.is_empty());
         status.bits()
     }
 
@@ -324,24 +239,15 @@ impl State {
 
     /// A load of RBR.
     fn take_character(&mut self) -> u8 {
-        let Some(character) = self.receive.pop() else { return 0 };
+        let Some(character) = self.receiver.fifo.pop() else { return 0 };
         self.look_at_front();
         character as u8
     }
 
     /// A break shows in LSR when it has come to the front.
     fn look_at_front(&mut self) {
-        if self.receive.front().is_some_and(|front| front & BREAK != 0) {
+        if self.receiver.fifo.front().is_some_and(|front| front & BREAK != 0) {
             self.errors.insert(LineStatus::BREAK);
-        }
-    }
-
-    /// A character arrives.
-    fn receive(&mut self, character: u16) {
-        if !self.receive.push(character, self.depth()) {
-            self.errors.insert(LineStatus::OVERRUN);
-        } else if self.receive.len() == 1 {
-            self.look_at_front();
         }
     }
 
@@ -365,7 +271,7 @@ impl State {
 
     fn set_fifo(&mut self, new: FifoControl) {
         if new.contains(FifoControl::CLEAR_RECEIVER) {
-            self.receive = Fifo::new();
+            self.receiver.fifo = Fifo::new();
         }
         // The other bits mean nothing while the FIFOs are off.
         self.fifo = if new.contains(FifoControl::ENABLE) { new & FifoControl::KEPT } else { FifoControl::empty() };
@@ -386,14 +292,5 @@ impl State {
         let now = self.modem_lines();
         let moved = (before ^ now) & !ModemStatus::RI | before & !now & ModemStatus::RI;
         self.deltas |= moved.deltas();
-    }
-
-    /// Drives the line to what the registers say, if that is a change.
-    fn drive(&mut self, line: &impl Interrupt) {
-        let high = self.gated() && self.source().is_some();
-        if high != self.high {
-            self.high = high;
-            line.set_level(high);
-        }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use alloc::sync::Arc;
+use entresol_sync::Mutex;
 use proptest::prelude::*;
 use std::vec::Vec;
 
@@ -195,7 +196,7 @@ fn a_saved_port_goes_on_and_a_strangers_is_checked() {
     other.load(serde_json::from_value(saved.clone()).unwrap()).unwrap();
     assert_eq!([inb(&other, 0), inb(&other, 0)], *b"ab");
     let mut bad = saved;
-    bad["receive"]["head"] = 16.into();
+    bad["receiver"]["fifo"]["head"] = 16.into();
     assert!(other.load(serde_json::from_value(bad).unwrap()).is_err());
 }
 
@@ -212,9 +213,9 @@ proptest! {
             }
             port.offer(&[value]);
             port.tick();
-            let state = port.state.lock();
+            let state = port.registers.lock();
             prop_assert_eq!(*line.0.lock(), state.gated() && state.source().is_some());
-            prop_assert!(state.receive.len() <= 16);
+            prop_assert!(state.receiver.fifo.len() <= 16);
         }
     }
 }

@@ -35,7 +35,7 @@ use x86_64::registers::segmentation::{CS, Segment};
 use x86_64::structures::DescriptorTablePointer;
 
 use crate::cpu::{self, IST_EXCEPTION, IST_MACHINE_CHECK, IST_NMI};
-use crate::interrupts::{STUB, entresol_interrupt_stubs};
+use crate::interrupts::{self, STUB, entresol_interrupt_stubs};
 use crate::{console, own, power, probe};
 
 /// Vectors that exceptions have, and all.
@@ -213,7 +213,9 @@ static REPORTER: AtomicUsize = AtomicUsize::new(NOBODY);
 #[unsafe(no_mangle)]
 extern "C" fn entresol_exception(frame: &mut Frame) {
     if frame.vector == NMI as u64 && !is_hardware_error() {
-        return own::answer();
+        own::answer();
+        frame.rip = interrupts::after_nmi(frame.rip);
+        return;
     }
     if frame.vector == PAGE_FAULT
         && let Some((rip, [rax, rdx])) = probe::recover(frame.rip, Cr2::read_raw(), frame.error)

@@ -213,7 +213,14 @@ pub(crate) fn wait() {
         return;
     }
     // SAFETY: as for `window`. STI takes effect after the instruction that follows it, so what comes before HLT ends it.
-    unsafe { asm!("sti", "hlt", "cli") };
+    unsafe { entresol_sleep() };
+}
+
+/// Where a non-maskable interrupt that came at `rip` goes on: not at the HLT of a CPU that was about to sleep. Behind STI nothing holds back
+/// what can be masked once that interrupt has returned, and what comes then clears IF: the CPU would sleep on it.
+pub(crate) fn after_nmi(rip: u64) -> u64 {
+    const HLT_BYTES: u64 = 1;
+    if rip == &raw const entresol_sleep_hlt as u64 { rip + HLT_BYTES } else { rip }
 }
 
 #[inline]
@@ -242,6 +249,8 @@ fn take_note() -> Option<u8> {
 pub(crate) const STUB: usize = 16;
 
 unsafe extern "C" {
+    fn entresol_sleep();
+    static entresol_sleep_hlt: u8;
     /// The stubs of vectors 32 to 255.
     pub(crate) static entresol_interrupt_stubs: u8;
 }
@@ -249,6 +258,15 @@ unsafe extern "C" {
 global_asm!(
     r#"
     .text
+    .global entresol_sleep
+    .global entresol_sleep_hlt
+entresol_sleep:
+    sti
+entresol_sleep_hlt:
+    hlt
+    cli
+    ret
+
     .balign 16
     .global entresol_interrupt_stubs
 entresol_interrupt_stubs:

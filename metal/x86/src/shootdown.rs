@@ -11,7 +11,7 @@
 //! Why nobody waits for ever: the kick is taken wherever the CPU is.
 //! - In the hypervisor, whatever it does: RFLAGS.IF is no matter to it. So who waits here answers others, and so does who waits for a
 //!   lock that somebody here holds.
-//! - In HLT: it comes out.
+//! - In HLT, or just before it: it comes out, and does not go in (`interrupts::after_nmi`).
 //! - In a guest: the intercept ends the guest's turn, the interrupt stays pending (APM 15.13.2) until STGI, a few instructions later.
 //!   In between the CPU uses nothing of the mapping but its own text, stack and vCPU, which never leave it.
 //! - In the handler: one more is kept pending until its IRET (APM 8.2.3). If the handler had read the count already, that one answers.

@@ -22,10 +22,14 @@ impl Range {
 
     #[inline]
     fn covers(&self, frames: PfnRange) -> bool {
-        let offset = frames.start().get().wrapping_sub(self.start.load(Ordering::Relaxed));
-        let count = self.count.load(Ordering::Relaxed);
-        offset < count && frames.count() <= count - offset
+        covers(self.start.load(Ordering::Relaxed), self.count.load(Ordering::Relaxed), frames)
     }
+}
+
+#[inline]
+fn covers(start: u64, count: u64, frames: PfnRange) -> bool {
+    let offset = frames.start().get().wrapping_sub(start);
+    offset < count && frames.count() <= count - offset
 }
 
 /// The frames that the core may ask for.
@@ -71,6 +75,45 @@ impl Pool {
     }
 }
 
+/// The same as plain values, for a machine that names the frames before anything reads them, and never again: a load that is no atomic
+/// is part of the instruction that compares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fixed([(u64, u64); RANGES]);
+
+impl Fixed {
+    /// No frames.
+    pub const NONE: Self = Self([(0, 0); RANGES]);
+
+    /// These frames, the range that is used most first.
+    ///
+    /// # Panics
+    ///
+    /// If there are more than [`RANGES`].
+    pub fn new(ranges: &[PfnRange]) -> Self {
+        assert!(ranges.len() <= RANGES, "a pool has at most {RANGES} ranges, not {}", ranges.len());
+        let mut fixed = Self::NONE;
+        for (place, range) in fixed.0.iter_mut().zip(ranges) {
+            *place = (range.start().get(), range.count());
+        }
+        fixed
+    }
+
+    /// As [`Pool::covers`].
+    #[inline]
+    pub fn covers(&self, frames: PfnRange) -> bool {
+        let [(start, count), (second, more)] = &self.0;
+        covers(*start, *count, frames) || covers(*second, *more, frames)
+    }
+
+    /// As [`Pool::check`].
+    #[inline]
+    pub fn check(&self, frames: PfnRange) {
+        if !self.covers(frames) {
+            refuse(frames);
+        }
+    }
+}
+
 #[cold]
 #[inline(never)]
 fn refuse(frames: PfnRange) -> ! {
@@ -101,6 +144,10 @@ mod tests {
             let pool = Pool::new();
             pool.set(&ranges);
             assert_eq!(pool.covers(frames), mine, "{frames:?}");
+            let fixed = Fixed::new(&ranges);
+            assert_eq!(fixed.covers(frames), mine, "{frames:?}");
+            assert_eq!(catch_unwind(|| fixed.check(frames)).is_ok(), mine, "{frames:?}");
+            assert!(!Fixed::NONE.covers(frames));
         }
     }
 }

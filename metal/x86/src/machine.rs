@@ -11,19 +11,46 @@
 //! instructions, but would be for Rust.
 
 use core::arch::asm;
+use core::cell::UnsafeCell;
 
 use entresol_addr::{Hpa, PAGE_SIZE, Pfn, PfnRange};
 use entresol_machine::own::{RemoveError, Work};
 use entresol_machine::{Features, Machine, Tags, TlbOp, Word};
 use entresol_metal_common::own::Moves;
-use entresol_metal_common::pool::{self, Pool};
-use entresol_sync::atomic::{AtomicU64, Ordering, fence};
+use entresol_metal_common::pool::{self, Fixed};
+use entresol_sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use crate::flush::Flushes;
 use crate::own::{self, OWN, Window};
 use crate::{cpu, features, interrupts};
 
-static POOL: Pool = Pool::new();
+/// The frames that the core may ask for.
+struct Pool(UnsafeCell<Fixed>);
+
+// SAFETY: written once, by `set`, before anything reads it.
+unsafe impl Sync for Pool {}
+
+impl Pool {
+    /// Names the frames.
+    ///
+    /// # Panics
+    ///
+    /// The second time.
+    fn set(&self, frames: Fixed) {
+        static NAMED: AtomicBool = AtomicBool::new(false);
+        assert!(!NAMED.swap(true, Ordering::AcqRel), "the frames of the pool are named once");
+        // SAFETY: one CPU runs, as `Metal::set_pool` demands, and no reference is kept by `get`'s callers.
+        unsafe { *self.0.get() = frames };
+    }
+
+    #[inline(always)]
+    fn get(&self) -> &Fixed {
+        // SAFETY: nobody writes it any more, or this CPU is the only one and does not while it reads.
+        unsafe { &*self.0.get() }
+    }
+}
+
+static POOL: Pool = Pool(UnsafeCell::new(Fixed::NONE));
 /// Translations of guests.
 pub(crate) static FLUSHES: Flushes = Flushes::new();
 
@@ -41,13 +68,13 @@ impl Metal {
     ///
     /// If there are more than [`Self::POOL_RANGES`].
     pub fn set_pool(ranges: &[PfnRange]) {
-        POOL.set(ranges);
+        POOL.set(Fixed::new(ranges));
     }
 
     /// The address of `frames`, which lie in the pool.
     #[inline]
     fn own(frames: PfnRange) -> u64 {
-        POOL.check(frames);
+        POOL.get().check(frames);
         frames.start().base().get()
     }
 
@@ -206,11 +233,11 @@ unsafe impl Machine for Metal {
     }
 
     fn clean_invalidate_to_poc(&self, frames: PfnRange) {
-        POOL.check(frames);
+        POOL.get().check(frames);
     }
 
     fn invalidate_icache(&self, frames: PfnRange) {
-        POOL.check(frames);
+        POOL.get().check(frames);
     }
 
     #[inline]
@@ -226,12 +253,12 @@ unsafe impl Machine for Metal {
     }
 
     fn unmap_own(&self, frames: PfnRange) -> Result<(), RemoveError> {
-        POOL.check(frames);
+        POOL.get().check(frames);
         OWN.unmap(frames)
     }
 
     fn map_own(&self, frames: PfnRange) {
-        POOL.check(frames);
+        POOL.get().check(frames);
         OWN.map(frames);
     }
 
@@ -244,9 +271,9 @@ unsafe impl Machine for Metal {
     }
 
     fn through_window(&self, frame: Pfn, work: Work<'_>) {
-        POOL.check(PfnRange::single(frame));
+        POOL.get().check(PfnRange::single(frame));
         if let Work::Copy { from } = work {
-            POOL.check(PfnRange::single(from));
+            POOL.get().check(PfnRange::single(from));
         }
         OWN.work(&Instructions, frame, work);
     }

@@ -21,6 +21,7 @@ mod guests;
 mod image;
 mod initrd;
 mod outer;
+mod outer_bochs;
 mod outer_x86;
 mod progress;
 mod run;

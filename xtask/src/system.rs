@@ -319,6 +319,11 @@ pub const TESTS: &[SystemTest] = &[
         run: x86::x86_guest_works_its_memory,
     },
     SystemTest {
+        name: "vmx_guest_works_its_memory",
+        about: "x86-64 under Bochs, from a disk by GRUB: the first guest under VMX and EPT",
+        run: x86::vmx_guest_works_its_memory,
+    },
+    SystemTest {
         name: "x86_starts_from_a_disk",
         about: "x86-64: GRUB starts the hypervisor from a PC's disk by multiboot2, and a guest runs",
         run: x86::x86_starts_from_a_disk,

@@ -35,16 +35,16 @@ pub(crate) const EXECUTE: u64 = 1 << 2;
 /// Any of them: present.
 pub(crate) const PRESENT: u64 = READ | WRITE | EXECUTE;
 const MEMORY_TYPE: u64 = 0b111 << 3;
-const WRITE_BACK: u64 = 6 << 3;
-const IGNORE_PAT: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
-const ACCESSED: u64 = 1 << 8;
-const DIRTY: u64 = 1 << 9;
+pub(crate) const WRITE_BACK: u64 = 6 << 3;
+pub(crate) const IGNORE_PAT: u64 = 1 << 6;
+pub(crate) const LARGE: u64 = 1 << 7;
+pub(crate) const ACCESSED: u64 = 1 << 8;
+pub(crate) const DIRTY: u64 = 1 << 9;
 /// Ours: a leaf all the same.
-const CLOSED: u64 = 1 << 11;
+pub(crate) const CLOSED: u64 = 1 << 11;
 const CLOSED_WRITE: u64 = 1 << 52;
 const CLOSED_EXECUTE: u64 = 1 << 53;
-const ADDRESS: u64 = (1 << 52) - (1 << 12);
+pub(crate) const ADDRESS: u64 = (1 << 52) - (1 << 12);
 
 /// Bits 7:3 of an entry that points to a table, all reserved (SDM 29.3.2; of a PML4 entry bit 7 too).
 const TABLE_RESERVED: u64 = 0b1111 << 3;

@@ -81,6 +81,10 @@ pub enum Exit {
     InvalidatePage(Option<u64>),
     /// VMMCALL or VMCALL.
     Hypercall,
+    /// An instruction of the processor's virtualisation, of which CPUID says that there is none.
+    Virtualisation,
+    /// RDPMC.
+    ReadCounter,
     /// XSETBV.
     SetExtended,
     /// WBINVD or WBNOINVD.

@@ -1,8 +1,9 @@
-//! What `entresol_table` asks of a format, for both of ours.
+//! What `entresol_table` asks of a format, for those of each maker and the one for both.
 
-use entresol_addr::{PageSize, Pfn};
-use entresol_table::{Entry, Format, LEAF_LEVEL, Leaf, Memory, Permissions, VACANT, level_of};
+use entresol_addr::{Gfn, PageSize, Pfn};
+use entresol_table::{Entry, Format, LEAF_LEVEL, Leaf, Memory, MmioEntry, Permissions, VACANT, level_of};
 
+use crate::either::{Either, Maker};
 use crate::ept::Extended;
 use crate::npt::Nested;
 
@@ -78,6 +79,78 @@ fn extended_tables_keep_their_promises() {
     assert_eq!(EXTENDED.decode(0x1000 | 0b010, LEAF_LEVEL), Entry::Broken);
     assert_eq!(EXTENDED.decode(0x1000 | 0b110, LEAF_LEVEL), Entry::Vacant, "an MMIO entry");
     assert_eq!(EXTENDED.decode(0x1000 | 0x87, 0), Entry::Broken, "a leaf of 512 GiB");
+}
+
+/// What a maker's own format, which knows what its processor reads, says of a word.
+fn own(maker: Maker, raw: u64, level: u8) -> Entry {
+    match maker {
+        Maker::Amd => NESTED.decode(raw, level),
+        Maker::Intel => EXTENDED.decode(raw, level),
+    }
+}
+
+#[test]
+fn words_for_either_mean_to_its_processor_what_they_say() {
+    for (maker, present) in [(Maker::Amd, 1), (Maker::Intel, 0b111)] {
+        let format = Either::new(maker, 52, None);
+        decoding_undoes_encoding(format);
+        markers_are_invalid(format, present);
+        for leaf in leaves() {
+            let (raw, level) = (format.leaf(&leaf), level_of(leaf.size));
+            if leaf.permissions.read {
+                assert_eq!(own(maker, raw, level), Entry::Leaf(leaf), "{maker:?} {raw:#x}");
+            } else {
+                assert_eq!(raw & present, 0, "{maker:?} {raw:#x}: the processor must see nothing");
+            }
+            let read_only = Leaf { permissions: leaf.permissions.without(Permissions::WRITE), ..leaf };
+            assert_eq!(format.protected(raw, level), Some(format.leaf(&read_only)));
+            let written = Leaf { permissions: leaf.permissions.union(Permissions::WRITE), young: true, ..leaf };
+            assert_eq!(format.writable(raw, level), format.leaf(&written));
+        }
+        for level in 0..LEAF_LEVEL {
+            let table = format.table(Pfn::new(0x8_1234));
+            assert_eq!(own(maker, table, level), Entry::Table(Pfn::new(0x8_1234)));
+            assert_eq!((format.protected(table, level), format.writable(table, level)), (None, table));
+        }
+        assert_eq!(format.decode(0x1000 | 0x81, 0), Entry::Broken, "a leaf of 512 GiB");
+    }
+}
+
+#[test]
+fn entries_without_memory_for_either_are_refused_by_its_processor() {
+    for maker in [Maker::Amd, Maker::Intel] {
+        let format = Either::new(maker, 40, None);
+        for gfn in [0, 1, 0xf_ee00, (1 << 28) - 1] {
+            for generation in [0, 1, 0x7_ffff] {
+                let entry = MmioEntry { gfn: Gfn::new(gfn), generation };
+                let raw = format.mmio(&entry).unwrap();
+                assert_eq!((format.mmio_entry(raw), format.decode(raw, LEAF_LEVEL)), (Some(entry), Entry::Vacant));
+                assert!(format.is_malformed(raw, LEAF_LEVEL), "{maker:?} {raw:#x}");
+            }
+        }
+    }
+    assert_eq!(Either::new(Maker::Amd, 52, None).generation_bits(), 0, "no address bit to reserve");
+    assert_ne!(Either::new(Maker::Intel, 52, None).generation_bits(), 0);
+}
+
+#[test]
+fn any_word_for_either_is_decoded() {
+    for maker in [Maker::Amd, Maker::Intel] {
+        let format = Either::new(maker, 46, None);
+        for level in 0..=LEAF_LEVEL {
+            for (low, high) in (0..1u64 << 12).flat_map(|low| [0, 1 << 51, 1 << 52, 1 << 63].map(|high| (low, high))) {
+                let raw = low | high | 0x1234_5000;
+                let seen = format.decode(raw, level);
+                let table = matches!(seen, Entry::Table(_));
+                assert!(!table || level < LEAF_LEVEL && own(maker, raw, level) == seen, "{maker:?} {raw:#x}");
+                assert_eq!(
+                    format.protected(raw, level).is_some(),
+                    matches!(seen, Entry::Leaf(_)),
+                    "{maker:?} {raw:#x}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

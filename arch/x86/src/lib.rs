@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`svm`], [`vmx`] | what did the guest do? exit code → [`exit::Exit`] |
 //! | [`fault`] | which memory access failed, and why? → `entresol_fault::Fault` |
-//! | [`npt`], [`ept`] | what do second-stage entries look like? |
+//! | [`npt`], [`ept`], [`either`] | what do second-stage entries look like, on AMD's, on Intel's, on whichever it is? |
 //! | [`mmio`] | how does an entry say "there is no memory here"? |
 //! | [`paging`] | what do the guest's own tables translate an address to? |
 //! | [`shadow`] | which shadow tables show them, and in which words? |
@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cpuid;
+pub mod either;
 pub mod emulate;
 pub mod ept;
 pub mod exit;

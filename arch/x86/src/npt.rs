@@ -35,11 +35,11 @@ pub(crate) const PRESENT: u64 = 1 << 0;
 pub(crate) const WRITABLE: u64 = 1 << 1;
 pub(crate) const USER: u64 = 1 << 2;
 /// PWT and PCD: PAT entry 3, UC after a reset (APM 7.8.2).
-const UNCACHEABLE: u64 = 0b11 << 3;
+pub(crate) const UNCACHEABLE: u64 = 0b11 << 3;
 pub(crate) const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
+pub(crate) const DIRTY: u64 = 1 << 6;
 /// PS in a level that can have tables.
-const LARGE: u64 = 1 << 7;
+pub(crate) const LARGE: u64 = 1 << 7;
 /// Bits 51:12, the most that any processor has.
 pub(crate) const ADDRESS: u64 = (1 << 52) - (1 << 12);
 pub(crate) const NO_EXECUTE: u64 = 1 << 63;

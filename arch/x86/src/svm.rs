@@ -17,15 +17,20 @@ mod code {
     pub const NMI: u64 = 0x61;
     pub const VINTR: u64 = 0x64;
     pub const RDTSC: u64 = 0x6e;
+    pub const RDPMC: u64 = 0x6f;
     pub const CPUID: u64 = 0x72;
     pub const INVD: u64 = 0x76;
     pub const PAUSE: u64 = 0x77;
     pub const HLT: u64 = 0x78;
     pub const INVLPG: u64 = 0x79;
+    pub const INVLPGA: u64 = 0x7a;
     pub const IOIO: u64 = 0x7b;
     pub const MSR: u64 = 0x7c;
     pub const SHUTDOWN: u64 = 0x7f;
+    pub const VMRUN: u64 = 0x80;
     pub const VMMCALL: u64 = 0x81;
+    pub const VMLOAD: u64 = 0x82;
+    pub const SKINIT: u64 = 0x86;
     pub const RDTSCP: u64 = 0x87;
     pub const WBINVD: u64 = 0x89;
     pub const MONITOR: u64 = 0x8a;
@@ -74,6 +79,8 @@ pub const fn decode(exit_code: u64, info1: u64, info2: u64, decode_assists: bool
             Exit::Exception { vector, error: info1 as u32, address }
         }
         code::INVLPG => Exit::InvalidatePage(if decode_assists { Some(info1) } else { None }),
+        code::INVLPGA | code::VMRUN | code::VMLOAD..=code::SKINIT => Exit::Virtualisation,
+        code::RDPMC => Exit::ReadCounter,
         code::XSETBV => Exit::SetExtended,
         code::WBINVD => Exit::WriteBackCaches,
         code::INVD => Exit::InvalidateCaches,
@@ -146,7 +153,10 @@ mod tests {
         assert_eq!(decode(0x7c, 1, 0, false), Exit::WriteMsr);
         assert!(matches!(decode(0x400, 6, 0x1000, false), Exit::Memory(fault::SecondStage::Fault(_))));
         assert_eq!(decode(u64::MAX, 0, 0, false), Exit::InvalidState);
-        for unknown in [0x20, 0x62, 0x6f, 0x80, 0x88, 0x401, 0x1_0000_0000, u64::MAX - 1] {
+        for virtualisation in [0x7a, 0x80, 0x82, 0x83, 0x84, 0x85, 0x86] {
+            assert_eq!(decode(virtualisation, 0, 0, false), Exit::Virtualisation);
+        }
+        for unknown in [0x20, 0x62, 0x70, 0x88, 0x401, 0x1_0000_0000, u64::MAX - 1] {
             assert_eq!(decode(unknown, 0, 0, true), Exit::Other(unknown));
         }
     }

@@ -12,11 +12,15 @@ mod reason {
     pub const TRIPLE_FAULT: u16 = 2;
     pub const INTERRUPT_WINDOW: u16 = 7;
     pub const CPUID: u16 = 10;
+    pub const GETSEC: u16 = 11;
     pub const HLT: u16 = 12;
     pub const INVD: u16 = 13;
     pub const INVLPG: u16 = 14;
+    pub const RDPMC: u16 = 15;
     pub const RDTSC: u16 = 16;
     pub const VMCALL: u16 = 18;
+    pub const VMCLEAR: u16 = 19;
+    pub const VMXON: u16 = 27;
     pub const CONTROL: u16 = 28;
     pub const IO: u16 = 30;
     pub const RDMSR: u16 = 31;
@@ -28,7 +32,9 @@ mod reason {
     pub const PAUSE: u16 = 40;
     pub const VIOLATION: u16 = 48;
     pub const MISCONFIGURATION: u16 = 49;
+    pub const INVEPT: u16 = 50;
     pub const RDTSCP: u16 = 51;
+    pub const INVVPID: u16 = 53;
     pub const WBINVD: u16 = 54;
     pub const XSETBV: u16 = 55;
 }
@@ -82,6 +88,8 @@ pub const fn decode(fields: &Fields) -> Exit {
         reason::CONTROL => Exit::Control(control(qualification)),
         reason::EXCEPTION => exception(fields),
         reason::INVLPG => Exit::InvalidatePage(Some(qualification)),
+        reason::VMCLEAR..=reason::VMXON | reason::INVEPT | reason::INVVPID | reason::GETSEC => Exit::Virtualisation,
+        reason::RDPMC => Exit::ReadCounter,
         reason::XSETBV => Exit::SetExtended,
         reason::WBINVD => Exit::WriteBackCaches,
         reason::INVD => Exit::InvalidateCaches,
@@ -170,6 +178,14 @@ mod tests {
         assert_eq!(decode(&undefined), Exit::Exception { vector: 6, error: 0, address: 0 });
         let nmi = Fields { interruption: 1 << 31 | 2 << 8 | 2, ..page_fault };
         assert_eq!(decode(&nmi), Exit::NonMaskable);
+    }
+
+    #[test]
+    fn instructions_of_vmx_are_told_apart_from_calls() {
+        for reason in [11, 19, 20, 21, 22, 23, 24, 25, 26, 27, 50, 53] {
+            assert_eq!(exit(reason, 0), Exit::Virtualisation, "{reason}");
+        }
+        assert_eq!((exit(18, 0), exit(15, 0), exit(17, 0)), (Exit::Hypercall, Exit::ReadCounter, Exit::Other(17)));
     }
 
     #[test]

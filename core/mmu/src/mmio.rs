@@ -110,6 +110,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
     }
 
     /// Handles a fault by an entry that the hardware refuses.
+    #[inline(always)]
     pub fn handle_refused(&self, pin: &Pin<'_>, hint: &Hint, cache: &mut MmioCache, fault: &Fault) -> Outcome {
         let (gfn, now) = (fault.gfn(), self.slots.generation());
         // Code and tables of the guest's own are no device's business.

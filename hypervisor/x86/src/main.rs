@@ -1,7 +1,7 @@
 //! The Entresol hypervisor on x86-64: the program that owns the machine.
 //!
 //! Purpose: starts on the bare machine (`entresol-metal-x86` brings it up), reads the boot bundle, makes the virtual machine that it
-//! describes on the same core as on arm64, and runs it by AMD's SVM with nested paging until it ends.
+//! describes on the same core as on arm64, and runs it by AMD's SVM or Intel's VMX, with tables of the processor's second stage, until it ends.
 //!
 //! Rooms:
 //!
@@ -104,8 +104,9 @@ fn start(info: &'static BootInfo) {
     entresol_arch_x86::emulate::prepare();
     let bits = features::get().physical_bits;
     log::info!(
-        "entresol {} on x86-64: SVM, {bits} physical bits, {} CPUs, {} MiB for guests",
+        "entresol {} on x86-64: {}, {bits} physical bits, {} CPUs, {} MiB for guests",
         env!("CARGO_PKG_VERSION"),
+        if features::get().vmx.is_some() { "VMX" } else { "SVM" },
         cpu::count(),
         host::get().pool.free_frames() >> 8
     );

@@ -11,21 +11,38 @@ use crate::vm::{End, Vm};
 pub fn to_its_end(vm: &mut Vm) -> End {
     let cpu = cpu::index();
     vm.load(cpu);
-    let end = enter_until_it_ends(cpu, vm);
+    let end = match switch::is_intel() {
+        false => on_amd(cpu, vm),
+        true => on_intel(cpu, vm),
+    };
     vm.put(cpu);
     end
 }
 
+/// One loop for each maker's processors, so that nothing asks at each entry whose it is.
 #[inline(never)]
-fn enter_until_it_ends(cpu: usize, vm: &mut Vm) -> End {
+fn on_amd(cpu: usize, vm: &mut Vm) -> End {
     loop {
         // SAFETY: `load` made the hardware hold its state; its nested tables are the core's, no port is passed through, and of the
         // model-specific registers only those that the processor keeps for it.
-        unsafe { switch::enter(cpu, &mut vm.vcpu.guest) };
+        unsafe { switch::enter_amd(cpu, &mut vm.vcpu.guest) };
         match exit::handle(cpu, vm) {
             // Nearly always, and nothing is due that was not before.
             Next::Again => {}
             Next::Look => exit::interrupts::settle(vm),
+            Next::End(end) => return end,
+        }
+    }
+}
+
+#[inline(never)]
+fn on_intel(cpu: usize, vm: &mut Vm) -> End {
+    loop {
+        // SAFETY: as above.
+        unsafe { switch::enter_intel(cpu, &mut vm.vcpu.guest) };
+        match exit::handle_intel(cpu, vm) {
+            Next::Again => {}
+            Next::Look => exit::settle_intel(vm),
             Next::End(end) => return end,
         }
     }

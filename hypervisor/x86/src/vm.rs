@@ -9,10 +9,10 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use entresol_addr::{Gpa, PAGE_SIZE, PageSize};
+use entresol_arch_x86::either::{Either, Maker};
 use entresol_arch_x86::emulate::Unsupported;
 use entresol_arch_x86::emulate::memo::Memo;
 use entresol_arch_x86::exit::Exit;
-use entresol_arch_x86::npt::Nested;
 use entresol_backing::{ObjectHandle, Policy, Spec};
 use entresol_loader::x86::map::LOW_END;
 use entresol_loader::x86::start::{self, Start};
@@ -30,7 +30,7 @@ use crate::exit::clock::KvmClock;
 use crate::host;
 
 /// The core's part of a virtual machine.
-pub type Made = Memory<'static, Metal, Nested>;
+pub type Made = Memory<'static, Metal, Either>;
 
 /// Slots of a virtual machine.
 const SLOTS: u32 = 64;
@@ -180,6 +180,7 @@ impl Vm {
     /// CPU `cpu` runs it no more.
     pub fn put(&mut self, cpu: usize) {
         self.vcpu.fp.save();
+        self.vcpu.guest.put();
         self.memory.put(cpu);
     }
 
@@ -241,6 +242,7 @@ fn create_memory(config: &config::Vm<FileIndex>, boot: &Boot<'_>) -> Result<(Mad
         LargestEntry::Page4K => (Policy::Pages, PageSize::Size4K),
     };
     let physical_bits = features::get().physical_bits;
+    let maker = if features::get().vmx.is_some() { Maker::Intel } else { Maker::Amd };
     let options = Options {
         ipa_bits: GPA_BITS.min(physical_bits),
         slots: SLOTS,
@@ -248,7 +250,7 @@ fn create_memory(config: &config::Vm<FileIndex>, boot: &Boot<'_>) -> Result<(Mad
         read_only_ivac: ReadOnlyIvac::Clean,
         tags: false,
     };
-    let memory = Memory::new(host, cpu, Nested::new(physical_bits, None), options)
+    let memory = Memory::new(host, cpu, Either::new(maker, physical_bits, None), options)
         .map_err(|error| alloc::format!("memory: {error:?}"))?;
     match fill(&memory, config, policy, boot) {
         Ok(low) => Ok((memory, low)),

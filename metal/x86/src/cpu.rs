@@ -29,7 +29,7 @@ use x86_64::structures::tss::TaskStateSegment;
 
 use crate::boot::{BootInfo, MAX_CPUS};
 use crate::switch::Vmcb;
-use crate::{apic, exception, flush, interrupts, switch, timer};
+use crate::{apic, exception, features, flush, interrupts, switch, timer, vmx};
 
 const PAGE: usize = 4096;
 /// Interrupt stacks: for every exception, for NMIs, for machine checks. The last two may come on top of the first.
@@ -280,7 +280,10 @@ fn take_block(index: usize) {
 
 /// What every CPU needs before it enters guests, or is interrupted. On our own tables.
 pub(crate) fn init_this() {
-    enable_svm();
+    match features::get().vmx {
+        Some(_) => vmx::enable(),
+        None => enable_svm(),
+    }
     switch::init_cpu();
     interrupts::switch_on();
 }

@@ -10,6 +10,8 @@ use entresol_sync::Once;
 use raw_cpuid::CpuId;
 use x86_64::registers::model_specific::Msr;
 
+use crate::vmx::{self, Controls, Lacks};
+
 /// VM_CR and its SVMDIS (APM 15.30.1).
 const VM_CR: u32 = 0xc001_0114;
 const SVM_DISABLED: u64 = 1 << 4;
@@ -29,15 +31,19 @@ pub struct Features {
     pub flush_by_asid: bool,
     /// Address space identifiers, 0 included.
     pub asids: u32,
+    /// Intel's VMX, with these controls; else it is AMD's SVM.
+    pub vmx: Option<Controls>,
 }
 
 /// What this CPU lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Missing {
-    /// SVM (CPUID 8000_0001 ECX bit 2).
-    Svm,
-    /// SVM is there and firmware has locked it away (VM_CR.SVMDIS).
+    /// SVM (CPUID 8000_0001 ECX bit 2) and VMX (CPUID 1 ECX bit 5).
+    Both,
+    /// One is there and firmware has locked it away (VM_CR.SVMDIS; IA32_FEATURE_CONTROL).
     Disabled,
+    /// Something of VMX.
+    Vmx(Lacks),
     /// Nested paging (CPUID 8000_000A EDX bit 0).
     NestedPaging,
     /// Address space identifiers for guests.
@@ -47,8 +53,13 @@ pub enum Missing {
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Svm => "this CPU has no SVM (CPUID 8000_0001 ECX bit 2), which we use",
-            Self::Disabled => "firmware has disabled SVM (VM_CR.SVMDIS): enable it in the machine's setup",
+            Self::Vmx(lacks) => return lacks.fmt(f),
+            Self::Both => {
+                "this CPU has no SVM (CPUID 8000_0001 ECX bit 2) and no VMX (CPUID 1 ECX bit 5), one of which we use"
+            }
+            Self::Disabled => {
+                "firmware has disabled virtualisation (VM_CR.SVMDIS, IA32_FEATURE_CONTROL): enable it in the machine's setup"
+            }
             Self::NestedPaging => "this CPU has no nested paging (CPUID 8000_000A EDX bit 0), which we use",
             Self::Asids => "this CPU has no address space identifiers for guests (CPUID 8000_000A EBX)",
         })
@@ -65,8 +76,24 @@ static FEATURES: Once<Features> = Once::new();
 pub(crate) fn init() -> Result<(), Missing> {
     let cpuid = CpuId::new();
     let extended = cpuid.get_extended_processor_and_feature_identifiers();
+    let sizes = cpuid.get_processor_capacity_feature_info();
+    let physical_bits = sizes.map_or(36, |sizes| sizes.physical_address_bits()).clamp(32, 52);
+    let giant_pages = extended.as_ref().is_some_and(|features| features.has_1gib_pages());
+    if cpuid.get_feature_info().is_some_and(|features| features.has_vmx()) {
+        let vmx = Some(vmx::capabilities()?);
+        FEATURES.call_once(|| Features {
+            physical_bits,
+            giant_pages,
+            next_rip: true,
+            decode_assists: true,
+            flush_by_asid: false,
+            asids: 1,
+            vmx,
+        });
+        return Ok(());
+    }
     if !extended.as_ref().is_some_and(|features| features.has_svm()) {
-        return Err(Missing::Svm);
+        return Err(Missing::Both);
     }
     // SAFETY: VM_CR is there with SVM.
     if unsafe { Msr::new(VM_CR).read() } & SVM_DISABLED != 0 {
@@ -76,14 +103,14 @@ pub(crate) fn init() -> Result<(), Missing> {
     if svm.supported_asids() < 2 {
         return Err(Missing::Asids);
     }
-    let sizes = cpuid.get_processor_capacity_feature_info();
     FEATURES.call_once(|| Features {
-        physical_bits: sizes.map_or(36, |sizes| sizes.physical_address_bits()).clamp(32, 52),
-        giant_pages: extended.is_some_and(|features| features.has_1gib_pages()),
+        physical_bits,
+        giant_pages,
         next_rip: svm.has_nrip(),
         decode_assists: svm.has_decode_assists(),
         flush_by_asid: svm.has_flush_by_asid(),
         asids: svm.supported_asids(),
+        vmx: None,
     });
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The x86-64 machine on real instructions: the only crate that executes them.
 //!
 //! Purpose: what the core asks of a machine ([`Metal`] implements `entresol_machine::Machine`), and what a hypervisor
-//! needs around it: how it starts, how a guest is entered and left by AMD's SVM, a console, power.
+//! needs around it: how it starts, how a guest is entered and left by AMD's SVM or Intel's VMX, a console, power.
 //!
 //! Rooms:
 //!
@@ -11,6 +11,7 @@
 //! | `paging`, [`cpu`], `exception` | on what does the hypervisor itself stand? |
 //! | [`interrupts`], `apic`, `ioapic` | how do devices, timers and other CPUs make themselves heard? |
 //! | [`switch`] | how is a guest entered, and why did it come back? |
+//! | [`vmx`] | the same on Intel's processors |
 //! | [`features`] | what can this CPU do? |
 //! | [`Metal`], [`flush`] | how do words, pages and TLBs obey the core? |
 //! | [`own`], [`shootdown`], [`probe`] | what of RAM can the hypervisor itself not reach? |
@@ -31,7 +32,7 @@
 //!
 //! Lock order: none of the locks here is held while another is taken, except the console's, which is always last.
 //!
-//! Known holes: VMX is not entered; time stamp counters are taken to be invariant and to agree.
+//! Known holes: time stamp counters are taken to be invariant and to agree.
 //!
 //! Sources: AMD64 Architecture Programmer's Manual, volume 2 (24593, revision 3.42, "APM").
 #![no_std]
@@ -81,6 +82,7 @@ pub mod switch;
 mod tables;
 #[cfg(target_os = "none")]
 pub mod timer;
+pub mod vmx;
 
 #[cfg(target_os = "none")]
 pub use machine::Metal;

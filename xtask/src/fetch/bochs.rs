@@ -17,6 +17,8 @@ const FOLDER: &str = "bochs-1";
 
 /// Where Debian puts what is started and read.
 const PROGRAM: &str = "usr/bin/bochs-bin";
+const BIOS: &str = "usr/share/bochs/BIOS-bochs-latest";
+const VGA_BIOS: &str = "usr/share/vgabios/vgabios.bin";
 const MAKE_IMAGE: &str = "usr/bin/grub-mkimage";
 const GRUB: &str = "usr/lib/grub/i386-pc";
 
@@ -37,6 +39,11 @@ impl Bochs {
         command.env("LTDL_LIBRARY_PATH", self.folder.join("usr/lib").join(triple).join("bochs/plugins"));
         command.env("SDL_VIDEODRIVER", "dummy").env("SDL_AUDIODRIVER", "dummy");
         command
+    }
+
+    /// The PC's BIOS, and its display's.
+    pub fn firmware(&self) -> [PathBuf; 2] {
+        [BIOS, VGA_BIOS].map(|file| self.folder.join(file))
     }
 
     /// GRUB's first sector of a disk.

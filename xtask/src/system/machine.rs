@@ -19,6 +19,7 @@ use crate::bundle;
 use crate::image;
 use crate::initrd::{self, Initrd};
 use crate::outer::Outer;
+use crate::outer_bochs::OuterBochs;
 use crate::outer_x86::OuterX86;
 use crate::workspace;
 
@@ -149,6 +150,20 @@ impl<'a> Builder<'a> {
         Machine::spawn(self.folder, outer.command(&x86.qemu), socket, sockets)
     }
 
+    /// Starts the hypervisor of x86-64 with these virtual machines under Bochs, from a disk, on a processor that Bochs calls `cpu`.
+    ///
+    /// # Errors
+    /// As [`Builder::boot`].
+    pub fn boot_bochs(self, cpu: &str, vms: Vec<WrittenVm>) -> Result<Machine> {
+        let (memory, bundle) = self.pack_x86(vms)?;
+        let (hypervisor, bochs) = (&self.context.x86()?.hypervisor, self.context.bochs()?);
+        let outer = OuterBochs { cpu, memory, hypervisor, bundle: &bundle };
+        let command = outer.command(bochs, &self.folder)?;
+        let sockets = tempfile::tempdir().context("cannot make a folder")?;
+        let socket = sockets.path().join("ctl.sock");
+        Machine::spawn(self.folder, command, socket, sockets)
+    }
+
     /// The boot bundle of these virtual machines, and the outer machine's memory.
     fn pack_x86(&self, vms: Vec<WrittenVm>) -> Result<(u64, PathBuf)> {
         let mut written = bundle::written(&self.outer_memory, self.outer_cpus, vms);
@@ -275,6 +290,17 @@ impl Machine {
         let (refusal, guest) =
             (text.contains(&format!("PANIC: refused to start: {what}")), text.contains("Booting Linux"));
         ensure!(refusal && !guest, "{}", self.console.failure(&format!("the hypervisor should refuse with {what:?}")));
+        Ok(())
+    }
+
+    /// Waits for the machine's end, which turns it off whatever its emulator calls that, without a panic of the hypervisor.
+    ///
+    /// # Errors
+    /// When it does not end, or not well.
+    pub fn expect_end(mut self) -> Result<()> {
+        self.console.expect_end()?;
+        let panicked = self.console.text().lines().any(|line| line.starts_with("PANIC"));
+        ensure!(!panicked, "{}", self.console.failure("the hypervisor panicked"));
         Ok(())
     }
 

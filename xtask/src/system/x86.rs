@@ -11,6 +11,7 @@ use crate::bundle;
 use crate::fetch;
 use crate::guests;
 use crate::initrd::{self, Initrd};
+use crate::outer_bochs::HASWELL;
 use crate::outer_x86::EPYC;
 
 fn vm(kernel: PathBuf, page_size: LargestEntry, services: bool) -> WrittenVm {
@@ -49,6 +50,16 @@ pub fn x86_starts_from_a_disk(context: &Context) -> Result<()> {
         builder.boot_x86_disk(EPYC, vec![vm(guests::x86("guest-x86-first")?, LargestEntry::Page4K, true)])?;
     machine.expect("ALL PASS")?;
     all_cpus_run(&machine.expect_power_off()?, 3)
+}
+
+/// The same guest under Intel's VMX with its extended page tables. GRUB starts the hypervisor, from a disk.
+pub fn vmx_guest_works_its_memory(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "vmx_guest_works_its_memory")?.outer("512M", 1);
+    let mut machine =
+        builder.boot_bochs(HASWELL, vec![vm(guests::x86("guest-x86-first")?, LargestEntry::Page4K, true)])?;
+    machine.expect("ALL PASS")?;
+    machine.expect("vm first: powered off")?;
+    machine.expect_end()
 }
 
 /// The first access to what is no memory leaves an entry, the next ones need no look-up; without an address bit to reserve each takes the

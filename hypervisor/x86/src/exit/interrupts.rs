@@ -16,8 +16,9 @@ use super::{Next, skip};
 use crate::devices::{Devices, VCPU};
 use crate::vm::{Crash, End, Vm};
 
-/// The guest's CR8, into its controller.
+/// The guest's state within reach, and its CR8 in its controller.
 pub fn begin(guest: &mut Guest, devices: &Devices) {
+    guest.bring();
     let tpr = guest.priority() << 4;
     if devices.apic.tpr(VCPU) >> 4 != tpr >> 4 {
         devices.apic.set_tpr(VCPU, tpr);
@@ -25,6 +26,7 @@ pub fn begin(guest: &mut Guest, devices: &Devices) {
 }
 
 /// What is due is injected, or asked for as soon as it can be.
+#[inline(always)]
 pub fn settle(vm: &mut Vm) {
     let (guest, apic) = (&mut *vm.vcpu.guest, &vm.devices.apic);
     let now = guest_time(guest);

@@ -39,12 +39,6 @@ pub enum Next {
     End(End),
 }
 
-/// SVM's own instructions, of which CPUID says that there are none (APM appendix C).
-const INVLPGA: u64 = 0x7a;
-const VMRUN: u64 = 0x80;
-const VMLOAD: u64 = 0x82;
-const SKINIT: u64 = 0x86;
-
 /// Exceptions (APM 8.2).
 pub const UNDEFINED: u8 = 6;
 pub const GENERAL_PROTECTION: u8 = 13;
@@ -60,6 +54,24 @@ pub fn handle(cpu: usize, vm: &mut Vm) -> Next {
         return memory::fault(cpu, vm, fault);
     }
     other(cpu, vm)
+}
+
+/// The same on Intel's processors.
+#[inline(never)]
+pub fn handle_intel(cpu: usize, vm: &mut Vm) -> Next {
+    if vm.vcpu.guest.was_delivering() {
+        vm.vcpu.guest.redeliver();
+    }
+    match vm.vcpu.guest.extended_fault() {
+        Some(fault) => memory::fault(cpu, vm, fault),
+        None => other(cpu, vm),
+    }
+}
+
+/// What is due before the next entry, there.
+#[inline(never)]
+pub fn settle_intel(vm: &mut Vm) {
+    interrupts::settle(vm);
 }
 
 /// Any exit but a nested page fault. Apart, so that the faults keep their registers.
@@ -98,9 +110,10 @@ fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
         // The CPU has taken it by now: another's question about the own mapping, or the end.
         Exit::NonMaskable => Next::Again,
         Exit::Exception { vector, error, .. } => panic!("the machine's exception {vector}, error code {error:#x}"),
-        Exit::Other(INVLPGA | VMRUN | VMLOAD..=SKINIT) | Exit::Monitor | Exit::MonitorWait | Exit::SetExtended => {
-            inject(guest, UNDEFINED, None)
-        }
+        Exit::Virtualisation | Exit::Monitor | Exit::MonitorWait | Exit::SetExtended => inject(guest, UNDEFINED, None),
+        Exit::ReadCounter => inject(guest, GENERAL_PROTECTION, Some(0)),
+        Exit::Control(access) if guest.moves(access) => Next::Again,
+        Exit::Control(_) => inject(guest, GENERAL_PROTECTION, Some(0)),
         other => Next::End(End::Crash(Crash::Unexpected(other))),
     }
 }

@@ -1,6 +1,6 @@
 //! Services for guests that their owner lets drive the hypervisor: measurements and tests.
 //!
-//! VMMCALL with a function in EAX, its arguments in RBX, RCX and RDX, the answer in RAX; the numbers are those of the arm64
+//! VMMCALL (VMCALL on Intel's processors) with a function in EAX, its arguments in RBX, RCX and RDX, the answer in RAX; the numbers are those of the arm64
 //! hypervisor. Without the policy they do not exist: VMMCALL is undefined, as on a processor without SVM.
 
 use entresol_addr::{Gfn, GfnRange, PAGE_SIZE};
@@ -24,7 +24,7 @@ const INVALID: u64 = -2i64 as u64;
 /// The function does not exist.
 const NOT_SUPPORTED: u64 = -1i64 as u64;
 
-/// A VMMCALL.
+/// A VMMCALL or VMCALL: three bytes each.
 pub fn call(cpu: usize, vm: &mut Vm) -> Next {
     if !vm.services {
         return inject(&mut vm.vcpu.guest, UNDEFINED, None);

@@ -1,53 +1,51 @@
 //! What of a vCPU the processor works on, by what it means: who uses a [`Guest`] does not see the processor's own record.
 //!
-//! Protocol: [`Guest::start`] gives it the state in which it begins, [`Guest::load`] brings it to a CPU; [`enter`](super::enter) runs it; between two entries its
-//! state is read and changed here. An event that is [injected](Guest::inject) reaches it at the next entry.
+//! Protocol: [`Guest::start`] gives it the state in which it begins; [`Guest::load`] brings it to a CPU, on which [`enter_amd`](super::enter_amd) runs it
+//! until [`Guest::put`]; between two entries its state is read and changed here, after a second-stage fault from [`Guest::bring`] on. An event that is [injected](Guest::inject) reaches it at the next entry.
 //!
 //! Invariants: EFER is the guest's own, without what the processor demands of it beside; the record is refused by the processor until the
 //! guest was started.
 
 use entresol_addr::Pfn;
-use entresol_arch_x86::exit::Exit;
+use entresol_arch_x86::exit::{ControlAccess, Exit};
 use entresol_arch_x86::fault::{self, SecondStage};
 use entresol_arch_x86::svm;
 
 use super::permissions::{PORTS, REGISTERS};
-use super::vmcb::{self, Control, SaveArea, Vmcb, first};
+use super::vmcb::{self, Control, EFER_SVME, PENDING, SaveArea, TPR, VALID, Vmcb, first};
 use super::{Event, Registers, Segment, Start};
 use crate::flush::Tenant;
-use crate::{cpu, features};
+use crate::{cpu, features, vmx};
 
-/// EFER.SVME, which VMRUN demands of every guest (APM 15.5.1), and which none sees.
-const EFER_SVME: u64 = 1 << 12;
 const RFLAGS_IF: u64 = 1 << 9;
 /// The processor's state after a reset (APM 14.1.3, 7.8.2).
 const DR6: u64 = 0xffff_0ff0;
 const DR7: u64 = 0x400;
 const PAT: u64 = 0x0007_0406_0007_0406;
 
-/// EVENTINJ and EXITINTINFO (APM 15.20): valid; the kind of event; an error code in the upper half.
-const VALID: u64 = 1 << 31;
+/// EVENTINJ and EXITINTINFO (APM 15.20): the kind of event; an error code in the upper half.
 const KIND: u64 = 0b111 << 8;
 const NON_MASKABLE: u64 = 2 << 8 | 2;
 const EXCEPTION: u64 = 3 << 8;
 const ERROR_CODE: u64 = 1 << 11;
-/// INT n, which is executed again.
+/// INT n, which is executed again. Intel's processors tell of more of them, above.
 const SOFTWARE: u64 = 4 << 8;
 
-/// Virtual interrupts: V_TPR, V_IRQ, V_IGN_TPR (APM 15.21).
-const TPR: u64 = 0xff;
-const PENDING: u64 = 1 << 8;
+/// Virtual interrupts: V_IGN_TPR (APM 15.21).
 const IGNORE_TPR: u64 = 1 << 20;
 
 /// What of a vCPU the processor works on. It stays where it is: the VMCB is named by its address.
 #[repr(C)]
 pub struct Guest {
-    pub(super) vmcb: Vmcb,
+    pub(crate) vmcb: Vmcb,
     /// General registers.
     pub registers: Registers,
     /// Where the CPU on which it runs keeps what VMRUN does not of our own state.
     pub(super) host: u64,
     pub(super) tenant: Tenant,
+    /// The processor is Intel's, and this is what it has.
+    pub(super) intel: bool,
+    pub(crate) vmx: vmx::guest::Part,
 }
 
 impl Default for Guest {
@@ -59,7 +57,14 @@ impl Default for Guest {
 impl Guest {
     /// All zero: the processor refuses it as it is.
     pub fn new() -> Self {
-        Self { vmcb: Vmcb::ZERO, registers: Registers::default(), host: 0, tenant: Tenant::default() }
+        Self {
+            vmcb: Vmcb::ZERO,
+            registers: Registers::default(),
+            host: 0,
+            tenant: Tenant::default(),
+            intel: features::get().vmx.is_some(),
+            vmx: vmx::guest::Part::new(),
+        }
     }
 
     /// Gives it the state in which it begins, and keeps it away from all that it does not own.
@@ -76,6 +81,7 @@ impl Guest {
         state.efer = start.efer | EFER_SVME;
         (state.rip, state.rflags) = (start.rip, start.rflags);
         (state.dr6, state.dr7, state.g_pat) = (DR6, DR7, PAT);
+        self.vmx.restart(DR6);
     }
 
     /// What the guest may do without coming back.
@@ -96,19 +102,38 @@ impl Guest {
 
     #[inline]
     fn state(&mut self) -> &mut SaveArea {
+        debug_assert!(!self.vmx.is_away(), "the guest's state is asked for before it was brought");
         &mut self.vmcb.save
     }
 
-    /// It comes to CPU `cpu`, which we are on, and stays until another one does or it comes to another CPU.
+    /// Brings its state within reach, which a second-stage fault leaves where it is: nearly all of them need nothing of it.
+    #[inline]
+    pub fn bring(&mut self) {
+        if self.intel && self.vmx.is_away() {
+            self.vmx.fetch(&mut self.vmcb);
+        }
+    }
+
+    /// It comes to CPU `cpu`, which we are on, and stays until [`Self::put`].
     pub fn load(&mut self, cpu: usize) {
         self.host = cpu::host_rest(cpu) as u64;
         cpu::flush_of(cpu).load(cpu, &mut self.tenant);
+        if self.intel {
+            self.vmx.load(&mut self.vmcb);
+        }
     }
 
     /// The second stage that it runs on: the frame of the root of its tables.
     #[inline]
     pub fn set_root(&mut self, root: Pfn) {
         self.vmcb.control.nested_cr3 = root.base().get();
+    }
+
+    /// This CPU, which runs it, runs it no more.
+    pub fn put(&mut self) {
+        if self.intel {
+            self.vmx.put(&mut self.vmcb);
+        }
     }
 }
 
@@ -120,7 +145,15 @@ impl Guest {
         self.vmcb.control.exit_interrupt_info & VALID != 0
     }
 
-    /// The second-stage fault that it came back with last, if it was one.
+    /// The second-stage fault that it came back with last on Intel's processors, if it was one.
+    pub fn extended_fault(&self) -> Option<SecondStage> {
+        match self.vmx.exit() {
+            Exit::Memory(fault) => Some(fault),
+            _ => None,
+        }
+    }
+
+    /// The same on AMD's.
     #[inline]
     pub fn nested_fault(&self) -> Option<SecondStage> {
         let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
@@ -130,6 +163,9 @@ impl Guest {
     /// Why it came back last.
     #[inline]
     pub fn exit(&self) -> Exit {
+        if self.intel {
+            return self.vmx.exit();
+        }
         let Control { exit_code, exit_info_1, exit_info_2, .. } = self.vmcb.control;
         svm::decode(exit_code, exit_info_1, exit_info_2, features::get().decode_assists)
     }
@@ -141,12 +177,21 @@ impl Guest {
         self.vmcb.control.exit_info_2
     }
 
+    /// It came back with an access to a control register: whether it carries that out again, and then can. Else it may not have what it wrote.
+    #[cold]
+    pub fn moves(&mut self, access: ControlAccess) -> bool {
+        let ControlAccess::Write { general: Some(general), .. } = access else { return false };
+        let value = *self.general(general);
+        self.intel && self.vmx.moves(access, value)
+    }
+
     /// It goes on behind the instruction that it came back with, which has `length` bytes without prefixes.
     #[inline]
     pub fn skip(&mut self, length: u64) {
+        let rip = self.state().rip;
         let next = self.control().next_rip;
         let told = features::get().next_rip && next != 0;
-        let next = if told { next } else { self.state().rip.wrapping_add(length) };
+        let next = if told { next } else { rip.wrapping_add(length) };
         self.go_on(next);
     }
 
@@ -165,7 +210,7 @@ impl Guest {
     #[inline(never)]
     pub fn redeliver(&mut self) {
         let event = self.control().exit_interrupt_info;
-        if event & KIND != SOFTWARE {
+        if event & KIND < SOFTWARE {
             self.control().event_injection = event;
         }
     }
@@ -229,7 +274,7 @@ impl Guest {
             1 => &mut self.registers.rcx,
             2 => &mut self.registers.rdx,
             3 => &mut self.registers.rbx,
-            4 => &mut self.vmcb.save.rsp,
+            4 => &mut self.state().rsp,
             5 => &mut self.registers.rbp,
             6 => &mut self.registers.rsi,
             7 => &mut self.registers.rdi,
@@ -240,7 +285,7 @@ impl Guest {
     /// RAX.
     #[inline]
     pub fn rax(&mut self) -> &mut u64 {
-        &mut self.state().rax
+        &mut self.vmcb.save.rax
     }
 
     /// All general registers, by their numbers.
@@ -291,7 +336,7 @@ impl Guest {
     /// Sets CR2.
     #[inline]
     pub fn set_cr2(&mut self, linear: u64) {
-        self.state().cr2 = linear;
+        self.vmcb.save.cr2 = linear;
     }
 
     /// EFER.

@@ -1,6 +1,6 @@
-//! Entering a guest and coming back: AMD's SVM (APM chapter 15).
+//! Entering a guest and coming back: AMD's SVM (APM chapter 15), or Intel's [`vmx`].
 //!
-//! Purpose: [`enter`] is the whole of what happens at every exit. The processor loads and saves what is in the [`Vmcb`]; the
+//! Purpose: [`enter_amd`] and [`enter_intel`] are the whole of what happens at every exit. On AMD's the processor loads and saves what is in the [`Vmcb`]; the
 //! general registers but RAX and RSP are moved here.
 //!
 //! Protocol: a vCPU is a [`Guest`], which hides its VMCB. GIF is clear from before the guest's state is loaded until ours is
@@ -16,13 +16,13 @@
 pub mod fp;
 mod guest;
 mod permissions;
-mod vmcb;
+pub(crate) mod vmcb;
 
 use core::arch::asm;
 use core::mem::offset_of;
 
 use crate::machine::FLUSHES;
-use crate::{cpu, flush};
+use crate::{cpu, features, flush, vmx};
 pub use fp::FpState;
 pub use guest::Guest;
 pub use vmcb::Segment;
@@ -103,18 +103,38 @@ const _: () = assert!(
 /// guest.
 pub(crate) fn init_cpu() {
     fp::init_cpu();
+    if features::get().vmx.is_some() {
+        return;
+    }
     // SAFETY: VMSAVE writes a page that is a VMCB of this CPU's own.
     unsafe { asm!("vmsave rax", in("rax") cpu::host_rest(cpu::index()), options(nostack, preserves_flags)) };
 }
 
-/// Runs the guest until it comes back; [`Guest::exit`] says why. `cpu` is the CPU that we are on.
+/// Whether guests are entered by [`enter_intel`].
+pub fn is_intel() -> bool {
+    features::get().vmx.is_some()
+}
+
+/// Runs the guest until it comes back, on Intel's processors: as [`enter_amd`].
+///
+/// # Safety
+///
+/// As there.
+pub unsafe fn enter_intel(cpu: usize, guest: &mut Guest) {
+    let own = cpu::flush_of(cpu);
+    let flushes = FLUSHES.enter(own);
+    // SAFETY: as the caller promises.
+    unsafe { vmx::run::enter(guest, flushes, || own.leave()) };
+}
+
+/// Runs the guest until it comes back, on AMD's processors; [`Guest::exit`] says why. `cpu` is the CPU that we are on.
 ///
 /// # Safety
 ///
 /// It is that, to which the guest [came](Guest::load), and interrupts are held off (`crate::interrupts`). The guest was started, its nested
 /// tables keep it away from all that it does not own, and its x87 and SSE registers are in the hardware.
 #[inline(always)]
-pub unsafe fn enter(cpu: usize, guest: &mut Guest) {
+pub unsafe fn enter_amd(cpu: usize, guest: &mut Guest) {
     if FLUSHES.enter(cpu::flush_of(cpu)) {
         // SAFETY: as the caller promises.
         unsafe { run_flushed(guest) };

@@ -86,11 +86,22 @@ pub mod second {
 }
 
 /// Machine checks are the machine's.
-const MACHINE_CHECK: u32 = 1 << 18;
+pub const MACHINE_CHECK: u32 = 1 << 18;
 /// V_INTR_MASKING: RFLAGS.IF of a guest masks its virtual interrupts only (15.21.1).
 pub const VIRTUAL_MASKING: u64 = 1 << 24;
 /// NP_ENABLE (15.25.3).
 pub const NESTED_PAGING: u64 = 1 << 0;
+
+/// EXITCODE where the processor keeps no VMCB: the reason is told elsewhere. None of AMD's.
+pub const ELSEWHERE: u64 = u64::MAX - 0xff;
+/// EFER.SVME, which VMRUN demands of every guest (15.5.1), and which none sees.
+pub const EFER_SVME: u64 = 1 << 12;
+/// EVENTINJ and EXITINTINFO (15.20): valid.
+pub const VALID: u64 = 1 << 31;
+/// Virtual interrupts: V_TPR, V_IRQ (15.21).
+pub const TPR: u64 = 0xff;
+/// As above.
+pub const PENDING: u64 = 1 << 8;
 
 /// What no guest does without coming back.
 pub const CONFINED: Intercepts = Intercepts {

@@ -7,7 +7,7 @@
 use core::arch::asm;
 use core::arch::x86_64::__cpuid;
 
-use guest_x86_rt::{Machine, call, guest, in8, in32, println, trap};
+use guest_x86_rt::{Machine, call, guest, in8, in32, is_intel, println, trap};
 
 guest!(main);
 
@@ -137,8 +137,10 @@ fn no_services() -> bool {
         // SAFETY: as above.
         unsafe {
             asm!(
-                "lea {at}, [rip + 2f]", "mov [{resume}], {at}", "vmmcall", "2:",
-                at = out(reg) _, resume = in(reg) resume, in("eax") NOTHING, options(nostack)
+                "lea {at}, [rip + 2f]", "mov [{resume}], {at}",
+                "test {intel}, {intel}", "jz 3f", "vmcall", "3:", "vmmcall", "2:",
+                at = out(reg) _, resume = in(reg) resume, intel = in(reg) u64::from(is_intel()), in("eax") NOTHING,
+                options(nostack)
             );
         }
     }) == Some(UNDEFINED)

@@ -67,14 +67,25 @@ pub fn in32(port: u16) -> u32 {
     value
 }
 
-/// VMMCALL.
+/// Whether the processor is Intel's, where calls are another instruction.
+pub fn is_intel() -> bool {
+    // EDX of "GenuineIntel".
+    core::arch::x86_64::__cpuid(0).edx == u32::from_le_bytes(*b"ineI")
+}
+
+/// VMMCALL, or VMCALL.
 pub fn call(function: u32, first: u64, second: u64) -> u64 {
     let answer;
+    let intel = u64::from(is_intel());
     // SAFETY: RBX is put back; the hypervisor changes RAX only.
     unsafe {
         asm!(
-            "xchg rbx, {first}", "vmmcall", "xchg rbx, {first}",
-            first = inout(reg) first => _, in("rcx") second, inout("rax") u64::from(function) => answer,
+            "test {intel}, {intel}",
+            "xchg rbx, {first}",
+            "jz 2f", "vmcall", "jmp 3f", "2:", "vmmcall", "3:",
+            "xchg rbx, {first}",
+            first = inout(reg) first => _, intel = in(reg) intel,
+            in("rcx") second, inout("rax") u64::from(function) => answer,
             options(nostack)
         );
     }

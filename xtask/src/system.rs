@@ -324,6 +324,11 @@ pub const TESTS: &[SystemTest] = &[
         run: x86::vmx_guest_works_its_memory,
     },
     SystemTest {
+        name: "vmx_linux_runs_a_script",
+        about: "x86-64 under Bochs: Debian's amd64 kernel boots under VMX and EPT to user space, and powers off",
+        run: x86::vmx_linux_runs_a_script,
+    },
+    SystemTest {
         name: "x86_starts_from_a_disk",
         about: "x86-64: GRUB starts the hypervisor from a PC's disk by multiboot2, and a guest runs",
         run: x86::x86_starts_from_a_disk,

@@ -62,6 +62,27 @@ pub fn vmx_guest_works_its_memory(context: &Context) -> Result<()> {
     machine.expect_end()
 }
 
+/// Debian's amd64 kernel, unmodified, boots to user space under VMX too, where a script works on memory and powers off.
+pub fn vmx_linux_runs_a_script(context: &Context) -> Result<()> {
+    let guest = fetch::guest_x86()?;
+    let script = "set -e\nuname -m\ncd /tmp\ndd if=/dev/urandom of=random bs=64k count=16 2>/dev/null\n\
+                  cp random copy && cmp random copy && echo intact\nexit 7\n";
+    let builder = Builder::new(context, "vmx_linux_runs_a_script")?.outer("1G", 1);
+    let initrd = builder.file("initrd.cpio", &Initrd::scripted(script).pack(&guest)?)?;
+    let vm = WrittenVm {
+        memory: "256M".into(),
+        cmdline: "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=acpi".into(),
+        ..bundle::linux("linux", &guest.kernel()?, &initrd)
+    };
+    let mut machine = builder.boot_bochs(HASWELL, vec![vm])?;
+    machine.expect("Linux version 6.")?;
+    machine.expect("x86_64")?;
+    machine.expect("intact")?;
+    machine.expect(&format!("{}7", initrd::SCRIPT_EXIT))?;
+    machine.expect("vm linux: powered off")?;
+    machine.expect_end()
+}
+
 /// The first access to what is no memory leaves an entry, the next ones need no look-up; without an address bit to reserve each takes the
 /// whole way, and is as right.
 pub fn x86_mmio_entries(context: &Context) -> Result<()> {

@@ -21,26 +21,26 @@
 //! Known holes: with CR0.WP clear, neither SMAP nor protection keys see the supervisor's accesses to such an entry.
 
 use entresol_addr::{Gfn, Gpa, Pfn};
-use entresol_shadow::{GuestTables, Key, MOST_LEVELS, Rights, Says, ShadowFormat, Source, Walk};
+use entresol_shadow::{GuestTables, GuestWords, Key, MOST_LEVELS, Rights, Says, ShadowFormat, Source, Stop, Walk};
 
 use crate::mmio;
 use crate::npt::{ACCESSED as A, NO_EXECUTE, PRESENT, USER, WRITABLE};
 use crate::paging::entry::{self, Step};
-use crate::paging::{Controls, Kind, Mode, Regime, Request, Tables, WalkError, Width, allows, trace};
+use crate::paging::{Controls, Kind, Mode, PageFault, Regime, Request, Tables, WalkError, Width, allows, trace};
 
 /// D of an entry.
 const DIRTY: u64 = 1 << 6;
 const KEY_SHIFT: u32 = 59;
 
 /// The guest's memory and registers, for one call.
-pub struct Guest<'t, T> {
+pub struct Guest<T> {
     /// Its memory.
-    pub tables: &'t mut T,
+    pub tables: T,
     /// Its registers.
     pub regime: Regime,
 }
 
-impl<T: Tables> Guest<'_, T> {
+impl<T: Tables> Guest<T> {
     /// The paging mode, and the flags by which entries are read.
     fn role(&self) -> u32 {
         let mode = match self.regime.mode {
@@ -127,12 +127,12 @@ fn through(above: Rights, raw: u64, regime: &Regime) -> Rights {
     }
 }
 
-impl<T: Tables> GuestTables for Guest<'_, T> {
+impl<T: Tables> GuestTables for Guest<T> {
     type Request = Request;
     type Error = WalkError<T::Error>;
 
     fn walk(&mut self, linear: u64, request: Request) -> Result<Walk, Self::Error> {
-        let (translation, way) = trace(self.tables, &self.regime, linear, request)?;
+        let (translation, way) = trace(&mut self.tables, &self.regime, linear, request)?;
         let mut keys = [self.root(); MOST_LEVELS];
         let (mut depth, mut entries) = (1, way.entries().iter());
         let mut rights = Rights::ALL;
@@ -204,10 +204,73 @@ impl<T: Tables> GuestTables for Guest<'_, T> {
         request.kind == Kind::Write
     }
 
+    fn fetches(&self, request: Request) -> bool {
+        request.kind == Kind::Fetch
+    }
+
     fn allows(&self, rights: Rights, request: Request) -> bool {
         // As the processor judges shadow entries, whatever the guest's own flags are: an entry says all that they have led to.
         let controls = self.regime.controls | Controls::WRITE_PROTECT | Controls::NO_EXECUTE;
         allows(&Regime { controls, ..self.regime }, (rights.user, rights.write, rights.execute), rights.key, request)
+    }
+}
+
+/// An exception by the guest's own tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exception {
+    /// A page fault with this code.
+    Page(PageFault),
+    /// The address is not canonical: general protection, or a stack fault.
+    NonCanonical,
+}
+
+impl<E> From<WalkError<E>> for Stop<Exception, E> {
+    fn from(error: WalkError<E>) -> Self {
+        match error {
+            WalkError::Fault(code) => Self::Guest(Exception::Page(code)),
+            WalkError::NonCanonical => Self::Guest(Exception::NonCanonical),
+            WalkError::Contended => Self::Contended,
+            WalkError::Tables(error) => Self::Words(error),
+        }
+    }
+}
+
+/// Memory of which only whole words of eight bytes are to be had.
+pub struct ByWords<W>(W);
+
+impl<W: GuestWords> Tables for ByWords<W> {
+    type Error = W::Error;
+
+    fn load(&mut self, at: Gpa, width: Width) -> Result<u64, W::Error> {
+        let word = self.0.load(Gpa::new(at.get() & !7))?;
+        Ok(match width {
+            Width::Long => word,
+            Width::Word => word >> (at.get() % 8 * 8) & u64::from(u32::MAX),
+        })
+    }
+
+    fn compare_exchange(&mut self, at: Gpa, width: Width, current: u64, new: u64) -> Result<bool, W::Error> {
+        let place = Gpa::new(at.get() & !7);
+        if width == Width::Long {
+            return self.0.compare_exchange(place, current, new);
+        }
+        let (whole, shift) = (self.0.load(place)?, at.get() % 8 * 8);
+        let mask = u64::from(u32::MAX) << shift;
+        if whole & mask != current << shift {
+            return Ok(false);
+        }
+        // The other half may change meanwhile: then this one counts as changed too, and the walk is made again.
+        self.0.compare_exchange(place, whole, whole & !mask | new << shift)
+    }
+}
+
+impl entresol_shadow::Regime for Regime {
+    type Request = Request;
+    type Fault = Exception;
+    type Tables<W: GuestWords> = Guest<ByWords<W>>;
+
+    fn tables<W: GuestWords>(&self, words: W) -> Guest<ByWords<W>> {
+        Guest { tables: ByWords(words), regime: *self }
     }
 }
 

@@ -66,6 +66,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
             vmid,
             logs,
             caches: Caches::new(),
+            shade: None,
             options,
             switches,
             forking,

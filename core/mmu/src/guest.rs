@@ -126,6 +126,7 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
             if slot.logs_dirty() {
                 self.logs.mark(&self.host.machine, pin.cpu(), &slot, gpa.frame());
             }
+            self.shadow_written(gpa.frame());
             gpa = gpa.checked_add(part.len() as u64).ok_or(CopyError::Outside { gpa })?;
             rest = after;
         }

@@ -192,7 +192,8 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
 
     /// Ends the virtual machine: flushes its translations and gives its tables back. No vCPU of it runs any more. Its
     /// objects are their owner's.
-    pub fn destroy(self, cpu: usize) {
+    pub fn destroy(mut self, cpu: usize) {
+        self.unshade(cpu);
         self.reclaim_all(cpu);
         self.end_caches();
         let shown = |handle: ObjectHandle| {

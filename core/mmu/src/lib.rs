@@ -54,6 +54,7 @@ mod out;
 mod outcome;
 mod pfncache;
 mod poison;
+mod shadow;
 mod share;
 mod stats;
 mod switches;
@@ -78,6 +79,8 @@ mod pfncache_property_tests;
 mod pfncache_tests;
 #[cfg(test)]
 mod poison_tests;
+#[cfg(test)]
+mod shadow_tests;
 #[cfg(test)]
 mod tag_tests;
 #[cfg(test)]
@@ -104,6 +107,7 @@ pub use out::{Frames, LeaveError, Shown, begin_out, discard};
 pub use outcome::{Abort, Outcome, Reason};
 pub use pfncache::{CacheError, Piece};
 pub use poison::{PoisonError, Poisoned};
+pub use shadow::{ShadeError, ShadowOutcome, ShadowWords};
 pub use stats::{Counter, Stats};
 pub use switches::Switches;
 pub use tags::TagError;

@@ -3,7 +3,7 @@
 use alloc::collections::VecDeque;
 
 use entresol_addr::{GfnRange, Gpa, PAGE_SHIFT, PageSize, PfnRange};
-use entresol_machine::{Machine, Vmid};
+use entresol_machine::{Machine, TlbOp, Vmid};
 use entresol_slot::Slots;
 use entresol_sync::{Mutex, planted};
 use entresol_table::{Census, Format, PageWork, Table, VmidSource};
@@ -11,6 +11,7 @@ use entresol_table::{Census, Format, PageWork, Table, VmidSource};
 use crate::dirty::Logs;
 use crate::fork::Retiring;
 use crate::pfncache::Caches;
+use crate::shadow::Shade;
 use crate::{Counter, Host, Notifier, ReadOnlyIvac, Stats, Switches, VmVmid};
 
 /// What an owner decides about a virtual machine's memory.
@@ -37,6 +38,8 @@ pub struct Vm<'h, M, F> {
     pub(crate) vmid: VmVmid,
     pub(crate) logs: Logs,
     pub(crate) caches: Caches,
+    /// What its guest runs on, if not on the second stage itself.
+    pub(crate) shade: Option<Shade>,
     pub(crate) options: Options,
     /// How memory is copied on write.
     pub switches: Switches,
@@ -105,7 +108,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
     /// Its VMID at the moment of a flush, counted in `counter`.
     #[inline]
     pub(crate) fn flushes<'v>(&'v self, counter: &'v Counter) -> Flushes<'v> {
-        Flushes { vmid: &self.vmid, counter }
+        Flushes { vmid: &self.vmid, counter, shade: self.shade.as_ref() }
     }
 }
 
@@ -113,6 +116,7 @@ impl<'h, M: Machine, F: Format> Vm<'h, M, F> {
 pub(crate) struct Flushes<'v> {
     vmid: &'v VmVmid,
     counter: &'v Counter,
+    shade: Option<&'v Shade>,
 }
 
 impl VmidSource for Flushes<'_> {
@@ -120,6 +124,13 @@ impl VmidSource for Flushes<'_> {
     fn vmid(&self) -> Vmid {
         self.counter.bump();
         self.vmid.number()
+    }
+
+    #[inline]
+    fn forget<M: Machine>(&self, machine: &M, op: &TlbOp) {
+        if let Some(shade) = self.shade {
+            shade.forget(machine, self.vmid, op);
+        }
     }
 }
 

@@ -129,12 +129,15 @@ pub trait GuestTables {
     /// Whether `request` stores.
     fn writes(&self, request: Self::Request) -> bool;
 
+    /// Whether it fetches an instruction.
+    fn fetches(&self, request: Self::Request) -> bool;
+
     /// Whether `rights` allow `request`.
     fn allows(&self, rights: Rights, request: Self::Request) -> bool;
 }
 
 /// How the hardware that walks shadow tables reads their words.
-pub trait ShadowFormat: Copy {
+pub trait ShadowFormat {
     /// The word of a page.
     fn leaf(&self, frame: entresol_addr::Pfn, rights: Rights) -> u64;
 
@@ -143,6 +146,64 @@ pub trait ShadowFormat: Copy {
 
     /// The word that says that there is no memory, if one can; the hardware reports it apart.
     fn mmio(&self, gfn: Gfn, rights: Rights, generation: u64) -> Option<u64>;
+}
+
+impl<F: ShadowFormat + ?Sized> ShadowFormat for alloc::boxed::Box<F> {
+    fn leaf(&self, frame: entresol_addr::Pfn, rights: Rights) -> u64 {
+        (**self).leaf(frame, rights)
+    }
+
+    fn table(&self, frame: entresol_addr::Pfn) -> u64 {
+        (**self).table(frame)
+    }
+
+    fn mmio(&self, gfn: Gfn, rights: Rights, generation: u64) -> Option<u64> {
+        (**self).mmio(gfn, rights, generation)
+    }
+}
+
+/// The words of the guest's memory that its tables are made of, eight bytes each.
+pub trait GuestWords {
+    /// Why a word cannot be reached now.
+    type Error;
+
+    /// The word at `at`, which is aligned to it.
+    ///
+    /// # Errors
+    ///
+    /// The implementor's.
+    fn load(&mut self, at: Gpa) -> Result<u64, Self::Error>;
+
+    /// Stores `new` if the word at `at` is `current`; whether it was.
+    ///
+    /// # Errors
+    ///
+    /// The implementor's.
+    fn compare_exchange(&mut self, at: Gpa, current: u64, new: u64) -> Result<bool, Self::Error>;
+}
+
+/// Why a walk of the guest's tables ended before a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop<G, E> {
+    /// The guest gets an exception.
+    Guest(G),
+    /// The guest changes its tables faster than they can be walked.
+    Contended,
+    /// A word of them cannot be reached.
+    Words(E),
+}
+
+/// What a vCPU's registers say of its tables, which are reached only while the shadow tables are held.
+pub trait Regime {
+    /// An access.
+    type Request: Copy;
+    /// An exception for the guest.
+    type Fault;
+    /// The tables as seen through `W`.
+    type Tables<W: GuestWords>: GuestTables<Request = Self::Request, Error: Into<Stop<Self::Fault, W::Error>>>;
+
+    /// Them.
+    fn tables<W: GuestWords>(&self, words: W) -> Self::Tables<W>;
 }
 
 /// What the slots and objects have for a guest frame.

@@ -39,15 +39,15 @@
 //!
 //! # Concurrency
 //!
-//! The owner holds a lock around each call, and asks slots and notifier under it. vCPUs walk the words meanwhile: every word is
+//! The owner, which is the crate `mmu`, holds a lock around each call, and looks at its second stage under it: what it shows there and
+//! takes back later is dropped by [`Shadow::invalidate`]. vCPUs walk the words meanwhile: every word is
 //! stored whole, and a frame is used for another table only after the flush.
 //!
 //! # Known holes
 //!
-//! No virtual machine runs on it yet: the crate `mmu` is to be the [`GuestMemory`], and to call [`Shadow::invalidate`] where its
-//! notifier unmaps. Shadow entries are of 4 KiB, whatever the guest's are. Global pages do not survive a load of the root. An
+//! Shadow entries are of 4 KiB, whatever the guest's are. Global pages do not survive a load of the root. An
 //! access that is answered by an MMIO entry takes the owner's lock unless the vCPU knows its page. No room for one more table drops all
-//! of them. Tables are searched one after another, so the time of a fault that makes one grows with their number.
+//! of them.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -61,5 +61,8 @@ mod sync;
 mod tables;
 
 pub use fault::Answer;
-pub use guest::{Backing, GuestMemory, GuestTables, Key, MOST_LEVELS, Rights, Says, ShadowFormat, Source, Walk};
+pub use guest::{
+    Backing, GuestMemory, GuestTables, GuestWords, Key, MOST_LEVELS, Regime, Rights, Says, ShadowFormat, Source, Stop,
+    Walk,
+};
 pub use tables::{CreateError, MOST_VCPUS, Shadow};

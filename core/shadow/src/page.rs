@@ -41,7 +41,7 @@ pub(crate) enum Record {
 pub(crate) struct Page {
     /// Which; `None`: it is free.
     pub key: Option<Key>,
-    /// The guest may write to the table that it shows.
+    /// The guest may write to the table that it shows. [`Shadow`](crate::Shadow) lists those.
     pub unsynced: bool,
     pub records: Box<[Record]>,
 }

@@ -5,6 +5,7 @@ use entresol_machine::{Machine, Vmid};
 use entresol_sync::planted;
 
 use crate::page::{Record, WORDS};
+use crate::rmap::EntryId;
 use crate::tables::Shadow;
 use crate::{GuestTables, Key, Says, ShadowFormat, Source};
 
@@ -37,9 +38,9 @@ impl<F: ShadowFormat> Shadow<F> {
         if self.vcpus[vcpu].mmio.is_some_and(|(page, ..)| page == linear >> 12) && !planted!(ZC5) {
             self.vcpus[vcpu].mmio = None;
         }
-        for page in 0..self.pages.len() as u32 {
-            let stale = &self.pages[page as usize];
-            if stale.unsynced && stale.key.is_some_and(|key| key.level > 1) {
+        for place in 0..self.unsynced.len() {
+            let page = self.unsynced[place];
+            if self.pages[page as usize].key.is_some_and(|key| key.level > 1) {
                 self.compare_all(machine, page, guest);
             }
         }
@@ -60,29 +61,34 @@ impl<F: ShadowFormat> Shadow<F> {
 
     /// The guest, or somebody for it, is about to write to `gfn`, which holds a table that is shown: it can from now on.
     pub fn unsync(&mut self, gfn: Gfn) {
-        self.pages.iter_mut().filter(|page| page.shows(gfn)).for_each(|page| page.unsynced = true);
+        let mut at = self.places.next(gfn, None);
+        while let Some(EntryId(number)) = at {
+            at = self.places.next(gfn, Some(EntryId(number)));
+            let page = &mut self.pages[number as usize];
+            if page.shows(gfn) && !core::mem::replace(&mut page.unsynced, true) {
+                // There is room for every table.
+                self.unsynced.push(number);
+            }
+        }
     }
 
     /// Whether `gfn` holds a table that is shown and that the guest cannot write to.
     pub fn is_synced(&self, gfn: Gfn) -> bool {
-        self.pages.iter().any(|page| !page.unsynced && page.shows(gfn))
+        self.any_at(gfn, |page| !page.unsynced && page.shows(gfn))
     }
 
     /// Makes every table say what the guest's does, and keeps the guest from writing to any unnoticed.
     pub(crate) fn sync_all<M: Machine, G: GuestTables>(&mut self, machine: &M, vmid: Vmid, guest: &mut G) {
-        for page in 0..self.pages.len() as u32 {
-            if self.pages[page as usize].unsynced
-                && let Some(gfn) = self.pages[page as usize].key.and_then(|key| key.table())
-            {
+        for place in 0..self.unsynced.len() {
+            if let Some(gfn) = self.pages[self.unsynced[place] as usize].key.and_then(|key| key.table()) {
                 self.protect(machine, gfn);
             }
         }
         // What is written from here on faults, or was written before it is read.
         self.settle(machine, vmid);
-        for page in 0..self.pages.len() as u32 {
-            if core::mem::take(&mut self.pages[page as usize].unsynced) {
-                self.compare_all(machine, page, guest);
-            }
+        while let Some(page) = self.unsynced.pop() {
+            self.pages[page as usize].unsynced = false;
+            self.compare_all(machine, page, guest);
         }
     }
 

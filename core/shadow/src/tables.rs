@@ -3,12 +3,12 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use entresol_addr::{Gfn, GfnRange, Pfn, PfnRange};
+use entresol_addr::{Gfn, GfnRange, Gpa, Pfn, PfnRange};
 use entresol_machine::{Machine, TlbOp, Vmid, Word};
 
 use crate::page::{Page, Record, WORDS};
 use crate::rmap::{EntryId, Rmap};
-use crate::{Key, MOST_LEVELS, Rights, ShadowFormat};
+use crate::{Key, MOST_LEVELS, Rights, ShadowFormat, Source};
 
 /// The most vCPUs of a virtual machine.
 pub const MOST_VCPUS: usize = 64;
@@ -19,9 +19,9 @@ pub enum CreateError {
     /// There must be frames for a root of every vCPU and a way besides: so many. And not more than entries can be numbered.
     Frames {
         /// What was offered.
-        offered: u64,
+        offered: usize,
         /// The fewest.
-        fewest: u64,
+        fewest: usize,
     },
     /// More vCPUs than [`MOST_VCPUS`], or none.
     Vcpus {
@@ -41,33 +41,72 @@ pub(crate) struct Vcpu {
     pub mmio: Option<(u64, Gfn, Rights, u64)>,
 }
 
+/// Under which frame a table is found among [`Shadow::places`].
+fn place(key: &Key) -> Gfn {
+    match key.source {
+        Source::Table { at, .. } => at.frame(),
+        Source::Page { gfn } => gfn,
+        Source::Registers { root, .. } => Gpa::new(root).frame(),
+    }
+}
+
+/// Room for `count` numbers; `None` if the heap has none.
+fn numbers(count: usize) -> Option<Vec<u32>> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(count).ok()?;
+    Some(all)
+}
+
 /// The shadow tables of one virtual machine.
 pub struct Shadow<F> {
     pub(crate) format: F,
-    pub(crate) frames: PfnRange,
+    frames: Box<[Pfn]>,
     pub(crate) pages: Box<[Page]>,
     pub(crate) rmap: Rmap,
+    /// Tables by what they show: see [`place`].
+    pub(crate) places: Rmap,
+    /// Tables that nobody uses.
+    free: Vec<u32>,
+    /// Tables that the guest may write to, in no order.
+    pub(crate) unsynced: Vec<u32>,
     pub(crate) vcpus: Box<[Vcpu]>,
     /// Something was dropped or narrowed that TLBs may hold.
     pub(crate) owes_flush: bool,
 }
 
+/// What is on the heap.
+struct Room {
+    pages: Box<[Page]>,
+    rmap: Rmap,
+    places: Rmap,
+    free: Vec<u32>,
+    unsynced: Vec<u32>,
+    vcpus: Box<[Vcpu]>,
+}
+
 impl<F: ShadowFormat> Shadow<F> {
-    /// No tables, for `vcpus` vCPUs; at most one table in each of `frames`, which are the caller's and come back by
-    /// [`Shadow::destroy`].
+    /// No tables, for `vcpus` vCPUs; at most one table in each of `frames`, which come back by [`Shadow::destroy`].
     ///
     /// # Errors
     ///
-    /// [`CreateError`]; nothing was touched.
-    pub fn new(format: F, frames: PfnRange, vcpus: usize) -> Result<Self, CreateError> {
+    /// [`CreateError`], and the frames; nothing was touched.
+    pub fn new(format: F, frames: Box<[Pfn]>, vcpus: usize) -> Result<Self, (CreateError, Box<[Pfn]>)> {
+        match Self::room(frames.len(), vcpus) {
+            Ok(Room { pages, rmap, places, free, unsynced, vcpus }) => {
+                Ok(Self { format, frames, pages, rmap, places, free, unsynced, vcpus, owes_flush: false })
+            }
+            Err(error) => Err((error, frames)),
+        }
+    }
+
+    fn room(count: usize, vcpus: usize) -> Result<Room, CreateError> {
         if vcpus == 0 || vcpus > MOST_VCPUS {
             return Err(CreateError::Vcpus { value: vcpus });
         }
-        let fewest = (vcpus + MOST_LEVELS) as u64;
-        if frames.count() < fewest || frames.count() > u64::from(u32::MAX) / WORDS as u64 {
-            return Err(CreateError::Frames { offered: frames.count(), fewest });
+        let fewest = vcpus + MOST_LEVELS;
+        if count < fewest || count > u32::MAX as usize / WORDS {
+            return Err(CreateError::Frames { offered: count, fewest });
         }
-        let count = frames.count() as usize;
         let mut pages = Vec::new();
         pages.try_reserve_exact(count).map_err(|_| CreateError::OutOfHeap)?;
         for _ in 0..count {
@@ -76,25 +115,26 @@ impl<F: ShadowFormat> Shadow<F> {
         let mut own = Vec::new();
         own.try_reserve_exact(vcpus).map_err(|_| CreateError::OutOfHeap)?;
         own.resize(vcpus, Vcpu::default());
-        let rmap = Rmap::new(count * WORDS).ok_or(CreateError::OutOfHeap)?;
-        Ok(Self {
-            format,
-            frames,
+        let mut free = numbers(count).ok_or(CreateError::OutOfHeap)?;
+        free.extend((0..count as u32).rev());
+        Ok(Room {
             pages: pages.into_boxed_slice(),
-            rmap,
+            rmap: Rmap::new(count * WORDS).ok_or(CreateError::OutOfHeap)?,
+            places: Rmap::new(count).ok_or(CreateError::OutOfHeap)?,
+            free,
+            unsynced: numbers(count).ok_or(CreateError::OutOfHeap)?,
             vcpus: own.into_boxed_slice(),
-            owes_flush: false,
         })
     }
 
     /// Ends the tables, which no vCPU runs on any more: the frames.
-    pub fn destroy(self) -> PfnRange {
+    pub fn destroy(self) -> Box<[Pfn]> {
         self.frames
     }
 
     /// The frame of the table with number `page`.
     pub(crate) fn frame(&self, page: u32) -> Pfn {
-        self.frames.start().offset(page.into())
+        self.frames[page as usize]
     }
 
     /// The root that `vcpu` is to run on, if it has loaded one.
@@ -157,19 +197,38 @@ impl<F: ShadowFormat> Shadow<F> {
         }
     }
 
+    /// Whether one of the tables at `gfn` is as `which` says.
+    pub(crate) fn any_at(&self, gfn: Gfn, which: impl Fn(&Page) -> bool) -> bool {
+        self.first_at(gfn, which).is_some()
+    }
+
+    fn first_at(&self, gfn: Gfn, which: impl Fn(&Page) -> bool) -> Option<u32> {
+        let mut at = self.places.next(gfn, None);
+        while let Some(EntryId(number)) = at {
+            if which(&self.pages[number as usize]) {
+                return Some(number);
+            }
+            at = self.places.next(gfn, Some(EntryId(number)));
+        }
+        None
+    }
+
     /// The number of the table with this key.
     pub(crate) fn find(&self, key: &Key) -> Option<u32> {
-        self.pages.iter().position(|page| page.key == Some(*key)).map(|page| page as u32)
+        self.first_at(place(key), |page| page.key == Some(*key))
     }
 
     /// Makes a free table that one, empty; `None` if none is free.
     pub(crate) fn make<M: Machine>(&mut self, machine: &M, key: &Key) -> Option<u32> {
-        let number = self.pages.iter().position(|page| page.key.is_none())? as u32;
+        let number = self.free.pop()?;
         machine.zero(PfnRange::single(self.frame(number)));
-        let writable = key.table().is_some_and(|gfn| self.pages.iter().any(|page| page.unsynced && page.shows(gfn)));
+        let writable = key.table().is_some_and(|gfn| self.any_at(gfn, |page| page.unsynced && page.shows(gfn)));
         let page = &mut self.pages[number as usize];
         (page.key, page.unsynced) = (Some(*key), writable);
-        if let Some(gfn) = key.table().filter(|_| !writable) {
+        self.places.insert(place(key), EntryId(number));
+        if writable {
+            self.unsynced.push(number);
+        } else if let Some(gfn) = key.table() {
             self.protect(machine, gfn);
         }
         Some(number)
@@ -203,6 +262,12 @@ impl<F: ShadowFormat> Shadow<F> {
         });
     }
 
+    /// Drops every entry that leads anywhere. `vmid` as in [`Shadow::load`].
+    pub fn invalidate_all<M: Machine>(&mut self, machine: &M, vmid: Vmid) {
+        self.drop_where(machine, |record| matches!(record, Record::Leaf { .. }));
+        self.settle(machine, vmid);
+    }
+
     /// What stands behind `range` changes: no entry maps it any more when this returns. `vmid` as in [`Shadow::load`].
     pub fn invalidate<M: Machine>(&mut self, machine: &M, vmid: Vmid, range: GfnRange) {
         if range.count() <= WORDS as u64 {
@@ -218,6 +283,9 @@ impl<F: ShadowFormat> Shadow<F> {
 
     fn drop_where<M: Machine>(&mut self, machine: &M, which: impl Fn(&Record) -> bool) {
         for page in 0..self.pages.len() as u32 {
+            if self.pages[page as usize].key.is_none() {
+                continue;
+            }
             for index in 0..WORDS {
                 if which(&self.pages[page as usize].records[index]) {
                     self.drop_entry(machine, page, index);
@@ -232,11 +300,32 @@ impl<F: ShadowFormat> Shadow<F> {
         // Before a frame is used again.
         self.settle(machine, vmid);
         for number in 0..self.pages.len() as u32 {
-            if !self.vcpus.iter().any(|vcpu| vcpu.root == Some(number)) {
-                let page = &mut self.pages[number as usize];
-                (page.key, page.unsynced) = (None, false);
+            if self.vcpus.iter().any(|vcpu| vcpu.root == Some(number)) {
+                continue;
+            }
+            let page = &mut self.pages[number as usize];
+            page.unsynced = false;
+            if let Some(key) = page.key.take() {
+                self.places.remove(place(&key), EntryId(number));
+                self.free.push(number);
             }
         }
+        let pages = &self.pages;
+        self.unsynced.retain(|number| pages[*number as usize].unsynced);
+    }
+
+    /// Calls `f` with every entry that leads to a page: its frame, where that is, and whether it permits stores. For audits.
+    ///
+    /// # Errors
+    ///
+    /// The first of `f`'s.
+    pub fn each_leaf<E>(&self, mut f: impl FnMut(Gfn, Pfn, bool) -> Result<(), E>) -> Result<(), E> {
+        for record in self.pages.iter().flat_map(|page| page.records.iter()) {
+            if let Record::Leaf { gfn, rights, pfn } = *record {
+                f(gfn, pfn, rights.write)?;
+            }
+        }
+        Ok(())
     }
 
     /// Pays the flush that is owed.
@@ -258,6 +347,13 @@ impl<F: ShadowFormat> Shadow<F> {
             return Err("a flush is owed");
         }
         for number in 0..self.pages.len() as u32 {
+            let page = &self.pages[number as usize];
+            if page.unsynced != (self.unsynced.iter().filter(|listed| **listed == number).count() == 1) {
+                return Err("an unsynced table is not listed once, or another is");
+            }
+            if page.key.is_some_and(|key| self.find(&key) != Some(number)) {
+                return Err("a table is not found by what it shows");
+            }
             for index in 0..WORDS {
                 let record = self.pages[number as usize].records[index];
                 let raw = machine.load(Word::new(self.frame(number), index as u16));

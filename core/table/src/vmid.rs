@@ -13,6 +13,13 @@ use entresol_sync::{ordering, planted};
 pub trait VmidSource {
     /// The VMID now.
     fn vmid(&self) -> Vmid;
+
+    /// `op` is about to be carried out: the words that it is for say by now what they will say after it. Whoever keeps translations
+    /// of the guest's outside the hardware (shadow tables) drops the same ones before this returns.
+    #[inline]
+    fn forget<M: Machine>(&self, machine: &M, op: &TlbOp) {
+        let (_, _) = (machine, op);
+    }
 }
 
 /// For VMs whose VMID never changes.
@@ -34,7 +41,9 @@ impl<F: Fn() -> Vmid> VmidSource for F {
 #[inline]
 pub(crate) fn flush<M: Machine, V: VmidSource>(machine: &M, vmid: &V, op: impl FnOnce(Vmid) -> TlbOp) {
     fence(ordering!(TableFlush, SeqCst, AcqRel));
-    machine.tlb(op(vmid.vmid()));
+    let op = op(vmid.vmid());
+    vmid.forget(machine, &op);
+    machine.tlb(op);
     if !planted!(ZA7) {
         machine.complete();
     }

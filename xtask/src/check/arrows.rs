@@ -25,7 +25,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("shadow", &["addr", "sync", "machine"]),
     ("arch-arm64", &["addr", "fault", "table"]),
     ("arch-x86", &["addr", "fault", "table", "shadow"]),
-    ("mmu", &["addr", "sync", "fault", "slot", "backing", "table", "machine"]),
+    ("mmu", &["addr", "sync", "fault", "slot", "backing", "table", "shadow", "machine"]),
     ("metal-common", &["addr", "sync", "machine"]),
     ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64", "metal-common"]),
     ("metal-x86", &["addr", "sync", "machine", "mmu", "arch-x86", "metal-common"]),

@@ -162,6 +162,18 @@ pub trait Tables {
     fn compare_exchange(&mut self, at: Gpa, width: Width, current: u64, new: u64) -> Result<bool, Self::Error>;
 }
 
+impl<T: Tables + ?Sized> Tables for &mut T {
+    type Error = T::Error;
+
+    fn load(&mut self, at: Gpa, width: Width) -> Result<u64, T::Error> {
+        (**self).load(at, width)
+    }
+
+    fn compare_exchange(&mut self, at: Gpa, width: Width, current: u64, new: u64) -> Result<bool, T::Error> {
+        (**self).compare_exchange(at, width, current, new)
+    }
+}
+
 /// Where an address leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translation {

@@ -117,7 +117,7 @@ fn what_changes_before_a_table_is_protected_is_seen() {
     this.load(0);
     let shared = RefCell::new(this.memory.clone());
     let mut memory = Faster { memory: &shared, change: Some((4 * 512, 13 << 12 | 0x67)) };
-    let mut guest = Guest { tables: &mut &shared, regime: this.vcpus[0] };
+    let mut guest = Guest { tables: &shared, regime: this.vcpus[0] };
     let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut memory, linear, LOAD);
     assert!(matches!(answer, Answer::Resume), "{answer:?}");
     assert!(this.tree.is_synced(Gfn::new(4)));
@@ -128,14 +128,14 @@ fn what_changes_before_a_table_is_protected_is_seen() {
 
 #[test]
 fn bad_requests_name_their_rule() {
-    let new = |frames, vcpus| Tree::new(Shadow::new(46, None), PfnRange::new(FIRST, frames).unwrap(), vcpus).err();
+    let new = |frames, vcpus| Tree::new(Shadow::new(46, None), pfns(frames), vcpus).err().map(|(error, _)| error);
     assert_eq!(new(16, 0), Some(CreateError::Vcpus { value: 0 }));
     assert_eq!(new(1000, MOST_VCPUS + 1), Some(CreateError::Vcpus { value: MOST_VCPUS + 1 }));
     assert_eq!(new(8, 4), Some(CreateError::Frames { offered: 8, fewest: 9 }));
     assert_eq!(new(9, 4), None);
     let (this, _) = remap();
     assert_eq!(this.tree.root(7), None);
-    assert_eq!(this.tree.destroy(), PfnRange::new(FIRST, 32).unwrap());
+    assert_eq!(this.tree.destroy(), pfns(32));
 }
 
 /// Tables 4 and 5 of pages; table 3 leads to 4.

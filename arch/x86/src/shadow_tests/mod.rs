@@ -3,11 +3,12 @@
 
 mod directed;
 
+use std::boxed::Box;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::vec::Vec;
 
-use entresol_addr::{Gfn, GfnRange, Gpa, Pfn, PfnRange};
+use entresol_addr::{Gfn, GfnRange, Gpa, Pfn};
 use entresol_machine::flat::FlatMachine;
 use entresol_machine::{Machine, Vmid, Word};
 use entresol_shadow::{Answer, Backing, GuestMemory, Shadow as Tree};
@@ -117,6 +118,11 @@ impl<E> From<WalkError<E>> for End {
     }
 }
 
+/// The first `count` frames of the machine.
+fn pfns(count: u64) -> Box<[Pfn]> {
+    (0..count).map(|offset| FIRST.offset(offset)).collect()
+}
+
 struct Machinery {
     machine: FlatMachine,
     tree: Tree<Shadow>,
@@ -165,7 +171,7 @@ fn regime(mode: Mode, controls: Controls, pkru: u32) -> Regime {
 impl Machinery {
     fn new(frames: u64, words: Vec<u64>, vcpus: [Regime; 2]) -> Self {
         let machine = FlatMachine::coherent(FIRST, frames);
-        let tree = Tree::new(Shadow::new(46, None), PfnRange::new(FIRST, frames).unwrap(), 2).unwrap();
+        let tree = Tree::new(Shadow::new(46, None), pfns(frames), 2).ok().unwrap();
         let moved = std::vec![0; FRAMES as usize];
         let (absent, read_only) = (BTreeSet::from([18]), BTreeSet::from([17]));
         let memory = Memory { words, moved, absent, read_only, generation: 1 };

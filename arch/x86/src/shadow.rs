@@ -1,16 +1,19 @@
 //! The guest's tables as shadow tables need them, and the words of a shadow table.
 //!
 //! Purpose: [`Guest`] puts the guest's tables of every paging mode ([`paging`](crate::paging)) behind the one shape that
-//! `entresol_shadow` knows; [`Shadow`] writes what the processor walks in their place: four-level tables of 4 KiB pages, five-level ones
-//! for a guest that has five levels.
+//! `entresol_shadow` knows; [`Shadow`] writes what the processor walks in their place, in 4 KiB pages: four- or five-level tables for a guest
+//! in long mode that has as many, and PAE's otherwise, because interrupts are delivered otherwise in long mode.
 //!
 //! | guest | shadow level 5 | 4 | 3 | 2 | 1 |
 //! |---|---|---|---|---|---|
-//! | no paging | | registers | physical memory | physical memory | physical memory |
-//! | 32-bit | | registers | registers | a quarter of the directory, two words an entry | half of a table |
-//! | PAE | | registers | the four pointers | directory | table |
+//! | no paging | | | four pointers to physical memory | physical memory | physical memory |
+//! | 32-bit | | | four pointers by registers | a quarter of the directory, two words an entry | half of a table |
+//! | PAE | | | the four pointers | directory | table |
 //! | four levels | | PML4 | PDPT | directory | table |
 //! | five levels | PML5 | PML4 | PDPT | directory | table |
+//!
+//! A table of pointers is the first 32 bytes of its frame, which must lie below 4 GiB: CR3 has 32 bits then. The processor reads
+//! them when it enters the guest.
 //!
 //! Below a large page the tables are parts of it. The processor runs with CR0.WP and EFER.NXE set, and with the guest's SMEP, SMAP and
 //! PKE, as far as its mode has them. A store by the supervisor of a guest without CR0.WP to a page that it may only read gets an entry that is the supervisor's
@@ -70,8 +73,10 @@ impl<T: Tables> Guest<T> {
     fn registers_say(&self, level: u8, index: u64) -> Says {
         let regime = &self.regime;
         match (regime.mode, level, index) {
-            (Mode::Off, 4, 0) => Says::Table(Key { source: Source::Page { gfn: Gfn::new(0) }, ..self.by_registers(3) }),
-            (Mode::Bits32 | Mode::Pae, 4, 0) => Says::Table(self.by_registers(3)),
+            (Mode::Off, 3, 0..4) => {
+                let source = Source::Page { gfn: Gfn::new(index << 18) };
+                Says::Table(Key { source, ..self.by_registers(2) })
+            }
             (Mode::Bits32, 3, 0..4) => {
                 let directory = regime.root & 0xffff_f000;
                 Says::Table(self.table(directory + index * 1024, 2, 2, Rights::ALL))
@@ -136,6 +141,8 @@ impl<T: Tables> GuestTables for Guest<T> {
         let mut keys = [self.root(); MOST_LEVELS];
         let (mut depth, mut entries) = (1, way.entries().iter());
         let mut rights = Rights::ALL;
+        // Without long mode addresses have 32 bits.
+        let linear = if keys[0].level == 3 { linear & 0xffff_ffff } else { linear };
         for above in (1..=keys[0].level).rev() {
             let key = keys[depth - 1];
             let index = linear >> (12 + 9 * (u32::from(above) - 1)) & 511;
@@ -196,7 +203,7 @@ impl<T: Tables> GuestTables for Guest<T> {
         match regime.mode {
             Mode::Level5 => self.table(address, 0, 5, Rights::ALL),
             Mode::Level4 => self.table(address, 0, 4, Rights::ALL),
-            Mode::Off | Mode::Bits32 | Mode::Pae => self.by_registers(4),
+            Mode::Off | Mode::Bits32 | Mode::Pae => self.by_registers(3),
         }
     }
 
@@ -300,8 +307,13 @@ impl ShadowFormat for Shadow {
             | u64::from(rights.key & 0xf) << KEY_SHIFT
     }
 
-    fn table(&self, frame: Pfn) -> u64 {
-        frame.base().get() | PRESENT | WRITABLE | USER | A
+    fn table(&self, frame: Pfn, above: &Key) -> u64 {
+        let open = match above.source {
+            // In a page-directory pointer these bits must be zero (APM 5.2.3).
+            Source::Registers { .. } => 0,
+            Source::Table { .. } | Source::Page { .. } => WRITABLE | USER | A,
+        };
+        frame.base().get() | PRESENT | open
     }
 
     fn mmio(&self, gfn: Gfn, rights: Rights, generation: u64) -> Option<u64> {

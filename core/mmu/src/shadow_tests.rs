@@ -202,11 +202,16 @@ impl<'h> Machinery<'h> {
     /// What the processor is told to walk.
     fn hardware(&self, vcpu: usize) -> Regime {
         let guest = self.regimes[vcpu];
-        let mode = if guest.mode == Mode::Level5 { Mode::Level5 } else { Mode::Level4 };
+        let mode = match guest.mode {
+            Mode::Off | Mode::Bits32 | Mode::Pae => Mode::Pae,
+            long => long,
+        };
+        // What the processor loads when it enters a guest that is not in long mode.
+        let pointers = [0, 1, 2, 3].map(|at| self.vm.host().machine.load(Word::new(self.roots[vcpu], at)));
         let own = guest.controls & (Controls::NO_SUPERVISOR_FETCH | Controls::NO_SUPERVISOR_ACCESS);
         let own = if guest.mode == Mode::Off { Controls::empty() } else { own };
         let controls = own | Controls::WRITE_PROTECT | Controls::NO_EXECUTE;
-        Regime { mode, root: self.roots[vcpu].base().get(), controls, physical_bits: 46, ..guest }
+        Regime { mode, root: self.roots[vcpu].base().get(), pointers, controls, physical_bits: 46, ..guest }
     }
 
     /// The access through the shadow.

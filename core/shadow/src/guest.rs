@@ -141,8 +141,8 @@ pub trait ShadowFormat {
     /// The word of a page.
     fn leaf(&self, frame: entresol_addr::Pfn, rights: Rights) -> u64;
 
-    /// The word that leads to a table, open to everything.
-    fn table(&self, frame: entresol_addr::Pfn) -> u64;
+    /// The word of the table `above` that leads to another, open to everything.
+    fn table(&self, frame: entresol_addr::Pfn, above: &Key) -> u64;
 
     /// The word that says that there is no memory, if one can; the hardware reports it apart.
     fn mmio(&self, gfn: Gfn, rights: Rights, generation: u64) -> Option<u64>;
@@ -153,8 +153,8 @@ impl<F: ShadowFormat + ?Sized> ShadowFormat for alloc::boxed::Box<F> {
         (**self).leaf(frame, rights)
     }
 
-    fn table(&self, frame: entresol_addr::Pfn) -> u64 {
-        (**self).table(frame)
+    fn table(&self, frame: entresol_addr::Pfn, above: &Key) -> u64 {
+        (**self).table(frame, above)
     }
 
     fn mmio(&self, gfn: Gfn, rights: Rights, generation: u64) -> Option<u64> {

@@ -171,7 +171,8 @@ impl<F: ShadowFormat> Shadow<F> {
 
     /// A word leads to the table `child`.
     pub(crate) fn link<M: Machine>(&mut self, machine: &M, page: u32, index: usize, child: u32) {
-        let raw = self.format.table(self.frame(child));
+        let Some(above) = self.pages[page as usize].key else { return };
+        let raw = self.format.table(self.frame(child), &above);
         self.put(machine, page, index, Record::Link(child), raw);
     }
 
@@ -359,7 +360,9 @@ impl<F: ShadowFormat> Shadow<F> {
                 let raw = machine.load(Word::new(self.frame(number), index as u16));
                 let expected = match record {
                     Record::Vacant => Some(0),
-                    Record::Link(child) => Some(self.format.table(self.frame(child))),
+                    Record::Link(child) => {
+                        self.pages[number as usize].key.map(|above| self.format.table(self.frame(child), &above))
+                    }
                     Record::Leaf { rights, pfn, .. } => Some(self.format.leaf(pfn, rights)),
                     Record::Mmio { gfn, rights, generation } => self.format.mmio(gfn, rights, generation),
                 };

@@ -16,7 +16,9 @@ use entresol_sync::zoo::plant;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-use crate::paging::{Controls, Kind, Mode, PageFault, Regime, Request, Tables, WalkError, Width, walk};
+use crate::paging::{
+    Controls, Kind, Mode, PageFault, Regime, Request, Tables, WalkError, Width, pointer_is_valid, walk,
+};
 use crate::shadow::{Guest, Shadow};
 
 const FIRST: Pfn = Pfn::new(0x1000);
@@ -94,6 +96,11 @@ impl Tables for Hardware<'_> {
     fn compare_exchange(&mut self, _: Gpa, _: Width, _: u64, _: u64) -> Result<bool, Self::Error> {
         panic!("accessed and dirty flags of shadow entries are set ahead")
     }
+}
+
+/// What the processor loads when it enters a guest that is not in long mode.
+fn pointers(machine: &FlatMachine, root: Pfn) -> [u64; 4] {
+    [0, 1, 2, 3].map(|index| machine.load(Word::new(root, index)))
 }
 
 /// How an access ended.
@@ -198,7 +205,13 @@ impl Machinery {
     /// What the processor is told to walk.
     fn hardware(&self, vcpu: usize) -> Regime {
         let guest = self.vcpus[vcpu];
-        let mode = if guest.mode == Mode::Level5 { Mode::Level5 } else { Mode::Level4 };
+        let mode = match guest.mode {
+            Mode::Off | Mode::Bits32 | Mode::Pae => Mode::Pae,
+            long => long,
+        };
+        let root = self.tree.root(vcpu).expect("loaded");
+        let pointers = pointers(&self.machine, root);
+        assert!(mode != Mode::Pae || pointers.iter().all(|pointer| pointer_is_valid(*pointer, 46)), "{pointers:x?}");
         let mut own = guest.controls & (Controls::NO_SUPERVISOR_FETCH | Controls::NO_SUPERVISOR_ACCESS);
         if matches!(guest.mode, Mode::Level4 | Mode::Level5) {
             own |= guest.controls & Controls::PROTECTION_KEYS;
@@ -208,8 +221,8 @@ impl Machinery {
         }
         Regime {
             mode,
-            root: self.tree.root(vcpu).expect("loaded").base().get(),
-            pointers: [0; 4],
+            root: root.base().get(),
+            pointers,
             controls: own | Controls::WRITE_PROTECT | Controls::NO_EXECUTE,
             pkru: guest.pkru,
             physical_bits: 46,

@@ -339,6 +339,16 @@ pub const TESTS: &[SystemTest] = &[
         run: x86::x86_linux_runs_a_script,
     },
     SystemTest {
+        name: "x86_guest_on_shadow_tables",
+        about: "x86-64: the first guest under SVM without nested paging",
+        run: x86::x86_guest_on_shadow_tables,
+    },
+    SystemTest {
+        name: "x86_linux_on_shadow_tables",
+        about: "x86-64: Debian's amd64 kernel boots under SVM without nested paging to user space, and powers off",
+        run: x86::x86_linux_on_shadow_tables,
+    },
+    SystemTest {
         name: "x86_mmio_entries",
         about: "x86-64: accesses to what is no memory by cache, by walk and the whole way, counted; without a bit to reserve too",
         run: x86::x86_mmio_entries,

@@ -41,6 +41,8 @@ pub struct Vcpu {
     pub states: u64,
     /// There is a kvm-clock.
     pub clock: bool,
+    /// It runs on shadow tables, which no process-context identifiers tell apart.
+    pub shadow: bool,
 }
 
 /// The states that may be switched with XSAVE: x87, SSE, AVX.
@@ -68,6 +70,9 @@ const fn bits(numbers: &[u32]) -> u32 {
 
 /// Leaf 1 ECX: SSE3, PCLMULQDQ, SSSE3, FMA, CMPXCHG16B, PCID, SSE4.1, SSE4.2, MOVBE, POPCNT, AES, XSAVE, AVX, F16C, RDRAND.
 const LEAF_1_ECX: u32 = bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
+const PCID: u32 = 1 << 17;
+/// In leaf 7 EBX.
+const INVPCID: u32 = 1 << 10;
 const X2APIC: u32 = 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
 const XSAVE: u32 = 1 << 26;
@@ -123,6 +128,7 @@ pub fn answer(leaf: u32, subleaf: u32, vcpu: &Vcpu, machine: impl Fn(u32, u32) -
         7 if subleaf == 0 && within(leaf, &machine) => {
             let own = machine(7, 0);
             let (no_ebx, no_ecx) = if vcpu.has_avx() { (0, 0) } else { (LEAF_7_EBX_AVX, LEAF_7_ECX_AVX) };
+            let no_ebx = no_ebx | if vcpu.shadow { INVPCID } else { 0 };
             let (ebx, ecx) = (own.ebx & LEAF_7_EBX & !no_ebx, own.ecx & LEAF_7_ECX & !no_ecx);
             Words { eax: 0, ebx, ecx, edx: own.edx & LEAF_7_EDX }
         }
@@ -166,6 +172,9 @@ fn features(vcpu: &Vcpu, own: Words) -> Words {
     }
     if !vcpu.has_avx() {
         ecx &= !LEAF_1_ECX_AVX;
+    }
+    if vcpu.shadow {
+        ecx &= !PCID;
     }
     ecx |= X2APIC | TSC_DEADLINE | GUEST;
     if vcpu.osxsave && ecx & XSAVE != 0 {
@@ -229,7 +238,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const VCPU: Vcpu = Vcpu { id: 3, count: 4, physical_bits: 40, osxsave: true, xcr0: 7, states: 7, clock: true };
+    const VCPU: Vcpu =
+        Vcpu { id: 3, count: 4, physical_bits: 40, osxsave: true, xcr0: 7, states: 7, clock: true, shadow: false };
 
     /// A machine with every flag and more leaves than anybody knows.
     fn all(leaf: u32, subleaf: u32) -> Words {
@@ -295,6 +305,12 @@ mod tests {
         let text = [kvm.ebx, kvm.ecx, kvm.edx].map(u32::to_le_bytes).concat();
         assert_eq!((kvm.eax, &text[..]), (0x4000_0001, &b"KVMKVMKVM\0\0\0"[..]));
         assert_eq!(ask(0x4000_0001, 0).eax, 0x100_000b);
+        let shadow = Vcpu { shadow: true, ..VCPU };
+        for (leaf, lost) in [(1, [0, 0, PCID]), (7, [0, INVPCID, 0])] {
+            let (with, without) = (answer(leaf, 0, &VCPU, all), answer(leaf, 0, &shadow, all));
+            let difference = [with.eax ^ without.eax, with.ebx ^ without.ebx, with.ecx ^ without.ecx];
+            assert_eq!(difference, lost, "leaf {leaf}");
+        }
         let without = Vcpu { clock: false, ..VCPU };
         assert_eq!(answer(0x4000_0000, 0, &without, all), Words::default(), "no signature without the clock");
     }

@@ -24,6 +24,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod control;
 pub mod cpuid;
 pub mod either;
 pub mod emulate;

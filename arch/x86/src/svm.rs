@@ -52,6 +52,12 @@ pub const fn is_nested_fault(exit_code: u64) -> bool {
     exit_code == code::NPF
 }
 
+/// Whether it was a page fault of the guest's: EXITINFO1 is its error code and EXITINFO2 its address then (APM 15.12.15).
+#[inline]
+pub const fn is_page_fault(exit_code: u64) -> bool {
+    exit_code == code::EXCEPTION_0 + PAGE_FAULT as u64
+}
+
 /// Why the guest stopped. `decode_assists`: CPUID 8000_000A EDX bit 7.
 pub const fn decode(exit_code: u64, info1: u64, info2: u64, decode_assists: bool) -> Exit {
     match exit_code {

@@ -15,7 +15,8 @@ use crate::vm::{Prepare, Vm};
 
 impl<M: Machine, F: Format> Vm<'_, M, F> {
     /// Handles one fault of a vCPU on the CPU that `pin` pins. `hint` is the vCPU's.
-    #[inline]
+    // One piece of code with its caller, however many there are.
+    #[inline(always)]
     pub fn handle(&self, pin: &Pin<'_>, hint: &Hint, fault: &Fault) -> Outcome {
         if let Some(outcome) = access::before_lookup(fault, self.machine_limit(), self.limit()) {
             return self.refused(outcome);

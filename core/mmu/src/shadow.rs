@@ -47,7 +47,9 @@ use entresol_addr::{Gfn, GfnRange, Gpa, PAGE_SIZE, Pfn};
 use entresol_backing::Order;
 use entresol_fault::{Access, Cause, Fault};
 use entresol_machine::{Machine, TlbOp, Word};
-use entresol_shadow::{Answer, Backing, GuestMemory, GuestTables, GuestWords, Regime, Shadow, ShadowFormat, Stop};
+use entresol_shadow::{
+    Answer, Backing, Counts, GuestMemory, GuestTables, GuestWords, Regime, Shadow, ShadowFormat, Stop,
+};
 use entresol_slot::{Hint, Place};
 use entresol_sync::{Mutex, Pin, planted};
 use entresol_table::{Entry, Format, LEAF_LEVEL, Leaf, Memory};
@@ -55,7 +57,7 @@ use entresol_table::{Entry, Format, LEAF_LEVEL, Leaf, Memory};
 use crate::access;
 use crate::outcome::{Outcome, Reason};
 use crate::vm::Vm;
-use crate::{OutOfHeap, VmVmid};
+use crate::{MmioCounts, OutOfHeap, VmVmid};
 
 /// How the processor that walks shadow tables reads their words.
 pub type ShadowWords = Box<dyn ShadowFormat + Send + Sync>;
@@ -312,6 +314,13 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         let mut tables = self.shadow().lock();
         let mut guest = regime.tables(self.second_stage(pin));
         tables.invalidate_page(&self.host.machine, self.vmid.number(), vcpu, &mut guest, linear);
+    }
+
+    /// How accesses of `vcpu` to what is no memory were answered; `None` if it runs on no shadow tables.
+    pub fn shadow_mmio_counts(&self, vcpu: usize) -> Option<MmioCounts> {
+        let counts = self.shade.as_ref()?.0.lock().counts(vcpu)?;
+        let Counts { cached, walked, refreshed, made } = counts;
+        Some(MmioCounts { cached, walked, refreshed, made })
     }
 
     /// Handles a fault of `vcpu` on its shadow tables, at `linear`. `refused`: the hardware reports a word that it refuses. `hint` is

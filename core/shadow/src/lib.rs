@@ -65,4 +65,4 @@ pub use guest::{
     Backing, GuestMemory, GuestTables, GuestWords, Key, MOST_LEVELS, Regime, Rights, Says, ShadowFormat, Source, Stop,
     Walk,
 };
-pub use tables::{CreateError, MOST_VCPUS, Shadow};
+pub use tables::{Counts, CreateError, MOST_VCPUS, Shadow};

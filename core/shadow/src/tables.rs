@@ -39,6 +39,20 @@ pub(crate) struct Vcpu {
     pub root: Option<u32>,
     /// The page that it found to be no memory last: linear page number, frame, rights, generation.
     pub mmio: Option<(u64, Gfn, Rights, u64)>,
+    pub counts: Counts,
+}
+
+/// How a vCPU's accesses to what is no memory were answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// By the page that it knew.
+    pub cached: u64,
+    /// By an MMIO entry.
+    pub walked: u64,
+    /// By a walk of the guest's tables, because the entry was no longer true.
+    pub refreshed: u64,
+    /// Entries made.
+    pub made: u64,
 }
 
 /// Under which frame a table is found among [`Shadow::places`].
@@ -142,6 +156,11 @@ impl<F: ShadowFormat> Shadow<F> {
         self.vcpus.get(vcpu)?.root.map(|page| self.frame(page))
     }
 
+    /// How accesses of `vcpu` to what is no memory were answered.
+    pub fn counts(&self, vcpu: usize) -> Option<Counts> {
+        self.vcpus.get(vcpu).map(|vcpu| vcpu.counts)
+    }
+
     /// Tables in use.
     pub fn tables(&self) -> usize {
         self.pages.iter().filter(|page| page.key.is_some()).count()
@@ -182,7 +201,7 @@ impl<F: ShadowFormat> Shadow<F> {
         self.put(machine, page, index, Record::Leaf { gfn, rights, pfn }, raw);
     }
 
-    /// A word says that there is no memory, if the format has a word for it; else nothing.
+    /// A word says that there is no memory, if the format has a word for it; else nothing. Whether it has.
     pub(crate) fn mark_mmio<M: Machine>(
         &mut self,
         machine: &M,
@@ -191,11 +210,13 @@ impl<F: ShadowFormat> Shadow<F> {
         gfn: Gfn,
         rights: Rights,
         generation: u64,
-    ) {
-        match self.format.mmio(gfn, rights, generation) {
+    ) -> bool {
+        let raw = self.format.mmio(gfn, rights, generation);
+        match raw {
             Some(raw) => self.put(machine, page, index, Record::Mmio { gfn, rights, generation }, raw),
             None => self.drop_entry(machine, page, index),
         }
+        raw.is_some()
     }
 
     /// Whether one of the tables at `gfn` is as `which` says.

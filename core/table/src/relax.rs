@@ -7,7 +7,7 @@
 use entresol_addr::{Gfn, Pfn};
 use entresol_machine::{Machine, TlbOp};
 
-use crate::vmid::flush;
+use crate::vmid::flush_narrower;
 use crate::{Entry, Format, Leaf, PageWork, Permissions, Table, VmidSource, Walk};
 
 /// Why an entry was not relaxed. Nothing was changed; unless it is `Outside`, the guest may try again.
@@ -76,7 +76,7 @@ impl<F: Format> Table<F> {
             work.prepare();
         }
         machine.compare_exchange(at.word, at.raw, self.format().leaf(&new)).map_err(|_| RelaxError::Busy)?;
-        flush(machine, &vmid, |vmid| TlbOp::Ipa { vmid, gfn, size: old.size, leaf_only: true });
+        flush_narrower(machine, &vmid, |vmid| TlbOp::Ipa { vmid, gfn, size: old.size, leaf_only: true });
         machine.published();
         Ok(new)
     }

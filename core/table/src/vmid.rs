@@ -43,6 +43,19 @@ pub(crate) fn flush<M: Machine, V: VmidSource>(machine: &M, vmid: &V, op: impl F
     fence(ordering!(TableFlush, SeqCst, AcqRel));
     let op = op(vmid.vmid());
     vmid.forget(machine, &op);
+    carry_out(machine, op);
+}
+
+/// The same where a word permits more than it did: what is remembered of it outside the hardware permits less, and may stay.
+// A logged write is counted in instructions.
+#[inline(always)]
+pub(crate) fn flush_narrower<M: Machine, V: VmidSource>(machine: &M, vmid: &V, op: impl FnOnce(Vmid) -> TlbOp) {
+    fence(ordering!(TableFlush, SeqCst, AcqRel));
+    carry_out(machine, op(vmid.vmid()));
+}
+
+#[inline(always)]
+fn carry_out<M: Machine>(machine: &M, op: TlbOp) {
     machine.tlb(op);
     if !planted!(ZA7) {
         machine.complete();

@@ -9,7 +9,7 @@ use entresol_addr::{Gfn, PageSize, Pfn, PfnRange};
 use entresol_machine::{Machine, TlbOp, Word};
 
 use crate::claim::Broken;
-use crate::vmid::flush;
+use crate::vmid::flush_narrower;
 use crate::{Entry, Format, LEAF_LEVEL, Leaf, Permissions, Table, VmidSource, Walk, index, level_of};
 
 /// The level of 2 MiB blocks.
@@ -45,7 +45,7 @@ impl<F: Format> Table<F> {
         let done = machine.compare_exchange(at.word, at.raw, self.format().writable(at.raw, at.level)).is_ok();
         if done {
             // Orders the entry before later walks, too.
-            flush(machine, &vmid, |vmid| TlbOp::Ipa { vmid, gfn, size, leaf_only: true });
+            flush_narrower(machine, &vmid, |vmid| TlbOp::Ipa { vmid, gfn, size, leaf_only: true });
         }
         done
     }

@@ -1,7 +1,8 @@
 //! The Entresol hypervisor on x86-64: the program that owns the machine.
 //!
 //! Purpose: starts on the bare machine (`entresol-metal-x86` brings it up), reads the boot bundle, makes the virtual machine that it
-//! describes on the same core as on arm64, and runs it by AMD's SVM or Intel's VMX, with tables of the processor's second stage, until it ends.
+//! describes on the same core as on arm64, and runs it by AMD's SVM or Intel's VMX until it ends, with tables of the processor's second stage, or
+//! on shadow tables where that is SVM.
 //!
 //! Rooms:
 //!

@@ -10,10 +10,10 @@ use crate::vm::{End, Vm};
 /// Runs a virtual machine until it ends.
 pub fn to_its_end(vm: &mut Vm) -> End {
     let cpu = cpu::index();
-    vm.load(cpu);
-    let end = match switch::is_intel() {
-        false => on_amd(cpu, vm),
-        true => on_intel(cpu, vm),
+    let end = match (vm.load(cpu), switch::is_intel()) {
+        (Err(crash), _) => End::Crash(crash),
+        (Ok(()), false) => on_amd(cpu, vm),
+        (Ok(()), true) => on_intel(cpu, vm),
     };
     vm.put(cpu);
     end

@@ -8,11 +8,13 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
-use entresol_addr::{Gpa, PAGE_SIZE, PageSize};
+use entresol_addr::{Gpa, PAGE_SIZE, PageSize, Pfn};
 use entresol_arch_x86::either::{Either, Maker};
 use entresol_arch_x86::emulate::Unsupported;
 use entresol_arch_x86::emulate::memo::Memo;
 use entresol_arch_x86::exit::Exit;
+use entresol_arch_x86::paging::Regime;
+use entresol_arch_x86::shadow::Shadow;
 use entresol_backing::{ObjectHandle, Policy, Spec};
 use entresol_loader::x86::map::LOW_END;
 use entresol_loader::x86::start::{self, Start};
@@ -20,13 +22,14 @@ use entresol_loader::x86::{self, Boot};
 use entresol_loader::{Memory as LoaderMemory, Region};
 use entresol_metal_x86::switch::{self, FpState, Guest, Segment};
 use entresol_metal_x86::{Metal, cpu, features, timer};
-use entresol_mmu::{CopyError, Kept, LogError, MmioCache, Options, ReadOnlyIvac, Vm as Memory};
+use entresol_mmu::{CopyError, Kept, LogError, MmioCache, MmioCounts, Options, ReadOnlyIvac, Vm as Memory};
 use entresol_slot::{Hint, ObjectId, SlotError, SlotFlags, SlotRequest};
 use entresol_wire::bundle::{Bundle, FileIndex};
-use entresol_wire::config::{self, LargestEntry, Limits};
+use entresol_wire::config::{self, LargestEntry, Limits, Paging};
 
-use crate::devices::Devices;
+use crate::devices::{Devices, VCPU};
 use crate::exit::clock::KvmClock;
+use crate::exit::shadow;
 use crate::host;
 
 /// The core's part of a virtual machine.
@@ -69,6 +72,8 @@ pub enum Crash {
     Access(Gpa),
     /// An access to what is no memory, by an instruction that is not carried out.
     Instruction { gpa: Gpa, unsupported: Unsupported },
+    /// The root of its shadow tables lies above 4 GiB, and it is not in long mode.
+    RootTooHigh(Pfn),
     /// The nested tables hold a word that nobody wrote.
     Malformed(Gpa),
     /// It has waited for an interrupt that nobody sends.
@@ -107,6 +112,8 @@ pub struct Vcpu {
     pub mmio: MmioCache,
     /// The instructions that touched it.
     pub code: Memo<Kept>,
+    /// What its control registers say of its tables, if it runs on shadow tables and has run.
+    pub regime: Option<Regime>,
 }
 
 impl Vm {
@@ -117,6 +124,9 @@ impl Vm {
     /// [`BuildError`].
     pub fn build(config: &config::Vm<FileIndex>, bundle: &Bundle<'static>) -> Result<Self, BuildError> {
         let failed = |what: &dyn fmt::Display| BuildError(alloc::format!("vm {}: {what}", config.name));
+        if config.policies.paging == Paging::Shadow && switch::is_intel() {
+            return Err(failed(&"policies.paging = \"shadow\": runs by SVM, and this is an Intel processor"));
+        }
         if let Some(field) = unsupported(config) {
             return Err(failed(&format_args!("{field}: x86-64 does not have it")));
         }
@@ -133,9 +143,16 @@ impl Vm {
             memory.destroy(cpu::index());
             return Err(failed(&format_args!("memory: {error:?}")));
         }
-        let guest = guest(&boot.start);
+        let guest = guest(&boot.start, memory.is_shaded());
         let clock = KvmClock::new(timer::now());
-        let vcpu = Vcpu { guest, fp: FpState::new(), hint: Hint::new(), mmio: MmioCache::new(), code: Memo::new() };
+        let vcpu = Vcpu {
+            guest,
+            fp: FpState::new(),
+            hint: Hint::new(),
+            mmio: MmioCache::new(),
+            code: Memo::new(),
+            regime: None,
+        };
         Ok(Self {
             name: config.name.clone(),
             services: config.policies.services,
@@ -169,12 +186,18 @@ impl Vm {
     }
 
     /// CPU `cpu` is about to run it: tables and registers are in the hardware until [`Self::put`].
-    pub fn load(&mut self, cpu: usize) {
+    ///
+    /// # Errors
+    ///
+    /// The processor cannot run it.
+    pub fn load(&mut self, cpu: usize) -> Result<(), Crash> {
         // Its translations are told apart by who ran last on the CPU, not by the number.
         let _number = self.memory.load(cpu);
         self.vcpu.guest.set_root(self.memory.table().root().start());
         self.vcpu.guest.load(cpu);
+        shadow::load(cpu, self)?;
         self.vcpu.fp.load();
+        Ok(())
     }
 
     /// CPU `cpu` runs it no more.
@@ -184,9 +207,14 @@ impl Vm {
         self.memory.put(cpu);
     }
 
+    /// How its accesses to what is no memory were answered.
+    pub fn mmio_counts(&self) -> MmioCounts {
+        self.memory.shadow_mmio_counts(VCPU).unwrap_or(self.vcpu.mmio.counts())
+    }
+
     /// Says how it ended, and what its accesses to devices cost.
     pub fn report(&self, end: End) {
-        let counts = self.vcpu.mmio.counts();
+        let counts = self.mmio_counts();
         log::info!(
             "vm {}: mmio: {} by the cache, {} by a walk, {} the whole way again, {} entries made",
             self.name,
@@ -250,8 +278,15 @@ fn create_memory(config: &config::Vm<FileIndex>, boot: &Boot<'_>) -> Result<(Mad
         read_only_ivac: ReadOnlyIvac::Clean,
         tags: false,
     };
-    let memory = Memory::new(host, cpu, Either::new(maker, physical_bits, None), options)
+    let mut memory = Memory::new(host, cpu, Either::new(maker, physical_bits, None), options)
         .map_err(|error| alloc::format!("memory: {error:?}"))?;
+    if config.policies.paging == Paging::Shadow
+        && let Err(error) =
+            memory.shade(cpu, Box::new(Shadow::new(physical_bits, None)), shadow_tables(config.memory), 1)
+    {
+        memory.destroy(cpu);
+        return Err(alloc::format!("policies.paging: {error:?}"));
+    }
     match fill(&memory, config, policy, boot) {
         Ok(low) => Ok((memory, low)),
         Err(error) => {
@@ -259,6 +294,12 @@ fn create_memory(config: &config::Vm<FileIndex>, boot: &Boot<'_>) -> Result<(Mad
             Err(error)
         }
     }
+}
+
+/// How many shadow tables a guest with so many bytes of memory has: for all of it twice, in 4 KiB pages, and those of its programs.
+fn shadow_tables(bytes: u64) -> usize {
+    const MOST: u64 = 1536;
+    (2 * bytes.div_ceil(PageSize::Size2M.bytes()) + 256).min(MOST) as usize
 }
 
 fn fill(memory: &Made, config: &config::Vm<FileIndex>, policy: Policy, boot: &Boot<'_>) -> Result<SlotRequest, String> {
@@ -284,7 +325,7 @@ fn fill(memory: &Made, config: &config::Vm<FileIndex>, policy: Policy, boot: &Bo
 }
 
 /// The vCPU's processor state, as the loader wants it.
-fn guest(boot: &Start) -> Box<Guest> {
+fn guest(boot: &Start, shaded: bool) -> Box<Guest> {
     let mut guest = Box::new(Guest::new());
     let segment = |from: &start::Segment| Segment {
         selector: from.selector,
@@ -306,6 +347,9 @@ fn guest(boot: &Start) -> Box<Guest> {
         gdt_limit: boot.gdt.limit,
     });
     (guest.registers.rbx, guest.registers.rsi) = (boot.rbx, boot.rsi);
+    if shaded {
+        guest.shade();
+    }
     guest
 }
 

@@ -50,6 +50,11 @@ impl Cpu {
         self.state.store(OUTSIDE, Ordering::Release);
     }
 
+    /// Its tenant runs on other tables of its own from now on: its next entry flushes.
+    pub fn forget(&self) {
+        self.seen.store(0, Ordering::Relaxed);
+    }
+
     /// `tenant` comes to this CPU, number `index`: its entries are the next there.
     pub fn load(&self, index: usize, tenant: &mut Tenant) {
         let last = self.ticket.load(Ordering::Relaxed);

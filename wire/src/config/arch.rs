@@ -9,7 +9,7 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CacheMaintenance, KernelFormat, PrivateIo, ReadOnlyIvac, ReadOnlyStore, Vm};
+use super::{CacheMaintenance, KernelFormat, Paging, PrivateIo, ReadOnlyIvac, ReadOnlyStore, Vm};
 use crate::Refusal;
 
 /// The architecture of the outer machine, which is its guests' too.
@@ -32,12 +32,37 @@ fn refused(field: &str, value: impl fmt::Display, rule: &str, reason: &str) -> R
 /// That `vm` asks for nothing that its machine has not.
 pub(super) fn check<F: fmt::Display>(arch: Arch, at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
     match arch {
-        Arch::Arm64 => Ok(()),
+        Arch::Arm64 => by_second_stage(at, vm),
         Arch::X86 => {
             features(at, vm)?;
             places(at, vm)?;
-            policies(at, vm)
+            policies(at, vm)?;
+            shadow(at, vm)
         }
+    }
+}
+
+fn by_second_stage<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
+    if vm.policies.paging == Paging::Shadow {
+        let rule = "must be \"nested\" where outer.arch = \"arm64\": every processor there has a second stage";
+        return Err(Refusal::new(format!("{at}.policies.paging"), "\"shadow\"", rule));
+    }
+    Ok(())
+}
+
+/// What a guest on shadow tables cannot have.
+fn shadow<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
+    let asked = [
+        (vm.private, "memory.private", "false", "tables in private memory cannot be read"),
+        (vm.vcpus != 1, "vcpus", "1", "its other vCPUs start without paging, which is not tried yet"),
+    ];
+    match asked.into_iter().find(|(asked, ..)| *asked && vm.policies.paging == Paging::Shadow) {
+        Some((_, name, instead, reason)) => {
+            let value = if vm.private { format!("{}", vm.private) } else { format!("{}", vm.vcpus) };
+            let rule = format!("must be {instead} where policies.paging = \"shadow\": {reason}");
+            Err(Refusal::new(format!("{at}.{name}"), value, rule))
+        }
+        None => Ok(()),
     }
 }
 

@@ -300,6 +300,20 @@ pub struct Policies {
     /// What a write to a block of 2 MiB that a fork shares copies.
     #[serde(default)]
     pub shared_block: SharedBlock,
+    /// What its guest's addresses are translated by.
+    #[serde(default)]
+    pub paging: Paging,
+}
+
+/// What the addresses of a guest on x86-64 are translated by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Paging {
+    /// Its own tables, and the processor's second stage below them.
+    #[default]
+    Nested,
+    /// Tables of the hypervisor's in place of its own, as on a processor without a second stage.
+    Shadow,
 }
 
 /// What a write to a block of 2 MiB that a fork shares copies.

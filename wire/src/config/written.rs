@@ -10,7 +10,7 @@ use super::check::{self, FileLength};
 use super::memory::WrittenMemory;
 use super::{
     Arch, CacheMaintenance, CoalescedZone, Config, Console, Disk, Doorbell, KernelFormat, LargestEntry, Limits,
-    NoSyndrome, OnReset, Outer, PRIORITY, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock,
+    NoSyndrome, OnReset, Outer, PRIORITY, Paging, PassThrough, Policies, ReadOnlyIvac, ReadOnlyStore, Rom, SharedBlock,
     UnclaimedMmio, Vm, size,
 };
 use crate::Refusal;
@@ -147,6 +147,9 @@ pub struct WrittenPolicies {
     /// See [`Policies::shared_block`].
     #[serde(default)]
     pub shared_block: SharedBlock,
+    /// See [`Policies::paging`].
+    #[serde(default)]
+    pub paging: Paging,
 }
 
 impl Written {
@@ -206,6 +209,7 @@ impl WrittenVm {
                 cache_maintenance: self.policies.cache_maintenance,
                 read_only_store: self.policies.read_only_store,
                 shared_block: self.policies.shared_block,
+                paging: self.policies.paging,
             },
             disks: self.disks.into_iter().map(|disk| Disk { file: disk.file, read_only: disk.read_only }).collect(),
             roms,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
+use entresol_wire::config::{LargestEntry, Paging, WrittenPolicies, WrittenVm};
 
 use super::Context;
 use super::machine::Builder;
@@ -41,6 +41,17 @@ fn all_cpus_run(log: &str, cpus: u32) -> Result<()> {
     ensure!(log.contains(&format!(" {cpus} CPUs,")), "the hypervisor did not find {cpus} CPUs");
     ensure!(!log.contains("going on with fewer"), "a CPU did not start");
     Ok(())
+}
+
+/// The same guest on shadow tables: it starts without paging, and comes to long mode by itself.
+pub fn x86_guest_on_shadow_tables(context: &Context) -> Result<()> {
+    let builder = Builder::new(context, "x86_guest_on_shadow_tables")?.outer("1G", 1);
+    let mut vm = vm(guests::x86("guest-x86-first")?, LargestEntry::Block2M, true);
+    vm.policies.paging = Paging::Shadow;
+    let mut machine = builder.boot_x86(EPYC, vec![vm])?;
+    machine.expect("ALL PASS")?;
+    machine.expect("vm first: powered off")?;
+    machine.expect_power_off().map(drop)
 }
 
 /// GRUB starts the same image from a disk, by multiboot2.
@@ -102,13 +113,23 @@ pub fn x86_mmio_entries(context: &Context) -> Result<()> {
 /// Debian's amd64 kernel, unmodified, boots to user space: a script works on memory, sleeps, and powers off by the register that ACPI's
 /// tables name.
 pub fn x86_linux_runs_a_script(context: &Context) -> Result<()> {
+    linux_runs_a_script(context, "x86_linux_runs_a_script", Paging::Nested)
+}
+
+/// The same on shadow tables.
+pub fn x86_linux_on_shadow_tables(context: &Context) -> Result<()> {
+    linux_runs_a_script(context, "x86_linux_on_shadow_tables", Paging::Shadow)
+}
+
+fn linux_runs_a_script(context: &Context, name: &'static str, paging: Paging) -> Result<()> {
     let guest = fetch::guest_x86()?;
     let script = "set -e\nuname -m\ncd /tmp\ndd if=/dev/urandom of=random bs=1M count=8 2>/dev/null\n\
                   cp random copy && cmp random copy && echo intact\nsleep 1\nexit 7\n";
-    let builder = Builder::new(context, "x86_linux_runs_a_script")?.outer("2G", 2);
+    let builder = Builder::new(context, name)?.outer("2G", 2);
     let initrd = builder.file("initrd.cpio", &Initrd::scripted(script).pack(&guest)?)?;
     let vm = WrittenVm {
         cmdline: "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=acpi".into(),
+        policies: WrittenPolicies { paging, ..WrittenPolicies::default() },
         ..bundle::linux("linux", &guest.kernel()?, &initrd)
     };
     let mut machine = builder.boot_x86(EPYC, vec![vm])?;

@@ -19,6 +19,7 @@
 //! | `flags` | what does an operation leave in RFLAGS? |
 //! | `registers` | what is in the part of a register that an instruction names? |
 //! | [`memo`] | was it decoded before? |
+//! | `privileged` | which control register does it load, which page does it flush? |
 //!
 //! Invariants: no bytes, registers or bus make it panic or loop. After [`prepare`] nothing is allocated.
 //!
@@ -29,6 +30,7 @@
 mod decode;
 mod flags;
 pub mod memo;
+mod privileged;
 mod registers;
 #[cfg(test)]
 mod tests;
@@ -38,6 +40,7 @@ use core::fmt;
 pub use decode::prepare;
 use entresol_addr::PAGE_SIZE;
 use flags::Arithmetic;
+pub use privileged::{Privileged, privileged};
 use registers::Part;
 pub use registers::{Registers, Width};
 

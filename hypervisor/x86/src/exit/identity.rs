@@ -9,9 +9,9 @@ use entresol_arch_x86::msr::{self, Part, Rule};
 use entresol_metal_x86::switch::Guest;
 use entresol_metal_x86::timer;
 
-use super::{GENERAL_PROTECTION, Next, inject, skip};
+use super::{GENERAL_PROTECTION, Next, inject, shadow, skip};
 use crate::devices::VCPU;
-use crate::vm::Vm;
+use crate::vm::{End, Vm};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 const PAT: u32 = 0x277;
@@ -19,9 +19,11 @@ const PAT: u32 = 0x277;
 /// CPUID.
 pub fn cpuid(vm: &mut Vm) -> Next {
     let physical_bits = vm.memory.ipa_bits();
+    let shadow = vm.memory.is_shaded();
     let guest = &mut *vm.vcpu.guest;
     let osxsave = guest.cr4() & CR4_OSXSAVE != 0;
-    let vcpu = cpuid::Vcpu { id: VCPU as u8, count: 1, physical_bits, osxsave, xcr0: 1, states: 0, clock: true };
+    let vcpu =
+        cpuid::Vcpu { id: VCPU as u8, count: 1, physical_bits, osxsave, xcr0: 1, states: 0, clock: true, shadow };
     let answer = cpuid::answer(*guest.rax() as u32, guest.registers.rcx as u32, &vcpu, machine);
     *guest.rax() = answer.eax.into();
     let registers = &mut guest.registers;
@@ -69,7 +71,13 @@ pub fn write_register(cpu: usize, vm: &mut Vm) -> Next {
         Rule::Constant(_) => Some(()),
         Rule::Emulate(Part::Efer) => {
             let efer = msr::efer(guest.efer(), value, guest.cr0()).ok();
-            efer.map(|efer| guest.set_efer(efer))
+            match efer {
+                Some(efer) if guest.control_registers().is_some() => match shadow::set_efer(cpu, vm, efer) {
+                    Ok(()) => return skip(&mut vm.vcpu.guest, 2),
+                    Err(crash) => return Next::End(End::Crash(crash)),
+                },
+                efer => efer.map(|efer| guest.set_efer(efer)),
+            }
         }
         Rule::Emulate(Part::Tsc) => {
             let offset = value.wrapping_sub(timer::now());

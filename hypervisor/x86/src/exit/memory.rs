@@ -33,7 +33,7 @@ pub fn fault(cpu: usize, vm: &mut Vm, fault: SecondStage) -> Next {
 
 /// What a rarer outcome means here.
 #[cold]
-fn conclude(cpu: usize, vm: &mut Vm, fault: &Fault, outcome: Outcome) -> Next {
+pub fn conclude(cpu: usize, vm: &mut Vm, fault: &Fault, outcome: Outcome) -> Next {
     match outcome {
         Outcome::Resume | Outcome::Retry => Next::Again,
         Outcome::Unshare => match vm.memory.unshare(cpu, fault.gpa) {

@@ -10,9 +10,12 @@
 //! ([`entresol_mmu::Kept`]): in memory that the machine shares with nobody, and by walks of four or five levels.
 //!
 use entresol_addr::{Gpa, Hpa, PAGE_SIZE};
+use entresol_arch_x86::control::ControlRegisters;
 use entresol_arch_x86::emulate::memo::{Held, Memo, Place};
-use entresol_arch_x86::emulate::{self, Bus, CodeSize, Instruction, Progress, Registers, Unsupported, Width};
-use entresol_arch_x86::paging::{self, Controls, Kind, Mode, Regime, Request, Tables, WalkError, Way};
+use entresol_arch_x86::emulate::{
+    self, Bus, CodeSize, Instruction, Privileged, Progress, Registers, Unsupported, Width,
+};
+use entresol_arch_x86::paging::{self, Kind, Mode, Regime, Request, Tables, WalkError, Way};
 use entresol_fault::{Access, Cause, Fault};
 use entresol_machine::Word;
 use entresol_metal_x86::switch::Guest;
@@ -28,7 +31,7 @@ use crate::vm::{Crash, End, Made, Vm};
 
 /// Why an access is not completed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
+pub enum Stop {
     /// The guest gets a page fault.
     Fault { linear: u64, code: u32 },
     /// The address is not canonical.
@@ -74,6 +77,7 @@ pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
             pin: &pin,
             hint: &vm.vcpu.hint,
             place: place(guest),
+            shadow: vm.vcpu.regime,
             by_leave: *guest.rflags() & RFLAGS_AC != 0,
             known: None,
         };
@@ -88,16 +92,51 @@ pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
                 Progress::Again => Next::Look,
             }
         }
-        Ok(Err(Unsupported::NoMemory)) | Err(Stop::Again) => Next::Again,
+        Ok(Err(Unsupported::NoMemory)) => Next::Again,
         Ok(Err(Unsupported::Invalid)) => inject(guest, UNDEFINED, None),
         Ok(Err(unsupported)) => Next::End(End::Crash(Crash::Instruction { gpa: fault.gpa, unsupported })),
-        Err(Stop::Fault { linear, code }) => {
+        Err(stop) => stopped(vm, stop),
+    }
+}
+
+/// What becomes of an access that is not completed.
+pub fn stopped(vm: &mut Vm, stop: Stop) -> Next {
+    let guest = &mut *vm.vcpu.guest;
+    match stop {
+        Stop::Again => Next::Again,
+        Stop::Fault { linear, code } => {
             guest.set_cr2(linear);
             inject(guest, PAGE_FAULT, Some(code))
         }
-        Err(Stop::NonCanonical) => inject(guest, GENERAL_PROTECTION, Some(0)),
-        Err(Stop::OutOfMemory) => Next::End(End::Crash(Crash::OutOfMemory)),
-        Err(Stop::Outside(gpa)) => Next::End(End::Crash(Crash::Access(gpa))),
+        Stop::NonCanonical => inject(guest, GENERAL_PROTECTION, Some(0)),
+        Stop::OutOfMemory => Next::End(End::Crash(Crash::OutOfMemory)),
+        Stop::Outside(gpa) => Next::End(End::Crash(Crash::Access(gpa))),
+    }
+}
+
+/// The instruction that a guest on shadow tables left with, RIP behind it, and the size of its code.
+pub fn privileged(cpu: usize, vm: &mut Vm) -> Result<Result<(Privileged, u64, CodeSize), Unsupported>, Stop> {
+    let guest = &mut *vm.vcpu.guest;
+    let registers = registers(guest);
+    let pin = vm.memory.host().epoch.pin(cpu);
+    let mut view = View {
+        memory: &vm.memory,
+        devices: &vm.devices,
+        mmio: &vm.vcpu.mmio,
+        now: guest_time(guest),
+        pin: &pin,
+        hint: &vm.vcpu.hint,
+        place: place(guest),
+        shadow: vm.vcpu.regime,
+        by_leave: *guest.rflags() & RFLAGS_AC != 0,
+        known: None,
+    };
+    let size = code_size(&view.place);
+    let at = code_at(&view.place);
+    let bytes = emulate::fetch(at, |at, to| view.read_code(at, to).map(|_| ()))?;
+    match emulate::privileged(bytes.as_slice(), &registers, size) {
+        Err(Unsupported::Truncated) => bytes.stopped.map_or(Ok(Err(Unsupported::Truncated)), Err),
+        read => Ok(read.map(|(privileged, next)| (privileged, next, size))),
     }
 }
 
@@ -129,10 +168,7 @@ fn carry_out(
 fn find(view: &mut View<'_>, memo: &mut Memo<Kept>) -> Result<Result<Instruction, Unsupported>, Stop> {
     let place = view.place;
     let size = code_size(&place);
-    let at = match size {
-        CodeSize::Bits64 => place.rip,
-        CodeSize::Bits16 | CodeSize::Bits32 => place.base.wrapping_add(place.rip) & u64::from(u32::MAX),
-    };
+    let at = code_at(&place);
     let kept = view.memory.keep();
     let mut way = None;
     let bytes = emulate::fetch(at, |at, to| view.read_code(at, to).map(|found| way = way.or(Some(found))))?;
@@ -162,12 +198,19 @@ const MOST_CODE: usize = 3;
 const ATTRIBUTE_L: u16 = 1 << 9;
 const ATTRIBUTE_D: u16 = 1 << 10;
 const EFER_LMA: u64 = 1 << 10;
-const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
 
 fn code_size(place: &Place) -> CodeSize {
     let Place { attributes, efer, .. } = *place;
     CodeSize::of(efer & EFER_LMA != 0, attributes & ATTRIBUTE_L != 0, attributes & ATTRIBUTE_D != 0)
+}
+
+/// The linear address of the next instruction.
+fn code_at(place: &Place) -> u64 {
+    match code_size(place) {
+        CodeSize::Bits64 => place.rip,
+        CodeSize::Bits16 | CodeSize::Bits32 => place.base.wrapping_add(place.rip) & u64::from(u32::MAX),
+    }
 }
 
 fn place(guest: &mut Guest) -> Place {
@@ -203,6 +246,8 @@ struct View<'v> {
     pin: &'v Pin<'v>,
     hint: &'v Hint,
     place: Place,
+    /// What its tables are read by, if it runs on shadow tables.
+    shadow: Option<Regime>,
     by_leave: bool,
     /// Where the access that failed goes, if the instruction has no other.
     known: Option<Gpa>,
@@ -211,32 +256,16 @@ struct View<'v> {
 impl View<'_> {
     /// What the guest's tables are read by.
     fn regime(&mut self) -> Regime {
-        let Place { root, cr0, cr4, efer, .. } = self.place;
-        let mut controls = Controls::empty();
-        for (set, flag) in [
-            (cr0 & 1 << 16 != 0, Controls::WRITE_PROTECT),
-            (cr4 & 1 << 4 != 0, Controls::LARGE_PAGES),
-            (cr4 & 1 << 7 != 0, Controls::GLOBAL_PAGES),
-            (cr4 & 1 << 20 != 0, Controls::NO_SUPERVISOR_FETCH),
-            (cr4 & 1 << 21 != 0, Controls::NO_SUPERVISOR_ACCESS),
-            (efer & EFER_NXE != 0, Controls::NO_EXECUTE),
-            (features::get().giant_pages, Controls::GIGABYTE_PAGES),
-        ] {
-            controls.set(flag, set);
+        if let Some(regime) = self.shadow {
+            return regime;
         }
-        let mut regime = Regime {
-            mode: Mode::of(cr0, cr4, efer),
-            root,
-            pointers: [0; 4],
-            controls,
-            // CPUID says that there are no protection keys.
-            pkru: 0,
-            physical_bits: self.memory.ipa_bits(),
-        };
+        let Place { root, cr0, cr4, efer, .. } = self.place;
+        let own = ControlRegisters { cr0, cr3: root, cr4, efer, pointers: [0; 4] };
+        let mut regime = own.regime(self.memory.ipa_bits(), features::get().giant_pages);
         if regime.mode == Mode::Pae {
             // With nested paging the processor reads them with each walk (APM 15.25.10). Where there is no memory they are absent.
             for index in 0..4 {
-                let at = Gpa::new((root & 0xffff_ffe0) + index * 8);
+                let at = Gpa::new(own.pointers_at() + index * 8);
                 regime.pointers[index as usize] = Tables::load(self, at, paging::Width::Long).unwrap_or(0);
             }
         }

@@ -3,6 +3,7 @@
 //! | room | exits |
 //! |---|---|
 //! | [`memory`] | nested page faults |
+//! | [`shadow`] | page faults, control registers and INVLPG of guests on shadow tables |
 //! | [`mmio`] | those on what is no memory |
 //! | [`ports`] | IN and OUT |
 //! | [`identity`], [`clock`] | CPUID, RDMSR, WRMSR |
@@ -22,6 +23,7 @@ mod memory;
 mod mmio;
 mod ports;
 mod service;
+pub mod shadow;
 
 use entresol_arch_x86::exit::Exit;
 use entresol_metal_x86::switch::{Event, Guest};
@@ -77,6 +79,9 @@ pub fn settle_intel(vm: &mut Vm) {
 /// Any exit but a nested page fault. Apart, so that the faults keep their registers.
 #[inline(never)]
 fn other(cpu: usize, vm: &mut Vm) -> Next {
+    if let Some((linear, code)) = vm.vcpu.guest.page_fault() {
+        return shadow::page_fault(cpu, vm, linear, code);
+    }
     interrupts::begin(&mut vm.vcpu.guest, &vm.devices);
     match vm.vcpu.guest.exit() {
         Exit::Io(io) => ports::access(vm, io),
@@ -96,6 +101,9 @@ fn rare(cpu: usize, vm: &mut Vm, exit: Exit) -> Next {
         Exit::Hypercall => service::call(cpu, vm),
         // Caches are coherent, and devices see them: there is nothing to write back, and nothing may be thrown away.
         Exit::WriteBackCaches | Exit::InvalidateCaches => skip(guest, 2),
+        Exit::Control(_) | Exit::InvalidatePage(_) if guest.control_registers().is_some() => {
+            shadow::instruction(cpu, vm)
+        }
         Exit::Halt => interrupts::halt(vm),
         Exit::InterruptWindow => Next::Look,
         Exit::Shutdown => Next::End(End::Crash(Crash::TripleFault)),

@@ -37,7 +37,7 @@ pub fn call(cpu: usize, vm: &mut Vm) -> Next {
         ZAP => zap(cpu, vm, first, second),
         DIRTY => dirty(vm, first),
         MMIO => {
-            let counts = vm.vcpu.mmio.counts();
+            let counts = vm.mmio_counts();
             let counts = [counts.cached, counts.walked, counts.refreshed, counts.made];
             usize::try_from(first).ok().and_then(|index| counts.get(index).copied()).unwrap_or(INVALID)
         }

@@ -7,6 +7,7 @@
 //! guest was started.
 
 use entresol_addr::Pfn;
+use entresol_arch_x86::control::ControlRegisters;
 use entresol_arch_x86::exit::{ControlAccess, Exit};
 use entresol_arch_x86::fault::{self, SecondStage};
 use entresol_arch_x86::svm;
@@ -46,6 +47,8 @@ pub struct Guest {
     /// The processor is Intel's, and this is what it has.
     pub(super) intel: bool,
     pub(crate) vmx: vmx::guest::Part,
+    /// What it believes of its control registers, if it runs on shadow tables.
+    pub(super) own: Option<ControlRegisters>,
 }
 
 impl Default for Guest {
@@ -64,12 +67,14 @@ impl Guest {
             tenant: Tenant::default(),
             intel: features::get().vmx.is_some(),
             vmx: vmx::guest::Part::new(),
+            own: None,
         }
     }
 
     /// Gives it the state in which it begins, and keeps it away from all that it does not own.
     pub fn start(&mut self, start: &Start) {
         self.confine();
+        self.own = None;
         self.registers = Registers::default();
         let state = &mut self.vmcb.save;
         *state = Vmcb::ZERO.save;
@@ -96,12 +101,12 @@ impl Guest {
     }
 
     #[inline]
-    fn control(&mut self) -> &mut Control {
+    pub(super) fn control(&mut self) -> &mut Control {
         &mut self.vmcb.control
     }
 
     #[inline]
-    fn state(&mut self) -> &mut SaveArea {
+    pub(super) fn state(&mut self) -> &mut SaveArea {
         debug_assert!(!self.vmx.is_away(), "the guest's state is asked for before it was brought");
         &mut self.vmcb.save
     }
@@ -318,19 +323,25 @@ impl Guest {
     /// CR0.
     #[inline]
     pub fn cr0(&mut self) -> u64 {
-        self.state().cr0
+        self.own.map_or(self.state().cr0, |own| own.cr0)
     }
 
     /// CR3.
     #[inline]
     pub fn cr3(&mut self) -> u64 {
-        self.state().cr3
+        self.own.map_or(self.state().cr3, |own| own.cr3)
     }
 
     /// CR4.
     #[inline]
     pub fn cr4(&mut self) -> u64 {
-        self.state().cr4
+        self.own.map_or(self.state().cr4, |own| own.cr4)
+    }
+
+    /// CR2.
+    #[inline]
+    pub fn cr2(&mut self) -> u64 {
+        self.state().cr2
     }
 
     /// Sets CR2.
@@ -342,10 +353,10 @@ impl Guest {
     /// EFER.
     #[inline]
     pub fn efer(&mut self) -> u64 {
-        self.state().efer & !EFER_SVME
+        self.own.map_or(self.state().efer & !EFER_SVME, |own| own.efer)
     }
 
-    /// Sets EFER; LMA is as it was.
+    /// Sets EFER; LMA is as it was. Not for a guest on shadow tables.
     #[inline]
     pub fn set_efer(&mut self, efer: u64) {
         self.state().efer = efer | EFER_SVME;

@@ -16,6 +16,7 @@
 pub mod fp;
 mod guest;
 mod permissions;
+mod shadow;
 pub(crate) mod vmcb;
 
 use core::arch::asm;
@@ -25,6 +26,7 @@ use crate::machine::FLUSHES;
 use crate::{cpu, features, flush, vmx};
 pub use fp::FpState;
 pub use guest::Guest;
+pub use shadow::RootTooHigh;
 pub use vmcb::Segment;
 pub(crate) use vmcb::Vmcb;
 

@@ -47,6 +47,8 @@ pub mod first {
     pub const INVD: u32 = 1 << 22;
     /// HLT.
     pub const HLT: u32 = 1 << 24;
+    /// INVLPG.
+    pub const INVLPG: u32 = 1 << 25;
     /// INVLPGA.
     pub const INVLPGA: u32 = 1 << 26;
     /// Ports that the permission map names.

@@ -72,7 +72,8 @@ fn host_tests() -> Command {
 }
 
 /// Crates with a `tests/loom.rs`.
-const WEAKLY_ORDERED: [&str; 4] = ["entresol-sync", "entresol-slot", "entresol-backing", "entresol-mmu"];
+const WEAKLY_ORDERED: [&str; 5] =
+    ["entresol-sync", "entresol-slot", "entresol-backing", "entresol-mmu", "entresol-metal-x86"];
 
 /// loom takes the place of atomics and locks in the whole build, so it has an output folder of its own.
 fn weak_orderings() -> Command {

@@ -4,9 +4,9 @@
 //! of a guest's, so all that is needed is that each CPU flushes before its next entry, and that a CPU inside a guest comes out.
 //!
 //! Protocol: who changed tables counts [`Flushes::ask`] up. An entry announces itself first, with the count up to which its CPU has
-//! flushed, and looks at the count after. The announcement is a swap, which is a full barrier, and so is the counting: of an
-//! entry and an asker at the same time one sees the other. The entry flushes, or the asker waits in [`Flushes::complete`] until
-//! the CPU has come out. `kick` makes it come out.
+//! flushed, and looks at the count after. There is a full barrier between the two, and one between the counting and the look at the
+//! announcements: of an entry and an asker at the same time one sees the other. The entry flushes, or the asker waits in
+//! [`Flushes::complete`] until the CPU has come out. `kick` makes it come out. `tests/loom.rs` tries it.
 //!
 //! One address space identifier serves all guests of a CPU: another vCPU than the last one, or one that was elsewhere in between, is
 //! a reason to flush too ([`Tenant`]), which is found when it comes to the CPU ([`Cpu::load`]) and not at each entry.
@@ -17,7 +17,8 @@
 
 use core::mem::offset_of;
 
-use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_sync::atomic::{AtomicU64, Ordering, fence};
+use entresol_sync::ordering;
 
 use crate::boot::MAX_CPUS;
 
@@ -47,7 +48,7 @@ impl Cpu {
     /// It came back.
     #[inline]
     pub fn leave(&self) {
-        self.state.store(OUTSIDE, Ordering::Release);
+        self.state.store(OUTSIDE, ordering!(FlushLeave, Release, Relaxed));
     }
 
     /// Its tenant runs on other tables of its own from now on: its next entry flushes.
@@ -97,8 +98,9 @@ impl Flushes {
     #[must_use = "translations that are not flushed are used"]
     pub fn enter(&self, own: &Cpu) -> bool {
         let seen = own.seen.load(Ordering::Relaxed);
-        own.state.swap(seen, Ordering::SeqCst);
-        let wanted = self.wanted.load(Ordering::SeqCst);
+        own.state.store(seen, Ordering::Relaxed);
+        fence(ordering!(FlushEnter, SeqCst, AcqRel));
+        let wanted = self.wanted.load(Ordering::Acquire);
         if seen == wanted {
             return false;
         }
@@ -110,20 +112,21 @@ impl Flushes {
     /// Everything that any CPU knows of guests' translations by now is to be forgotten.
     #[inline]
     pub fn ask(&self) {
-        self.wanted.fetch_add(1, Ordering::SeqCst);
+        self.wanted.fetch_add(1, Ordering::Release);
     }
 
     /// Waits until none of the `others`, all CPUs but the one that asks, uses a translation that was to be forgotten before. `kick` makes a
-    /// CPU come out of its guest, and is called once for each that is inside.
-    pub fn complete<'a>(&self, others: impl Iterator<Item = (usize, &'a Cpu)>, kick: impl Fn(usize)) {
-        let wanted = self.wanted.load(Ordering::SeqCst);
+    /// CPU come out of its guest, and is called once for each that is inside; `turn` is what the CPU does while it waits.
+    pub fn complete<'a>(&self, others: impl Iterator<Item = (usize, &'a Cpu)>, kick: impl Fn(usize), turn: impl Fn()) {
+        fence(ordering!(FlushAsk, SeqCst, AcqRel));
+        let wanted = self.wanted.load(Ordering::Relaxed);
         for (index, cpu) in others {
-            let stale = || cpu.state.load(Ordering::SeqCst) < wanted;
+            let stale = || cpu.state.load(Ordering::Acquire) < wanted;
             if stale() {
                 kick(index);
             }
             while stale() {
-                core::hint::spin_loop();
+                turn();
             }
         }
     }
@@ -181,11 +184,12 @@ mod tests {
         cpus[2].load(2, &mut Tenant::default());
         let kicked = Cell::new(0);
         let complete = |own| {
-            flushes.complete(others(&cpus, own), |cpu| {
+            let kick = |cpu: usize| {
                 kicked.set(kicked.get() + 1);
                 assert_eq!(cpu, 2);
                 cpus[cpu].leave();
-            });
+            };
+            flushes.complete(others(&cpus, own), kick, || ());
             kicked.get()
         };
         flushes.ask();
@@ -219,7 +223,7 @@ mod tests {
             for _ in 0..ROUNDS {
                 mapped.store(false, Ordering::SeqCst);
                 flushes.ask();
-                flushes.complete(others(&cpus, 0), |_| ());
+                flushes.complete(others(&cpus, 0), |_| (), std::thread::yield_now);
                 taken.store(true, Ordering::SeqCst);
                 taken.store(false, Ordering::SeqCst);
                 mapped.store(true, Ordering::SeqCst);

@@ -282,7 +282,7 @@ unsafe impl Machine for Metal {
     fn complete(&self) {
         fence(Ordering::SeqCst);
         if cpu::count() > 1 {
-            FLUSHES.complete(cpu::other_flushes(), |cpu| interrupts::send_sgi(cpu, interrupts::KICK));
+            FLUSHES.complete(cpu::other_flushes(), |cpu| interrupts::send_sgi(cpu, interrupts::KICK), cpu::relax);
         }
         own::complete();
     }

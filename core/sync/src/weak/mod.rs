@@ -47,6 +47,12 @@ pub enum Site {
     VmidLoad,
     /// `flush`: the entry is changed before the number is asked.
     TableFlush,
+    /// `Flushes::enter` of x86-64's machine: the barrier between the announcement and the count.
+    FlushEnter,
+    /// `Cpu::leave` there: what the guest used was used before it is outside.
+    FlushLeave,
+    /// `Flushes::complete` there: the barrier between the count and the look at the announcements.
+    FlushAsk,
 }
 
 std::thread_local! {

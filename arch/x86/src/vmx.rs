@@ -65,6 +65,18 @@ pub struct Fields {
     pub error: u32,
 }
 
+/// Whether it is a second-stage fault: what [`decode`] says of it then. Asked before that by who wants nothing else.
+pub const fn is_second_stage(reason: u32) -> bool {
+    reason & ENTRY_FAILED == 0 && matches!(reason as u16, reason::VIOLATION | reason::MISCONFIGURATION)
+}
+
+/// Whether it is a non-maskable interrupt of the machine: by exit reason and interruption information. It is not kept pending.
+pub const fn is_non_maskable(reason: u32, interruption: u32) -> bool {
+    reason & ENTRY_FAILED == 0
+        && reason as u16 == reason::EXCEPTION
+        && interruption & interruption::TYPE == interruption::NMI
+}
+
 /// Why the guest stopped.
 pub const fn decode(fields: &Fields) -> Exit {
     let Fields { reason, qualification, gpa, .. } = *fields;
@@ -186,6 +198,19 @@ mod tests {
             assert_eq!(exit(reason, 0), Exit::Virtualisation, "{reason}");
         }
         assert_eq!((exit(18, 0), exit(15, 0), exit(17, 0)), (Exit::Hypercall, Exit::ReadCounter, Exit::Other(17)));
+    }
+
+    #[test]
+    fn what_is_asked_first_is_what_is_decoded() {
+        for reason in (0..70).flat_map(|reason| [reason, 1 << 31 | reason]) {
+            let memory = matches!(exit(reason, 0b11 << 7), Exit::Memory(_));
+            assert_eq!(is_second_stage(reason), memory, "{reason:#x}");
+            for interruption in (0..8).map(|kind| 1 << 31 | kind << 8 | 2) {
+                let fields = Fields { reason, interruption, ..Fields::default() };
+                let told = is_non_maskable(reason, interruption);
+                assert_eq!(told, decode(&fields) == Exit::NonMaskable, "{reason:#x} {interruption:#x}");
+            }
+        }
     }
 
     #[test]

@@ -124,7 +124,7 @@ impl Guest {
         self.host = cpu::host_rest(cpu) as u64;
         cpu::flush_of(cpu).load(cpu, &mut self.tenant);
         if self.intel {
-            self.vmx.load(&mut self.vmcb);
+            self.vmx.load();
         }
     }
 
@@ -152,7 +152,7 @@ impl Guest {
 
     /// The second-stage fault that it came back with last on Intel's processors, if it was one.
     pub fn extended_fault(&self) -> Option<SecondStage> {
-        match self.vmx.exit() {
+        match self.vmx.is_second_stage().then(|| self.vmx.exit())? {
             Exit::Memory(fault) => Some(fault),
             _ => None,
         }

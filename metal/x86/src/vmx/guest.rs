@@ -1,6 +1,6 @@
 //! A vCPU's control structure, and what of the record in [`switch`](crate::switch) is in it.
 //!
-//! Protocol: all of the state goes into the structure when the vCPU comes to a CPU for the first time ([`Part::load`]). After an exit the
+//! Protocol: all of the state goes into the structure at the first entry after it was [written anew](Part::restart). After an exit the
 //! state is there only; who asks for it has it fetched ([`Part::fetch`]), as far as it can be asked for, and what was changed of that goes
 //! back at the next entry ([`Part::give_back`]). When the vCPU goes from its CPU ([`Part::put`]) it is fetched too.
 //!
@@ -135,21 +135,25 @@ impl Part {
     }
 
     /// This CPU is about to run it.
-    pub fn load(&mut self, vmcb: &mut Vmcb) {
+    pub fn load(&mut self) {
         let region = self.structure.address();
         if self.place == Place::Record {
+            // Nothing that it may hold is of use any more.
             self.structure.stamp();
-            // SAFETY: the structure's own page; it is current nowhere: the vCPU has left whatever CPU it was on.
-            unsafe { clear(region) };
         }
-        // SAFETY: as above; the page begins with the revision since it was first here.
-        unsafe { make_current(region) };
+        // SAFETY: the structure's own page, which begins with the revision; it is current nowhere: the vCPU has left whatever CPU it was on.
+        unsafe {
+            clear(region);
+            make_current(region);
+        }
         self.launched = false;
-        // SAFETY: what it is told keeps it in its own memory: the extended page tables are its owner's to answer for.
+        // SAFETY: it is entered here only, until it comes to another CPU.
         unsafe { write_host() };
-        if self.place == Place::Record {
-            self.first(vmcb);
-        }
+        self.move_in();
+    }
+
+    /// What no instruction moves with the structure, into this CPU.
+    fn move_in(&self) {
         for (register, value) in MOVED.into_iter().zip(self.moved) {
             // SAFETY: the hypervisor makes no system calls and no SWAPGS: these are the guest's alone. LSTAR, CSTAR and the base were
             // canonical when the guest wrote them.
@@ -168,6 +172,15 @@ impl Part {
         if self.is_away() {
             self.fetch(vmcb);
         }
+        if self.place != Place::Record {
+            self.move_out();
+        }
+        // SAFETY: it is current here; its page has what the processor had of it after that.
+        unsafe { clear(self.structure.address()) };
+    }
+
+    /// And out of it.
+    fn move_out(&mut self) {
         for (register, value) in MOVED.into_iter().zip(&mut self.moved) {
             // SAFETY: the registers are there in long mode.
             *value = unsafe { Msr::new(register).read() };
@@ -179,8 +192,6 @@ impl Part {
                 out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, out(reg) dr6, options(nomem, nostack, preserves_flags));
         }
         self.debug = [dr0, dr1, dr2, dr3, dr6];
-        // SAFETY: it is current here.
-        unsafe { clear(self.structure.address()) };
     }
 
     /// Everything that goes into a structure once.
@@ -270,8 +281,13 @@ impl Part {
 
     /// Puts into the structure what was changed, and what the guest is to get. The structure is current.
     pub(super) fn give_back(&mut self, vmcb: &mut Vmcb) {
-        if self.place == Place::Both {
-            self.give_state_back(vmcb);
+        match self.place {
+            Place::Record => {
+                self.first(vmcb);
+                self.move_in();
+            }
+            Place::Both => self.give_state_back(vmcb),
+            Place::Structure => {}
         }
         let Vmcb { control, .. } = vmcb;
         let window = if control.virtual_interrupts & PENDING != 0 { INTERRUPT_WINDOW } else { 0 };
@@ -336,6 +352,11 @@ impl Part {
         };
         let priority = u64::from(*self.apic.byte(VTPR) >> 4);
         control.virtual_interrupts = control.virtual_interrupts & !TPR | priority;
+    }
+
+    /// Whether it came back with a second-stage fault.
+    pub fn is_second_stage(&self) -> bool {
+        vmx::is_second_stage(read(fields::EXIT_REASON) as u32)
     }
 
     /// Why it came back last. Apart, as [`Self::fetch`] is: AMD's exits are counted in instructions.

@@ -2,6 +2,8 @@
 
 use core::arch::asm;
 
+use entresol_arch_x86::vmx;
+
 use super::{fields, instructions};
 use crate::features;
 use crate::switch::Guest;
@@ -99,4 +101,15 @@ pub unsafe fn enter(guest: &mut Guest, flushes: bool, left: impl FnOnce()) {
         panic!("the processor refuses to enter a guest: error {}", instructions::read(fields::INSTRUCTION_ERROR));
     }
     vmx.came_back(vmcb);
+    take_non_maskable();
+}
+
+/// A non-maskable interrupt that ended the guest's turn is not pending any more, and others wait for its handler's return (SDM 28.2): it is taken
+/// here.
+fn take_non_maskable() {
+    let (reason, interruption) = (instructions::read(fields::EXIT_REASON), instructions::read(fields::EXIT_EVENT));
+    if vmx::is_non_maskable(reason as u32, interruption as u32) {
+        // SAFETY: the gate of an NMI, on a stack of its own; it keeps every register.
+        unsafe { asm!("int 2") };
+    }
 }

@@ -208,7 +208,7 @@ impl Part {
             (fields::LDTR, &state.ldtr),
             (fields::TR, &state.tr),
         ];
-        self.image = image(vmcb);
+        self.image = image(vmcb, 0);
         (self.eptp, self.primary, self.time_offset) = (0, controls.primary, 0);
         // SAFETY: the controls are those that confine a guest; the maps and pages are where they say. The rest is the guest's state.
         unsafe {
@@ -309,7 +309,8 @@ impl Part {
             if control.event_injection & VALID != 0 {
                 let mut event = control.event_injection;
                 if event & KIND == NON_MASKABLE {
-                    write(fields::GUEST_SHADOW, 0);
+                    // An entry in the shadow of an STI is refused (SDM 27.3.1.5).
+                    write(fields::GUEST_SHADOW, read(fields::GUEST_SHADOW) & !SHADOW);
                 }
                 if event & ERROR_CODE != 0 {
                     // In real mode exceptions push none, and an entry with one is refused (SDM 27.2.1.3).
@@ -324,8 +325,13 @@ impl Part {
         (self.primary, self.eptp, self.time_offset) = (primary, eptp, control.tsc_offset);
     }
 
+    /// As it was fetched.
+    fn interruptibility(&self) -> u64 {
+        self.image[STATE.len() - 1]
+    }
+
     fn give_state_back(&mut self, vmcb: &Vmcb) {
-        let new = image(vmcb);
+        let new = image(vmcb, self.interruptibility());
         for ((field, old), new) in STATE.into_iter().zip(self.image).zip(new) {
             if old != new {
                 // SAFETY: the guest's own state.
@@ -386,7 +392,8 @@ impl Part {
 }
 
 /// The state that can be asked for, as the structure has it, in the order of [`STATE`].
-fn image(vmcb: &Vmcb) -> [u64; STATE.len()] {
+/// `interruptibility` is what the structure has, of which the record can only end the shadow.
+fn image(vmcb: &Vmcb, interruptibility: u64) -> [u64; STATE.len()] {
     let SaveArea { es, cs, ss, ds, fs, gs, cr0, cr3, cr4, efer, rip, rsp, rflags, g_pat, .. } = &vmcb.save;
     [
         *rip,
@@ -406,7 +413,7 @@ fn image(vmcb: &Vmcb) -> [u64; STATE.len()] {
         ds.base,
         fs.base,
         gs.base,
-        vmcb.control.interrupt_shadow & 1,
+        if vmcb.control.interrupt_shadow & 1 == 0 { interruptibility & !SHADOW } else { interruptibility },
     ]
 }
 

@@ -13,7 +13,8 @@
 //!
 //! Invariants: INV-3 and INV-14 as far as they rest on translations that some CPU holds.
 //!
-//! Known holes: everything of all guests is flushed, as processors without flush-by-ASID do.
+//! Known holes: everything of all guests is flushed, as processors without flush-by-ASID do; and whoever asks, a CPU inside any guest is
+//! kicked.
 
 use core::mem::offset_of;
 

@@ -50,7 +50,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 59] = {
+pub const ZOO: [Exhibit; 60] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv8, Inv9, Inv10, Inv11, Inv12,
         Inv13, Inv14, Inv15, Maintenance, Panic, Slots, Written,
@@ -245,6 +245,7 @@ pub const ZOO: [Exhibit; 59] = {
         exhibit!("Z-X1", ZX1, "block-edge.toml", &[Inv5, Inv3], "a block reaches beyond its slot"),
         exhibit!("Z-X2", ZX2, "read-only-slot.toml", &[Inv13, Inv11, Forbidden], "a read-only slot is mapped writable"),
         exhibit!("Z-X3", ZX3, "cache-hole.toml", &[Inv10, Inv7, Inv11], "a page-frame cache is on no list"),
+        exhibit!("Z-X4", ZX4, "kept-hole.toml", &[Forbidden], "a frame is kept whatever has moved"),
     ]
 };
 

@@ -126,6 +126,8 @@ pub enum Bug {
     ZX2,
     /// Z-X3, in no specification: a page-frame cache is activated and is not among those that invalidations look at.
     ZX3,
+    /// Z-X4, in no specification: a frame that was kept is used without asking whether anything has moved since.
+    ZX4,
 }
 
 std::thread_local! {

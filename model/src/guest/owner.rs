@@ -63,6 +63,8 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
             let value = private::cached(stage, actor, *vm, *what);
             stage.result(to, value);
         }
+        Step::Keep { vm, gpa } => private::keep(stage, actor, *vm, *gpa),
+        Step::Recall { to } => stage.result(to, private::recall(stage, actor)),
         Step::Out { vm, range, fails, to } => {
             let value = swap::out(stage, cpu, *vm, *range, *fails);
             stage.result(to, value);

@@ -1,7 +1,8 @@
 //! Leases of guest pages and page-frame caches, and what a CPU does with them.
 
-use entresol_addr::Gpa;
+use entresol_addr::{Gpa, Hpa};
 use entresol_machine::Machine;
+use entresol_mmu::Kept;
 
 use super::owner::{put, refused};
 use super::stage::{Actor, Stage};
@@ -27,7 +28,7 @@ pub fn use_leased(stage: &Stage<'_>, actor: &Actor) -> Value {
         return Value::Refused;
     };
     let mut bytes = [0; 8];
-    stage.host.machine.read(entresol_addr::Hpa::new(lease.pfn().base().get() + offset), &mut bytes);
+    stage.host.machine.read(Hpa::new(lease.pfn().base().get() + offset), &mut bytes);
     Value::Word(u64::from_le_bytes(bytes))
 }
 
@@ -75,6 +76,29 @@ pub fn uncache(stage: &Stage<'_>, actor: &mut Actor) {
     if let Some((vm, _)) = actor.cached.take().filter(|(vm, _)| stage.is_there(*vm)) {
         stage.vm(vm).deactivate(actor.cpu).expect("each CPU has a cache");
     }
+}
+
+/// Keeps the frame behind the word at `gpa`, if it can be kept.
+pub fn keep(stage: &Stage<'_>, actor: &mut Actor, vm: usize, gpa: Gpa) {
+    let memory = stage.vm(vm);
+    let pin = stage.host.epoch.pin(actor.cpu);
+    let kept = memory.keep();
+    let frame = memory.frame_to_keep(&pin, &actor.hint, gpa);
+    refused(frame.is_none());
+    actor.kept = frame.map(|frame| (vm, kept, Hpa::new(frame.base().get() + gpa.page_offset())));
+}
+
+/// Reads the word that is kept, if it still is.
+pub fn recall(stage: &Stage<'_>, actor: &Actor) -> Value {
+    let pin = stage.host.epoch.pin(actor.cpu);
+    let still = |(vm, kept, _): &&(usize, Kept, Hpa)| stage.is_there(*vm) && stage.vm(*vm).is_kept(&pin, kept);
+    let Some((_, _, at)) = actor.kept.as_ref().filter(still) else {
+        refused(true);
+        return Value::Refused;
+    };
+    let mut bytes = [0; 8];
+    stage.host.machine.read(*at, &mut bytes);
+    Value::Word(u64::from_le_bytes(bytes))
 }
 
 /// All scripts have ended.

@@ -3,11 +3,11 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use entresol_addr::{Gpa, PageSize, Pfn, PfnRange};
+use entresol_addr::{Gpa, Hpa, PageSize, Pfn, PfnRange};
 use entresol_backing::{FrameMeta, FramePool, Lease, ObjectHandle, Objects, Policy, Spec};
 use entresol_machine::Vmid;
 use entresol_machine::model::Modelled;
-use entresol_mmu::{CoalescedRing, Host, Invalidation, MmioCache, Options, Vm};
+use entresol_mmu::{CoalescedRing, Host, Invalidation, Kept, MmioCache, Options, Vm};
 use entresol_slot::Hint;
 use entresol_sync::Mutex;
 
@@ -93,6 +93,8 @@ pub struct Actor {
     pub leases: Vec<(Lease, u64)>,
     /// What its page-frame cache is for: whose, and where.
     pub cached: Option<(usize, Gpa)>,
+    /// The word that it keeps: whose, since when, and where.
+    pub kept: Option<(usize, Kept, Hpa)>,
 }
 
 impl Actor {
@@ -108,6 +110,7 @@ impl Actor {
             invalidations: Vec::new(),
             leases: Vec::new(),
             cached: None,
+            kept: None,
         }
     }
 }

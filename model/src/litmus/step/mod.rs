@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 61] = [
+pub const VERBS: [(&str, &str); 63] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -83,6 +83,8 @@ pub const VERBS: [(&str, &str); 61] = [
     ("tell VALUE", "the word is stored through the cache: 1, or 0 if the cache knows nothing"),
     ("refresh", "the cache finds out where its word lies"),
     ("uncache", "the cache is for nothing"),
+    ("keep GPA", "the hypervisor keeps the frame behind the page at GPA, if it can be kept"),
+    ("recall", "it reads the word in the frame that it keeps, if that is still kept"),
 ];
 
 /// Beside [`VERBS`], for `setup`: `vmids COUNT` wears VMIDs out, `generation COUNT` moves the generation of the slots ahead.
@@ -308,6 +310,18 @@ pub enum Step {
         /// The register for the result.
         to: Option<String>,
     },
+    /// A frame is kept.
+    Keep {
+        /// Whose.
+        vm: usize,
+        /// Behind which word.
+        gpa: Gpa,
+    },
+    /// The word in the frame that is kept is read.
+    Recall {
+        /// The register for it.
+        to: Option<String>,
+    },
     /// So many VMIDs are used up.
     Vmids {
         /// How many.
@@ -457,6 +471,7 @@ impl Step {
             | Self::Out { to, .. }
             | Self::SwapOff { to }
             | Self::Use { to }
+            | Self::Recall { to }
             | Self::Poison { to, .. }
             | Self::Cache { what: CacheVerb::Tell { .. }, to, .. }
             | Self::Drain { to } => to.as_deref(),
@@ -483,6 +498,7 @@ impl Step {
             | Self::Poison { vm, .. }
             | Self::Generation { vm, .. }
             | Self::Cache { vm, .. }
+            | Self::Keep { vm, .. }
             | Self::Out { vm, .. }
             | Self::CleanAll { vm } => Some(*vm),
             _ => None,

@@ -219,6 +219,8 @@ impl Said<'_> {
             "tell" => Step::Cache { vm, what: CacheVerb::Tell { value: words.number("VALUE")? }, to: self.to.clone() },
             "refresh" => Step::Cache { vm, what: CacheVerb::Refresh, to: None },
             "uncache" => Step::Cache { vm, what: CacheVerb::Deactivate, to: None },
+            "keep" => Step::Keep { vm, gpa: words.gpa()? },
+            "recall" => Step::Recall { to: self.to.clone() },
             "vmids" => Step::Vmids { count: words.number("COUNT")? },
             _ => return Ok(None),
         }))

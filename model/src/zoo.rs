@@ -245,7 +245,7 @@ pub const ZOO: [Exhibit; 60] = {
         exhibit!("Z-X1", ZX1, "block-edge.toml", &[Inv5, Inv3], "a block reaches beyond its slot"),
         exhibit!("Z-X2", ZX2, "read-only-slot.toml", &[Inv13, Inv11, Forbidden], "a read-only slot is mapped writable"),
         exhibit!("Z-X3", ZX3, "cache-hole.toml", &[Inv10, Inv7, Inv11], "a page-frame cache is on no list"),
-        exhibit!("Z-X4", ZX4, "kept-hole.toml", &[Forbidden], "a frame is kept whatever has moved"),
+        exhibit!("Z-X4", ZX4, "kept-hole.toml", &[Forbidden, Inv7], "a frame is kept whatever has moved"),
     ]
 };
 

@@ -85,9 +85,13 @@ impl Metal {
     }
 
     /// [`Machine::load`] of a word of a guest's memory, which may be absent from the own mapping. Whoever asks is pinned, or otherwise sure
-    /// that the frame is still what it takes it for.
+    /// that the frame is still what it takes it for. A guest may take a device's registers, or read-only memory, for a table: a frame that is
+    /// not the pool's reads as ones, as where no memory is.
     #[inline]
     pub fn load_guest(word: Word) -> u64 {
+        if !POOL.get().covers(PfnRange::single(word.frame())) {
+            return u64::MAX;
+        }
         // SAFETY: a word of the pool, aligned, into which no Rust reference points and that is accessed as an atomic.
         Self::with_guest(word, |at| unsafe { AtomicU64::from_ptr(at) }.load(Ordering::Acquire))
     }

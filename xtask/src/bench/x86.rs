@@ -4,7 +4,7 @@
 //! [`table`](super::table).
 
 use anyhow::{Result, ensure};
-use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
+use entresol_wire::config::{Arch, LargestEntry, Paging, WrittenPolicies, WrittenVm};
 
 use super::machine::{counted, execute};
 use super::table::Rows;
@@ -23,6 +23,8 @@ const OPERATIONS: [(&str, u8); 8] = [
     ("x86_dirty_log_fault", 12),
     ("x86_get_dirty_log_16384", 13),
 ];
+/// The same guest on shadow tables.
+const SHADOW: [(&str, u8); 1] = [("x86_shadow_fault_populated_4k", 2)];
 /// A store that is no operation at all: the phase that says whether counts are instructions.
 const CALIBRATION: (&str, u8) = ("calibration", 7);
 
@@ -33,18 +35,24 @@ const CALIBRATION: (&str, u8) = ("calibration", 7);
 pub fn measure() -> Result<Rows> {
     let (qemu, work) = (fetch::qemu_x86()?, work_folder()?);
     let (plugin, hypervisor) = (plugin::build(&work)?, image::build_x86()?);
-    let policies = WrittenPolicies { page_size: LargestEntry::Page4K, services: true, ..WrittenPolicies::default() };
     let kernel = guests::x86("guest-x86-bench")?;
-    let vm = WrittenVm { memory: "128M".into(), policies, ..bundle::program("bench", &kernel, "") };
-    let packed = work.join("x86.bundle");
-    bundle::pack(&bundle::check(bundle::written("1G", 1, vec![vm]))?, &packed)?;
-    let outcome = execute(&work, "x86", operations::DONE, |counts| {
-        let extra = counted(&plugin, counts).to_vec();
-        OuterX86 { cpus: 1, extra, ..OuterX86::new(&hypervisor, &packed) }.command(&qemu)
-    })?;
-    let stores = &operations::each(&[CALIBRATION], &outcome.counts)?[0].1;
-    ensure!(stores.median == 1, "a store counts as {} instructions: the counts mean nothing", stores.median);
     let mut rows = Rows::default();
-    rows.add(operations::each(&OPERATIONS, &outcome.counts)?, None);
+    for (name, paging, measured) in [("x86", Paging::Nested, &OPERATIONS[..]), ("x86-shadow", Paging::Shadow, &SHADOW)]
+    {
+        let page_size = LargestEntry::Page4K;
+        let policies = WrittenPolicies { page_size, services: true, paging, ..WrittenPolicies::default() };
+        let vm = WrittenVm { memory: "128M".into(), policies, ..bundle::program("bench", &kernel, "") };
+        let packed = work.join(format!("{name}.bundle"));
+        let mut written = bundle::written("1G", 1, vec![vm]);
+        written.outer.arch = Some(Arch::X86);
+        bundle::pack(&bundle::check(written)?, &packed)?;
+        let outcome = execute(&work, name, operations::DONE, |counts| {
+            let extra = counted(&plugin, counts).to_vec();
+            OuterX86 { cpus: 1, extra, ..OuterX86::new(&hypervisor, &packed) }.command(&qemu)
+        })?;
+        let stores = &operations::each(&[CALIBRATION], &outcome.counts)?[0].1;
+        ensure!(stores.median == 1, "a store counts as {} instructions: the counts mean nothing", stores.median);
+        rows.add(operations::each(measured, &outcome.counts)?, None);
+    }
     Ok(rows)
 }

@@ -1,6 +1,8 @@
 //! Whole machines whose guests run on shadow tables: whatever a guest does to its tables and its owner to its memory, once the guest has
 //! flushed an access ends as the same access through its own tables and the slots does.
 
+mod directed;
+
 use std::boxed::Box;
 use std::collections::BTreeMap;
 use std::vec::Vec;
@@ -487,88 +489,4 @@ proptest! {
     ) {
         run(tables, &words, regimes, &acts)?;
     }
-}
-
-/// One page of memory behind linear address 0, by tables 1 to 4.
-fn one_page(host: &Host<FlatMachine>) -> Machinery<'_> {
-    let mut words = std::vec![0; TABLES as usize * PLACES.len()];
-    for table in 1..4u64 {
-        words[(table as usize - 1) * PLACES.len()] = (table + 1) << 12 | 0x67;
-    }
-    words[3 * PLACES.len()] = 10 << 12 | 0x67;
-    Machinery::new(host, 32, &words, [regime(Mode::Level4, Controls::WRITE_PROTECT | Controls::NO_EXECUTE); VCPUS])
-}
-
-const LOAD: Request = Request { kind: Kind::Read, user: false, by_leave: false };
-const STORE: Request = Request { kind: Kind::Write, ..LOAD };
-
-#[test]
-fn a_log_names_what_is_written_through_shadow_entries() {
-    plant(&[]);
-    let host = host(256);
-    let mut this = one_page(&host);
-    this.store(0, 8, 1);
-    this.own(Deed::Log(true));
-    let mut log = [0];
-    assert_eq!(this.vm.get_dirty_log(CPU, 0, &mut log), Ok(0));
-    assert!(matches!(this.access(0, 0, LOAD), End::Read(_)));
-    assert_eq!(this.vm.get_dirty_log(CPU, 0, &mut log), Ok(0), "a load writes nothing");
-    this.store(0, 8, 2);
-    this.vm.get_dirty_log(CPU, 0, &mut log).unwrap();
-    assert_eq!(log, [1 << 10], "and no table, whose flags were set before");
-    this.store(0, 8, 3);
-    this.vm.get_dirty_log(CPU, 0, &mut log).unwrap();
-    assert_eq!(log, [1 << 10], "again, for the entry was taken the permission away");
-    assert_eq!(this.vm.audit_shadow(), Ok(()));
-    this.end();
-}
-
-#[test]
-fn a_table_whose_flags_are_set_for_the_guest_is_in_the_log() {
-    plant(&[]);
-    let host = host(256);
-    let mut this = one_page(&host);
-    this.edit(4 << 12, 10 << 12 | 0x07);
-    this.load(0);
-    this.own(Deed::Log(true));
-    assert!(matches!(this.access(0, 0, STORE), End::Written(_)));
-    let mut log = [0];
-    this.vm.get_dirty_log(CPU, 0, &mut log).unwrap();
-    assert_eq!(log, [1 << 10 | 1 << 4]);
-    this.end();
-}
-
-#[test]
-fn a_parent_on_shadow_tables_copies_what_it_writes() {
-    plant(&[]);
-    let host = host(256);
-    let mut this = one_page(&host);
-    this.store(0, 8, 1);
-    this.own(Deed::Fork);
-    this.store(0, 8, 2);
-    assert_eq!(word(&this.vm, 10 << 12 | 8), Some(2));
-    assert_eq!(word(&this.children[0].0, 10 << 12 | 8), Some(1));
-    assert!(!this.children[0].0.is_shaded(), "whoever runs it gives it its own");
-    this.end();
-}
-
-#[test]
-fn what_cannot_be_shaded_says_why_and_stays_as_it_was() {
-    plant(&[]);
-    let host = host(64);
-    let words = || Box::new(Words::new(46, None));
-    let mut vm: Shaded<'_> = Vm::new(&host, CPU, Nested::new(46, None), OPTIONS).unwrap();
-    let free = host.pool.free_frames();
-    let few = entresol_shadow::CreateError::Frames { offered: 5, fewest: 6 };
-    assert_eq!(vm.shade(CPU, words(), 5, 1), Err(ShadeError::Tables(few)));
-    assert_eq!(vm.shade(CPU, words(), 100, 1), Err(ShadeError::OutOfMemory));
-    assert_eq!((host.pool.free_frames(), vm.is_shaded()), (free, false));
-    assert_eq!(vm.shade(CPU, words(), 8, 1), Ok(()));
-    assert_eq!(vm.shade(CPU, words(), 8, 1), Err(ShadeError::Shaded));
-    assert_eq!(host.pool.free_frames(), free - 8);
-    vm.destroy(CPU);
-    let incoherent = host_with(64, entresol_machine::Features { coherent_icache: false, ..coherent() });
-    let mut vm: Shaded<'_> = Vm::new(&incoherent, CPU, Nested::new(46, None), OPTIONS).unwrap();
-    assert_eq!(vm.shade(CPU, words(), 8, 1), Err(ShadeError::Incoherent));
-    vm.destroy(CPU);
 }

@@ -39,6 +39,8 @@ mod code {
     pub const XSETBV: u64 = 0x8d;
     pub const NPF: u64 = 0x400;
     pub const INVALID: u64 = u64::MAX;
+    /// The same from QEMU's TCG, which stores its lower half only.
+    pub const INVALID_HALF: u64 = u32::MAX as u64;
 }
 
 const PAGE_FAULT: u8 = 14;
@@ -96,7 +98,7 @@ pub const fn decode(exit_code: u64, info1: u64, info2: u64, decode_assists: bool
         code::MONITOR => Exit::Monitor,
         code::MWAIT | code::MWAIT_ARMED => Exit::MonitorWait,
         code::SHUTDOWN => Exit::Shutdown,
-        code::INVALID => Exit::InvalidState,
+        code::INVALID | code::INVALID_HALF => Exit::InvalidState,
         other => Exit::Other(other),
     }
 }
@@ -159,6 +161,7 @@ mod tests {
         assert_eq!(decode(0x7c, 1, 0, false), Exit::WriteMsr);
         assert!(matches!(decode(0x400, 6, 0x1000, false), Exit::Memory(fault::SecondStage::Fault(_))));
         assert_eq!(decode(u64::MAX, 0, 0, false), Exit::InvalidState);
+        assert_eq!(decode(u32::MAX.into(), 0, 0, false), Exit::InvalidState);
         for virtualisation in [0x7a, 0x80, 0x82, 0x83, 0x84, 0x85, 0x86] {
             assert_eq!(decode(virtualisation, 0, 0, false), Exit::Virtualisation);
         }

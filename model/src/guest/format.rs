@@ -5,8 +5,7 @@
 
 use entresol_addr::Pfn;
 use entresol_arch_arm64::stage2::Stage2;
-use entresol_arch_x86::ept::Extended;
-use entresol_arch_x86::npt::Nested;
+use entresol_arch_x86::either::{Either, Maker};
 use entresol_table::{Entry, Format, Geometry, Leaf, MmioEntry};
 
 use crate::machine::config::{Config, Paging};
@@ -16,10 +15,8 @@ use crate::machine::config::{Config, Paging};
 pub enum LabFormat {
     /// arm64's.
     Stage2(Stage2),
-    /// AMD's.
-    Nested(Nested),
-    /// Intel's.
-    Extended(Extended),
+    /// That of an x86 processor, AMD's or Intel's.
+    Either(Either),
 }
 
 impl LabFormat {
@@ -27,8 +24,8 @@ impl LabFormat {
     pub fn of(machine: &Config) -> Self {
         match machine.format {
             Paging::Stage2 => Self::Stage2(Stage2 { fwb: machine.fwb }),
-            Paging::Npt => Self::Nested(Nested::new(machine.physical_bits, None)),
-            Paging::Ept => Self::Extended(Extended::new(machine.physical_bits, None)),
+            Paging::Npt => Self::Either(Either::new(Maker::Amd, machine.physical_bits, None)),
+            Paging::Ept => Self::Either(Either::new(Maker::Intel, machine.physical_bits, None)),
         }
     }
 }
@@ -37,16 +34,15 @@ macro_rules! each {
     ($self:ident, $format:ident => $what:expr) => {
         match $self {
             LabFormat::Stage2($format) => $what,
-            LabFormat::Nested($format) => $what,
-            LabFormat::Extended($format) => $what,
+            LabFormat::Either($format) => $what,
         }
     };
 }
 
 impl Format for LabFormat {
-    /// Bits 2:0 clear are "not present" to all three; bit 3 tells it from a vacant word.
+    /// Bits 2:0 clear are "not present" to every processor; bit 3 tells it from a vacant word.
     const BROKEN: u64 = 1 << 3;
-    /// The fewest of the three.
+    /// The fewest.
     const FRAME_BITS: u32 = Stage2::FRAME_BITS;
 
     fn geometry(&self, ipa_bits: u8) -> Option<Geometry> {

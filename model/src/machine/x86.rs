@@ -120,6 +120,7 @@ pub fn qualification(access: Access, refusal: Refusal) -> u64 {
 mod tests {
     use super::*;
     use entresol_addr::Gfn;
+    use entresol_arch_x86::either::{Either, Maker};
     use entresol_arch_x86::ept::Extended;
     use entresol_arch_x86::npt::Nested;
     use entresol_table::{Entry, Format, Memory, MmioEntry, Permissions, level_of};
@@ -166,6 +167,8 @@ mod tests {
 
     #[test]
     fn both_readings_agree_on_nested_and_extended_entries() {
+        both_readings_agree(Either::new(Maker::Amd, BITS, None), nested);
+        both_readings_agree(Either::new(Maker::Intel, BITS, None), extended);
         both_readings_agree(Nested::new(BITS, None), nested);
         both_readings_agree(Extended::new(BITS, None), extended);
     }

@@ -39,6 +39,11 @@ fn main(machine: &Machine) {
     tally.check("the processor hides what it cannot do here", processor());
     tally.check("a register that does not exist is refused", refused_register());
     tally.check("EFER keeps what it must", efer());
+    tally.check("CR0.NE reads as it was written", error_reporting());
+    // QEMU's TCG takes the bit on AMD's processors, which have no such bit.
+    if is_intel() {
+        tally.check("CR4.VMXE is refused", vmxe());
+    }
     tally.check("SVM's own instructions are undefined", undefined_instruction());
     if services {
         tally.check("nobody answers: loads read ones, stores are ignored", nobody());
@@ -155,6 +160,43 @@ fn efer() -> bool {
         asm!("rdmsr", "wrmsr", in("ecx") EFER, out("eax") low, out("edx") high, options(nostack));
     }
     low & (1 << 8 | 1 << 10) == 1 << 8 | 1 << 10 && low & 1 << 12 == 0 && high == 0
+}
+
+/// CR0.NE, of which VMX demands that it is set: a guest does not see that.
+fn error_reporting() -> bool {
+    const NE: u64 = 1 << 5;
+    let read = || {
+        let cr0: u64;
+        // SAFETY: reads a register.
+        unsafe { asm!("mov {}, cr0", out(reg) cr0, options(nomem, nostack, preserves_flags)) };
+        cr0
+    };
+    let write = |cr0: u64| {
+        // SAFETY: only NE changes, and no x87 instruction runs.
+        unsafe { asm!("mov cr0, {}", in(reg) cr0, options(nostack)) };
+    };
+    let before = read();
+    let kept = [before ^ NE, before, before | NE, before & !NE].into_iter().all(|cr0| {
+        write(cr0);
+        read() == cr0
+    });
+    write(before);
+    kept && read() == before
+}
+
+/// CR4.VMXE of a processor that says it has no VMX.
+fn vmxe() -> bool {
+    const VMXE: u64 = 1 << 13;
+    trap::around(|resume| {
+        // SAFETY: a guest may not set it; the exception goes on behind the instruction.
+        unsafe {
+            asm!(
+                "lea {at}, [rip + 2f]", "mov [{resume}], {at}",
+                "mov {cr4}, cr4", "or {cr4}, {vmxe}", "mov cr4, {cr4}", "2:",
+                at = out(reg) _, resume = in(reg) resume, cr4 = out(reg) _, vmxe = const VMXE, options(nostack)
+            );
+        }
+    }) == Some(GENERAL_PROTECTION)
 }
 
 /// Where no memory is, and no device either.

@@ -27,6 +27,11 @@ impl<T> Mutex<T> {
     pub const fn new(value: T) -> Self {
         Self { order: OnceLock::new(), value: std::sync::Mutex::new(value) }
     }
+
+    /// As in `spin`.
+    pub fn into_inner(self) -> T {
+        self.value.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl<T: ?Sized> Mutex<T> {

@@ -45,6 +45,22 @@ fn a_flush_that_leaves_an_mmio_entry_is_found() {
     assert!(!agreed);
 }
 
+/// Z-C1: found by a slot that is made where a device was.
+#[test]
+fn an_mmio_entry_that_outlives_its_generation_is_found() {
+    for bug in [None, Some(Bug::ZC1)] {
+        plant(&[]);
+        let (mut this, linear) = remap();
+        assert_eq!(this.access(0, linear, LOAD), End::Mmio(Gpa::new(21 << 12)));
+        this.memory.absent.remove(&21);
+        this.memory.generation += 1;
+        plant(bug.as_slice());
+        let agreed = this.compare(0, linear, LOAD);
+        plant(&[]);
+        assert_eq!(agreed, bug.is_none(), "{bug:?}");
+    }
+}
+
 /// A guest that writes to a table through an address which that very table maps goes on.
 #[test]
 fn a_table_that_maps_itself_can_be_written() {

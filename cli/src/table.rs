@@ -146,7 +146,10 @@ pub fn probe(probe: &Probe) -> String {
     let kind = if probe.private { "private" } else { "not private" };
     match probe.fault {
         Some(fault) => {
-            format!("frame {:#x}, {kind}: the read faulted: ESR {:#x}, FAR {:#x}\n", probe.frame, fault.esr, fault.far)
+            format!(
+                "frame {:#x}, {kind}: the read faulted: syndrome {:#x}, address {:#x}\n",
+                probe.frame, fault.syndrome, fault.address
+            )
         }
         None => format!("frame {:#x}, {kind}: the read went through\n", probe.frame),
     }

@@ -2,6 +2,8 @@
 
 use core::ops::{BitOr, BitOrAssign};
 
+use entresol_sync::atomic::{AtomicBool, Ordering};
+
 /// The most vCPUs of one virtual machine.
 pub const MAX_VCPUS: usize = 8;
 
@@ -47,6 +49,22 @@ impl Kick {
     #[inline]
     pub fn iter(self) -> impl Iterator<Item = usize> {
         (0..MAX_VCPUS).filter(move |&vcpu| self.contains(vcpu))
+    }
+}
+
+/// Whether one vCPU has to look at its interrupts before it enters its guest.
+#[derive(Clone, Copy)]
+pub struct Flag<'g>(&'g AtomicBool);
+
+impl<'g> Flag<'g> {
+    pub(crate) const fn new(flag: &'g AtomicBool) -> Self {
+        Self(flag)
+    }
+
+    /// One atomic load, sequentially consistent.
+    #[inline]
+    pub fn is_up(self) -> bool {
+        self.0.load(Ordering::SeqCst)
     }
 }
 

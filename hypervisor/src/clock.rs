@@ -2,7 +2,6 @@
 
 use crate::arch::boot::BootInfo;
 use crate::arch::{self, timer};
-use entresol_devices::pl031::Clock;
 use entresol_sync::atomic::{AtomicU64, Ordering};
 
 /// Unix time at count 0.
@@ -16,19 +15,10 @@ pub fn init(info: &BootInfo) {
 
 /// Seconds of Unix time.
 pub fn unix_seconds() -> u64 {
-    AT_ZERO.load(Ordering::Relaxed) + timer::now() / timer::frequency()
+    unix_at_zero() + timer::now() / timer::frequency()
 }
 
-/// The count of the physical counter at which `unix_seconds` begins.
-pub fn count_at(unix_seconds: u64) -> u64 {
-    unix_seconds.saturating_sub(AT_ZERO.load(Ordering::Relaxed)).saturating_mul(timer::frequency())
-}
-
-/// The clock as guests get it.
-pub struct WallClock;
-
-impl Clock for WallClock {
-    fn unix_seconds(&self) -> u64 {
-        unix_seconds()
-    }
+/// Unix time at count 0 of the machine's counter, in seconds.
+pub fn unix_at_zero() -> u64 {
+    AT_ZERO.load(Ordering::Relaxed)
 }

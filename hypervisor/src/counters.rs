@@ -23,7 +23,7 @@ reasons! {
     DataAbort = "data-abort",
     /// Instruction abort.
     InstructionAbort = "instruction-abort",
-    /// Of the aborts: an access to a device or to nothing.
+    /// Of the aborts, and of x86-64's nested faults, which the core counts: an access to a device or to nothing.
     Mmio = "mmio",
     /// Of the aborts: a store to a zone of coalesced MMIO or to a doorbell.
     Posted = "posted",
@@ -41,7 +41,7 @@ reasons! {
     CacheMaintenance = "cache-maintenance",
     /// Of those: all memory was cleaned for maintenance by set/way, or for caches that went on or off after it.
     CacheToggle = "cache-toggle",
-    /// WFI, WFE.
+    /// WFI, WFE, HLT.
     Wait = "wait",
     /// A physical interrupt.
     Interrupt = "interrupt",
@@ -49,6 +49,14 @@ reasons! {
     Undefined = "undefined",
     /// SError.
     SystemError = "system-error",
+    /// IN, OUT.
+    Port = "port",
+    /// RDMSR, WRMSR.
+    Msr = "msr",
+    /// CPUID.
+    Cpuid = "cpuid",
+    /// VMMCALL, VMCALL.
+    Hypercall = "hypercall",
 }
 
 /// Counts by reason.

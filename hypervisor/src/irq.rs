@@ -12,10 +12,9 @@ pub fn take(cpu: usize, mut guest: Option<(&VcpuRef, &mut State)>) -> Next {
     if let Some((vcpu, _)) = &guest {
         vcpu.vm.counters.bump(Reason::Interrupt);
     }
-    while let Some(intid) = lines::ack() {
-        lines::drop_priority(intid);
+    while let Some(intid) = arch::take_interrupt() {
         handle(cpu, intid, guest.as_mut().map(|(vcpu, state)| (*vcpu, &mut **state)));
-        lines::deactivate(intid);
+        arch::end_interrupt(intid);
     }
     Next::Look
 }

@@ -136,6 +136,10 @@ fn start_guests(info: &'static BootInfo) {
     // SAFETY: the loader put the bundle there, `split` keeps it out of heap and frames, and nothing writes to it.
     let bytes = unsafe { core::slice::from_raw_parts(region.start as *const u8, region.size() as usize) };
     let bundle = Bundle::parse(bytes).unwrap_or_else(|error| refuse(format_args!("boot bundle: {error}")));
+    if bundle.config().outer.arch != arch::ARCH {
+        let (wanted, ours) = (bundle.config().outer.arch, arch::ARCH);
+        refuse(format_args!("outer.arch = {wanted:?}: must be this machine's, {ours:?}"));
+    }
     vm::rom::init(&bytes[..bundle.total() as usize]);
     // The bundle was checked against the machine that its owner had in mind.
     let ram: u64 = info.ram.iter().map(|region| region.size()).sum();

@@ -7,7 +7,7 @@
 //! Invariants: nothing here allocates. The CPU is pinned to the grace period only inside `exit`, never across an entry.
 //! Lock order: vCPU state (for the whole turn) → everything else.
 
-use crate::arch::turn::{self, enter, settle};
+use crate::arch::turn::{self, settle};
 use crate::arch::{State, cpu, timer};
 use crate::exit::Next;
 use crate::sched::{self, Deadline, Leave, VcpuRef};
@@ -58,7 +58,7 @@ fn take_turn(cpu: usize, vcpu: VcpuRef) {
     let leave = {
         let mut state = vcpu.vm.vcpu(vcpu.index).state.lock();
         turn::load(cpu, &vcpu, &mut state);
-        let leave = enter_until_it_leaves(cpu, &vcpu, &mut state);
+        let leave = turn::until_it_leaves(cpu, &vcpu, &mut state);
         match turn::put(cpu, &vcpu, &mut state, leave) {
             Leave::Wait(at_most) => {
                 let first = [at_most.count(), deadline(&vcpu, &state)].into_iter().flatten().min();
@@ -72,8 +72,20 @@ fn take_turn(cpu: usize, vcpu: VcpuRef) {
     sched::put(cpu, vcpu, leave, || vm.wakes(index));
 }
 
+/// A way in which this architecture's processors enter guests: each has a loop of its own, so that nothing asks which at an entry.
+pub trait Way {
+    /// Lets the loaded vCPU run until it comes back, and answers why it did.
+    ///
+    /// # Safety
+    ///
+    /// [`turn::load`] made the hardware hold this vCPU's state and its virtual machine's tables; nothing else runs on this CPU, which is
+    /// `cpu`, and whose way this is.
+    unsafe fn enter(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next;
+}
+
+/// Lets the loaded vCPU run until it leaves this CPU, `cpu`, whose way is `W`.
 #[inline(never)]
-fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave {
+pub fn enter_until_it_leaves<W: Way>(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave {
     if vcpu.vm.memory.enter(cpu, vcpu.index as u32).is_err() {
         vcpu.vm.pause(Pause::DirtyRingFull);
         return Leave::Park;
@@ -95,7 +107,7 @@ fn enter_until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave
             return leave;
         }
         // SAFETY: `load` made the hardware hold this vCPU's state and its VM's tables; nothing else runs on this CPU.
-        let next = unsafe { enter(cpu, vcpu, state) };
+        let next = unsafe { W::enter(cpu, vcpu, state) };
         // Nearly always, so it is asked first.
         if next == Next::Again {
             continue;

@@ -10,18 +10,23 @@
 //!
 //! Lock order: state → scheduler; the boot registers are a leaf.
 
+use alloc::vec::Vec;
+
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicU64, Ordering};
+use entresol_wire::bundle::FileIndex;
+use entresol_wire::config;
 use serde::{Deserialize, Serialize};
 
-use crate::arch::{Boot, SavedState, State};
+use crate::arch::{Boot, Room, SavedState, State};
 use crate::sched::Run;
-use crate::vm::Wait;
+use crate::vm::{OutOfHeap, Wait};
 
 /// How the counts of a machine that goes on from a saved state relate to this machine's.
 #[derive(Clone, Copy, Debug)]
 pub struct Counts {
     /// What the guest's count lags behind.
+    #[cfg_attr(target_arch = "x86_64", expect(dead_code, reason = "each vCPU has an offset of its own"))]
     pub offset: u64,
     /// How far this machine's count is ahead of the one that it was saved on.
     pub jump: u64,
@@ -56,20 +61,34 @@ const PARKED: u64 = 3;
 const FETCHING: u64 = 4;
 const RUNNING: u64 = 5;
 
+/// Room for `count` vCPUs.
+///
+/// # Errors
+///
+/// [`OutOfHeap`].
+pub fn rooms(count: usize) -> Result<Vec<Room>, OutOfHeap> {
+    let mut rooms = Vec::new();
+    rooms.try_reserve_exact(count).map_err(|_| OutOfHeap)?;
+    for _ in 0..count {
+        rooms.push(Room::new()?);
+    }
+    Ok(rooms)
+}
+
 impl Vcpu {
     /// vCPU `index`, powered off.
-    pub fn new(index: u8) -> Self {
-        let state = State::new(index);
-        Self { run: AtomicU64::new(OFF), boot: Mutex::new(None), state: Mutex::new(state), wait: Wait::default() }
+    pub fn new(index: u8, room: Room) -> Self {
+        let state = Mutex::new(State::new(index, room));
+        Self { run: AtomicU64::new(OFF), boot: Mutex::new(None), state, wait: Wait::default() }
     }
 
     /// The same vCPU of a copy of its virtual machine. It is on no CPU, and neither is the copy's, which runs when that is let
     /// run; a wait for an interrupt ends then, as waits may.
-    pub fn fork(&self) -> Self {
+    pub fn fork(&self, room: Room) -> Self {
         let state = self.state.lock();
         let run = if self.run() == Run::Off { OFF } else { PARKED };
         // Made where it stays: it is large.
-        let state = Mutex::new(state.fork());
+        let state = Mutex::new(state.fork(room));
         Self { run: AtomicU64::new(run), boot: Mutex::new(*self.boot.lock()), state, wait: self.wait.fork() }
     }
 
@@ -83,13 +102,14 @@ impl Vcpu {
         }
     }
 
-    /// vCPU `index` as it was saved, on no CPU, with such counts from now on.
-    pub fn load(index: u8, saved: Saved, counts: Counts) -> Self {
-        let state = Mutex::new(State::load(index, saved.state, counts));
-        let vcpu = Self { wait: Wait::load(saved.stolen), state, ..Self::new(index) };
-        *vcpu.boot.lock() = saved.boot;
-        vcpu.set_run(if saved.on { Run::Parked } else { Run::Off });
-        vcpu
+    /// vCPU `index` as it was saved, on no CPU, with such counts from now on, of a virtual machine as `config` says.
+    pub fn load(index: u8, room: Room, saved: Saved, counts: Counts, config: &config::Vm<FileIndex>) -> Self {
+        Self {
+            run: AtomicU64::new(if saved.on { PARKED } else { OFF }),
+            boot: Mutex::new(saved.boot),
+            state: Mutex::new(State::load(index, room, saved.state, counts, config)),
+            wait: Wait::load(saved.stolen),
+        }
     }
 
     /// Where it is. Stable only under the scheduler's lock.

@@ -101,7 +101,7 @@ pub fn rustflags_x86() -> Vec<String> {
 /// Cargo with the bare x86-64 machine's target and flags, for `build` and `clippy` alike.
 pub fn cargo_x86(subcommand: &str) -> std::process::Command {
     let mut cargo = workspace::cargo();
-    cargo.args([subcommand, "--target", METAL_X86_TARGET, "--package", "entresol-hypervisor-x86"]);
+    cargo.args([subcommand, "--target", METAL_X86_TARGET, "--package", "entresol-hypervisor"]);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags_x86().join("\x1f")).env_remove("RUSTFLAGS");
     cargo
 }
@@ -114,7 +114,7 @@ pub fn build_x86() -> Result<PathBuf> {
     toolchain::ensure_targets(&[METAL_X86_TARGET])?;
     let _step = Step::start("building the hypervisor for x86-64");
     workspace::output(cargo_x86("build").args(["--profile", "metal", "--quiet"]))?;
-    Ok(workspace::target_dir().join(METAL_X86_TARGET).join("metal/entresol-hypervisor-x86"))
+    Ok(workspace::target_dir().join(METAL_X86_TARGET).join("metal/entresol-hypervisor"))
 }
 
 /// Writes a file under its name only when it is whole: a machine that reads the old one goes on reading it.

@@ -139,7 +139,7 @@ fn an_audit_that_finds_something_fails_and_a_probe_says_what_it_met() {
     let table = text(&audit.stdout);
     assert!(table.contains("wrong") && table.ends_with("frame 0x47e00 is one that is wrong\n"), "{table}");
     let probe = |vm| text(&ctl(&fake, &["probe", vm, "0x40200000"]).stdout).to_owned();
-    assert_eq!(probe("web"), "frame 0x47e00, private: the read faulted: ESR 0x96000006, FAR 0x47e00000\n");
+    assert_eq!(probe("web"), "frame 0x47e00, private: the read faulted: syndrome 0x96000006, address 0x47e00000\n");
     assert_eq!(probe("db"), "frame 0x47e00, not private: the read went through\n");
 }
 

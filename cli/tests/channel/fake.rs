@@ -151,7 +151,7 @@ impl Guest {
                 self.respond(id, Ok(Answer::Audit(Audit { example: Some(0x4_7e00), ..audit })));
             }
             Op::Probe { vm, .. } => {
-                let fault = (vm == "web").then_some(ProbeFault { esr: 0x9600_0006, far: 0x47e0_0000 });
+                let fault = (vm == "web").then_some(ProbeFault { syndrome: 0x9600_0006, address: 0x47e0_0000 });
                 self.respond(id, Ok(Answer::Probe(Probe { frame: 0x4_7e00, private: vm == "web", fault })));
             }
             Op::Poison { vm, gpa } if *gpa != 0 => {

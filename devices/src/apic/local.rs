@@ -252,6 +252,11 @@ impl Local {
         self.tmr.has(vector).then_some(vector)
     }
 
+    /// Whether there is something that the vCPU must do before it goes on.
+    pub fn has_event(&self) -> bool {
+        self.init || self.startup.is_some() || self.nmi
+    }
+
     /// What the vCPU must do before it goes on.
     pub fn take_event(&mut self) -> Option<Event> {
         if core::mem::take(&mut self.init) {

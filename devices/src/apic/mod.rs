@@ -48,7 +48,7 @@ use local::{Face, Local};
 use message::{Delivery, Message};
 use registers::Effect;
 
-pub use crate::kick::{Kick, MAX_VCPUS};
+pub use crate::kick::{Flag, Kick, MAX_VCPUS};
 
 /// Inputs of the I/O APIC.
 pub const MAX_INPUTS: usize = 48;
@@ -204,7 +204,22 @@ impl Apic {
     /// This and every other call, if there is no such vCPU.
     #[inline]
     pub fn needs_look(&self, vcpu: usize) -> bool {
-        self.cpus[vcpu].needs_look.load(Ordering::SeqCst)
+        self.look_flag(vcpu).is_up()
+    }
+
+    /// The same question, to be asked often of one vCPU.
+    pub fn look_flag(&self, vcpu: usize) -> Flag<'_> {
+        Flag::new(&self.cpus[vcpu].needs_look)
+    }
+
+    /// `vcpu` looks again before it enters its guest.
+    pub fn look_again(&self, vcpu: usize) {
+        self.cpus[vcpu].needs_look.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether [`Self::take_event`] has something, which ends any wait.
+    pub fn has_event(&self, vcpu: usize) -> bool {
+        self.cpus[vcpu].local.lock().has_event()
     }
 
     /// What `vcpu` must do first. Call it until there is nothing; then its flag is clear unless something came meanwhile.

@@ -9,14 +9,14 @@
 //! guest ends in order of priority, so it ends those that have room first.
 
 use entresol_sync::MutexGuard;
-use entresol_sync::atomic::{AtomicBool, Ordering};
+use entresol_sync::atomic::Ordering;
 
 use super::bank::{Bank, Groups, bits};
 use super::frame::{BankRegister, Field};
 use super::lr::{Group, ListRegisters, State};
 use super::select::{Candidate, MostUrgent};
 use super::spis::{self, Spis};
-use super::{Cpu, FIRST_SPI, Kick, Vgic};
+use super::{Cpu, FIRST_SPI, Flag, Kick, Vgic};
 
 /// What a flush left to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,18 +41,6 @@ struct Held<'a> {
     private: MutexGuard<'a, Bank>,
 }
 
-/// Whether one vCPU must be flushed before it enters its guest.
-#[derive(Clone, Copy)]
-pub struct SyncFlag<'g>(&'g AtomicBool);
-
-impl SyncFlag<'_> {
-    /// One atomic load, sequentially consistent.
-    #[inline]
-    pub fn is_up(self) -> bool {
-        self.0.load(Ordering::SeqCst)
-    }
-}
-
 impl Vgic {
     /// Whether the vCPU must be flushed before it enters its guest. One atomic load, sequentially consistent.
     ///
@@ -65,8 +53,8 @@ impl Vgic {
     }
 
     /// The same question, to be asked often of one vCPU.
-    pub fn sync_flag(&self, vcpu: usize) -> SyncFlag<'_> {
-        SyncFlag(&self.cpus[vcpu].needs_sync)
+    pub fn sync_flag(&self, vcpu: usize) -> Flag<'_> {
+        Flag::new(&self.cpus[vcpu].needs_sync)
     }
 
     /// Takes every interrupt back from the image, which is empty afterwards.

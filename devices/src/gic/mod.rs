@@ -67,9 +67,9 @@ use entresol_sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use bank::{Bank, Groups};
 use spis::Spis;
 
-pub use crate::kick::{Kick, MAX_VCPUS};
+pub use crate::kick::{Flag, Kick, MAX_VCPUS};
 pub use error::GicError;
-pub use inject::{Flush, SyncFlag};
+pub use inject::Flush;
 pub use lr::{Group, Hcr, ListRegister, ListRegisters, MAX_LIST_REGISTERS, State, Vmcr};
 pub use redistributor::REDISTRIBUTOR_SIZE;
 pub use saved::Saved;

@@ -215,6 +215,9 @@ fn describe(status: Status) -> (State, Option<Reason>) {
         Status::Crashed(Crash::Unsupported { syndrome }) => {
             crashed(format_args!("Unsupported fault: ESR_EL2 = {syndrome:#x}"))
         }
+        Status::Crashed(Crash::TripleFault) => crashed(format_args!("TripleFault")),
+        Status::Crashed(Crash::InvalidState) => crashed(format_args!("InvalidState")),
+        Status::Crashed(Crash::Unexpected) => crashed(format_args!("Unexpected exit")),
         Status::Crashed(Crash::BadObject { gpa }) => crashed(format_args!("BadObject at {gpa:#x}")),
         Status::Crashed(Crash::NoSyndrome { instruction: Some(word), gpa, syndrome }) => {
             crashed(format_args!("NoSyndrome: instruction {word:#010x} at {gpa:#x}, ESR_EL2 = {syndrome:#x}"))

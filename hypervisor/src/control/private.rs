@@ -56,5 +56,9 @@ pub fn probe(vm: &Vm, address: u64) -> Result<Probe, Error> {
     if let Some(fault) = fault {
         log::warn!("vm {}: a read of frame {frame:#x} without a lease was stopped: {fault}", vm.config.name);
     }
-    Ok(Probe { frame: frame.get(), private, fault: fault.map(|fault| ProbeFault { esr: fault.esr, far: fault.far }) })
+    Ok(Probe {
+        frame: frame.get(),
+        private,
+        fault: fault.map(|fault| ProbeFault { syndrome: fault.syndrome, address: fault.address }),
+    })
 }

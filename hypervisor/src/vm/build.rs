@@ -26,7 +26,7 @@ use crate::console::Terminal;
 use crate::counters::Counters;
 use crate::host;
 use crate::sched;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Vcpu, rooms};
 
 /// Slots of a virtual machine.
 pub(super) const SLOTS: u32 = 64;
@@ -96,7 +96,7 @@ pub fn build(
     let vcpus = config.vcpus as usize;
     let mut all = Vec::new();
     all.try_reserve_exact(vcpus).map_err(|_| OutOfHeap)?;
-    all.extend((0..vcpus).map(|index| Vcpu::new(index as u8)));
+    all.extend(rooms(vcpus)?.into_iter().enumerate().map(|(index, room)| Vcpu::new(index as u8, room)));
     let vm = assemble(config, bundle, terminal, media, Inside { board: None, vcpus: all, ram: create_ram(config)? })?;
     let boot = guest.place(&vm.memory)?;
     if config.merge {
@@ -201,8 +201,15 @@ fn create_memory(config: &config::Vm<FileIndex>) -> Result<Memory, BuildError> {
     };
     let ipa_bits = map::GPA_BITS.min(Board::physical_bits());
     let options = Options { ipa_bits, slots: SLOTS, largest, read_only_ivac, tags: config.mte };
-    Memory::new(host::get(), cpu::index(), Board::format(config), options)
-        .map_err(|error| BuildError::because("memory", &format_args!("{error:?}")))
+    let memory = Memory::new(host::get(), cpu::index(), Board::format(config), options);
+    let mut memory = memory.map_err(|error| BuildError::because("memory", &format_args!("{error:?}")))?;
+    match Board::shade(&mut memory, config) {
+        Ok(()) => Ok(memory),
+        Err(error) => {
+            memory.destroy(cpu::index());
+            Err(error.into())
+        }
+    }
 }
 
 /// Memory for a machine like `config`, all vacant. What it shares with the hypervisor at boot is shared.

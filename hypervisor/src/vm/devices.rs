@@ -32,7 +32,7 @@ use super::flash::Window;
 use super::link::Link;
 use super::memory::{DeviceMemory, QUEUE_CACHES};
 use super::{FlashMemory, Media, OutOfHeap, Overlay, Pause, Vm};
-use crate::arch::{Board, Line, State, cpu, map};
+use crate::arch::{Accessor, Board, Line, cpu, map};
 use crate::console::Terminal;
 use crate::entropy::MachineEntropy;
 use crate::sched::VcpuRef;
@@ -327,7 +327,7 @@ impl Devices {
     }
 
     /// The flash, if it is what lies at `gpa`, and the offset in it.
-    fn flash_at(&self, gpa: u64) -> Option<(&Flash<Window>, u64)> {
+    pub fn flash_at(&self, gpa: u64) -> Option<(&Flash<Window>, u64)> {
         let flash = self.flash.as_ref()?;
         gpa.checked_sub(map::FLASH_BASE).filter(|offset| *offset < flash.size()).map(|offset| (flash, offset))
     }
@@ -336,7 +336,7 @@ impl Devices {
 impl Vm {
     /// The device at `gpa`, the offset in it, and its transport, if it has one.
     #[inline]
-    fn device_at(&self, gpa: u64) -> Option<(&dyn Device, u64, Option<usize>)> {
+    pub fn device_at(&self, gpa: u64) -> Option<(&dyn Device, u64, Option<usize>)> {
         if let Some((device, offset)) = self.board.device_at(gpa) {
             return Some((device, offset, None));
         }
@@ -344,11 +344,11 @@ impl Vm {
     }
 
     /// A guest's load of `size` bytes at `gpa`.
-    pub fn device_read(&self, vcpu: &VcpuRef, state: &mut State, gpa: Gpa, size: u8) -> Claim {
+    pub fn device_read(&self, vcpu: &VcpuRef, by: Accessor<'_>, gpa: Gpa, size: u8) -> Claim {
         if let Some((device, offset, _)) = self.device_at(gpa.get()) {
             return Claim::Value(device.read(offset, size));
         }
-        if let Some(value) = self.board.read(vcpu, state, gpa.get(), size) {
+        if let Some(value) = self.board.read(vcpu, by, gpa.get(), size) {
             return Claim::Value(value);
         }
         self.read_elsewhere(gpa, size)
@@ -380,12 +380,12 @@ impl Vm {
     }
 
     /// A guest's store of the low `size` bytes of `value` at `gpa`.
-    pub fn device_write(&self, vcpu: &VcpuRef, state: &mut State, gpa: Gpa, size: u8, value: u64) -> Claim {
+    pub fn device_write(&self, vcpu: &VcpuRef, by: Accessor<'_>, gpa: Gpa, size: u8, value: u64) -> Claim {
         if let Some((device, offset, slot)) = self.device_at(gpa.get()) {
             let work = device.write(offset, size, value);
             return if self.note(slot, work) { Claim::Look } else { Claim::Done };
         }
-        if self.board.write(vcpu, state, gpa.get(), size, value) {
+        if self.board.write(vcpu, by, gpa.get(), size, value) {
             return Claim::Done;
         }
         self.write_elsewhere(gpa, size, value)
@@ -406,29 +406,6 @@ impl Vm {
             Some(_) => Claim::Again,
             None => self.nobody(true),
         }
-    }
-
-    /// Whether some device answers in all of the page at `page`: none of them has less than pages.
-    pub fn fills(&self, page: u64) -> bool {
-        self.device_at(page).is_some() || self.board.is_controller(page)
-    }
-
-    /// Whether a store or load at `gpa`, which no memory served, will be answered, or tried again; if not, that is noted.
-    pub fn answers(&self, gpa: Gpa, write: bool) -> bool {
-        let (address, policies) = (gpa.get(), &self.config.policies);
-        let claimed = self.device_at(address).is_some() || self.board.is_controller(address);
-        if claimed || self.devices.flash_at(address).is_some() {
-            return true;
-        }
-        let pin = host::get().epoch.pin(cpu::index());
-        if let Some(slot) = self.memory.slots().find(&pin, gpa.frame(), &Hint::new()) {
-            return !(write && slot.is_read_only()) || policies.read_only_store == ReadOnlyStore::Ignore;
-        }
-        let answers = policies.unclaimed_mmio == UnclaimedMmio::ReadAsZero;
-        if !answers {
-            self.unclaimed.bump();
-        }
-        answers
     }
 
     /// Remembers what `work` left to do; true if there is something.

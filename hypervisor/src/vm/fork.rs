@@ -29,13 +29,14 @@ use entresol_sync::atomic::{AtomicBool, Ordering};
 use entresol_wire::bundle::FileIndex;
 use entresol_wire::config;
 
+use super::build;
 use super::link::Link;
 use super::pass_through::Passed;
 use super::{FlashMemory, OutOfHeap, Overlay, Pause, Posted, Status, Vm, slots};
-use crate::arch::{Memory, cpu, map};
+use crate::arch::{Board, Memory, cpu, map};
 use crate::console::Terminal;
 use crate::counters::Counters;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Vcpu, rooms};
 use crate::{host, sched};
 
 /// Why there is no child. Nothing is left of it, and the parent is as it was.
@@ -136,7 +137,7 @@ impl Vm {
         let vcpus = self.fork_vcpus()?;
         let posted = Posted::new(&config)?;
         sched::reserve(vcpus.len())?;
-        let memory = self.memory.fork(cpu::index()).map_err(|error| {
+        let mut memory = self.memory.fork(cpu::index()).map_err(|error| {
             sched::release(vcpus.len());
             ForkError::Memory(error)
         })?;
@@ -153,6 +154,12 @@ impl Vm {
             let slot = memory.slots().find(&pin, map::RAM.frame(), &Hint::new());
             ObjectHandle::from_raw(slot.expect("slot 0 is the memory, and stays").object.get())
         };
+        if let Err(error) = Board::shade(&mut memory, &config) {
+            sched::release(vcpus.len());
+            memory.destroy(cpu::index());
+            build::destroy_ram(ram);
+            return Err(error.into());
+        }
         board.take_over(&memory);
         let vm = Arc::new(Self {
             config,
@@ -187,7 +194,7 @@ impl Vm {
     fn fork_vcpus(&self) -> Result<Box<[Vcpu]>, OutOfHeap> {
         let mut vcpus = Vec::new();
         vcpus.try_reserve_exact(self.vcpus.len()).map_err(|_| OutOfHeap)?;
-        vcpus.extend(self.vcpus.iter().map(Vcpu::fork));
+        vcpus.extend(self.vcpus.iter().zip(rooms(self.vcpus.len())?).map(|(vcpu, room)| vcpu.fork(room)));
         Ok(vcpus.into_boxed_slice())
     }
 

@@ -33,11 +33,10 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 
-use entresol_addr::{Gpa, PAGE_SIZE};
+use entresol_addr::PAGE_SIZE;
 
 use entresol_backing::{Grant, Object, ObjectHandle};
 use entresol_mmu::Counter;
-use entresol_slot::Hint;
 use entresol_sync::Mutex;
 use entresol_sync::atomic::{AtomicBool, Ordering};
 use entresol_wire::bundle::FileIndex;
@@ -119,6 +118,7 @@ pub enum Stop {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Crash {
     /// An SError was taken from it.
+    #[cfg_attr(target_arch = "x86_64", expect(dead_code, reason = "a machine check ends the hypervisor"))]
     SystemError {
         /// ESR_EL2.
         syndrome: u64,
@@ -128,7 +128,16 @@ pub enum Crash {
         /// ESR_EL2.
         syndrome: u64,
     },
-    /// A slot without an object behind it.
+    /// A triple fault.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "every exit has a decoded reason"))]
+    TripleFault,
+    /// The processor refused its state.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "every exit has a decoded reason"))]
+    InvalidState,
+    /// It came back for a reason that nobody asked for.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "every exit has a decoded reason"))]
+    Unexpected,
+    /// A slot without an object behind it; or, of x86-64's, tables or code where no memory is.
     BadObject {
         /// Where.
         gpa: u64,
@@ -205,12 +214,6 @@ impl Vm {
     /// Where it is in its life.
     pub fn status(&self) -> Status {
         *self.status.lock()
-    }
-
-    /// Whether the guest has memory at `gpa`, writable or not.
-    pub fn is_memory(&self, gpa: Gpa) -> bool {
-        let pin = host::get().epoch.pin(cpu::index());
-        self.memory.slots().find(&pin, gpa.frame(), &Hint::new()).is_some()
     }
 
     /// Frames that its memory holds.
@@ -376,11 +379,6 @@ impl Vm {
     pub fn put_tables(&self, cpu: usize) {
         self.memory.leave(cpu);
         self.memory.put(cpu);
-    }
-
-    /// Cleans and invalidates everything that is mapped.
-    pub fn clean_everything(&self) {
-        self.memory.clean_all(cpu::index());
     }
 }
 

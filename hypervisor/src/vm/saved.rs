@@ -25,7 +25,7 @@ use super::{Media, OutOfHeap, Pause, Status, Vm, devices, slots};
 use crate::arch::{SavedBoard, cpu, timer};
 use crate::console::Terminal;
 use crate::host;
-use crate::vcpu::{self, Counts, Vcpu};
+use crate::vcpu::{self, Counts, Vcpu, rooms};
 
 /// The state.
 #[derive(Debug, Serialize, Deserialize)]
@@ -106,8 +106,10 @@ impl Saved {
             return Err(bad(&"vcpus: must be as many as the configuration has"));
         }
         let counts = Counts { offset: now.wrapping_sub(virtual_count), jump: now.wrapping_sub(physical) };
-        let vcpus = self.vcpus.into_iter().enumerate();
-        let vcpus = vcpus.map(|(index, saved)| Vcpu::load(index as u8, saved, counts)).collect();
+        let rooms =
+            rooms(self.vcpus.len()).map_err(|OutOfHeap| OutOfHeap::text()).inspect_err(|_| build::destroy_ram(ram))?;
+        let vcpus = self.vcpus.into_iter().zip(rooms).enumerate();
+        let vcpus = vcpus.map(|(index, (saved, room))| Vcpu::load(index as u8, room, saved, counts, config)).collect();
         let inside = Inside { board: Some(self.board), vcpus, ram };
         let vm = build::assemble(config, bundle, terminal, media, inside).map_err(|error| error.to_string())?;
         vm.devices.load(self.devices).map_err(|error| bad(&error))?;

@@ -40,14 +40,14 @@ entresol_probe_faulted:
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Aborted {
     /// FAR_EL2.
-    pub far: u64,
+    pub address: u64,
     /// ESR_EL2.
-    pub esr: u64,
+    pub syndrome: u64,
 }
 
 impl fmt::Display for Aborted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "EL2 took a data abort: ESR {:#x}, FAR {:#x}", self.esr, self.far)
+        write!(f, "EL2 took a data abort: ESR {:#x}, FAR {:#x}", self.syndrome, self.address)
     }
 }
 
@@ -74,6 +74,6 @@ pub fn read(address: Hpa) -> Result<u64, Aborted> {
     unsafe { msr!("tpidrro_el0", guest) };
     match answer.syndrome {
         0 => Ok(answer.value),
-        esr => Err(Aborted { far: answer.value, esr }),
+        syndrome => Err(Aborted { address: answer.value, syndrome }),
     }
 }

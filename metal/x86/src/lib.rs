@@ -42,6 +42,8 @@
     allow(dead_code, reason = "hosts build only what is pure, for its tests; its callers are not there")
 )]
 
+#[cfg(target_os = "none")]
+extern crate alloc;
 #[cfg(test)]
 extern crate std;
 

@@ -51,6 +51,8 @@ impl Pool {
 }
 
 static POOL: Pool = Pool(UnsafeCell::new(Fixed::NONE));
+/// Files of the boot bundle.
+static ROM: pool::Pool = pool::Pool::new();
 /// Translations of guests.
 pub(crate) static FLUSHES: Flushes = Flushes::new();
 
@@ -69,6 +71,21 @@ impl Metal {
     /// If there are more than [`Self::POOL_RANGES`].
     pub fn set_pool(ranges: &[PfnRange]) {
         POOL.set(Fixed::new(ranges));
+    }
+
+    /// Names frames outside the pool that the core may ask to be read: bytes that never change while the hypervisor runs, so that Rust
+    /// references to them may exist. Once, before a method is asked for one of them.
+    pub fn set_rom(frames: PfnRange) {
+        ROM.set(&[frames]);
+    }
+
+    /// The address of `frames`, which lie in the pool or in read-only memory.
+    #[inline]
+    fn seen(frames: PfnRange) -> u64 {
+        if !POOL.get().covers(frames) {
+            ROM.check(frames);
+        }
+        frames.start().base().get()
     }
 
     /// The address of `frames`, which lie in the pool.
@@ -207,7 +224,7 @@ unsafe impl Machine for Metal {
     fn copy(&self, from: Pfn, to: Pfn, count: u64) {
         let range = |start| PfnRange::new(start, count).expect("frames of the machine do not wrap");
         assert!(!range(from).overlaps(range(to)), "copy of {count} frames from {from:?} to {to:?} overlaps");
-        move_words(Self::own(range(from)), Self::own(range(to)), count * PAGE_SIZE);
+        move_words(Self::seen(range(from)), Self::own(range(to)), count * PAGE_SIZE);
     }
 
     fn clear_tags(&self, _frames: PfnRange) {}
@@ -223,7 +240,7 @@ unsafe impl Machine for Metal {
     #[inline]
     fn read(&self, from: Hpa, to: &mut [u8]) {
         if !to.is_empty() {
-            Self::own(Self::around(from, to.len()));
+            Self::seen(Self::around(from, to.len()));
             move_bytes(from.get(), to.as_mut_ptr() as u64, to.len() as u64);
         }
     }
@@ -237,11 +254,11 @@ unsafe impl Machine for Metal {
     }
 
     fn clean_invalidate_to_poc(&self, frames: PfnRange) {
-        POOL.get().check(frames);
+        Self::seen(frames);
     }
 
     fn invalidate_icache(&self, frames: PfnRange) {
-        POOL.get().check(frames);
+        Self::seen(frames);
     }
 
     #[inline]

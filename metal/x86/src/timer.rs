@@ -62,6 +62,12 @@ pub fn nanoseconds(counts: u64) -> u64 {
     u64::try_from(exact).unwrap_or(u64::MAX)
 }
 
+/// Counts in `nanoseconds`.
+pub fn counts(nanoseconds: u64) -> u64 {
+    let exact = u128::from(nanoseconds) * u128::from(frequency()) / 1_000_000_000;
+    u64::try_from(exact).unwrap_or(u64::MAX)
+}
+
 /// This CPU's timer interrupts when the counter reaches `count`, or at once if it has; perhaps a little early. Once.
 #[inline]
 pub fn set_deadline(count: u64) {

@@ -44,7 +44,7 @@ pub struct Probe {
     pub frame: u64,
     /// Whether it is private.
     pub private: bool,
-    /// ESR_EL2 and FAR_EL2 of the fault; absent if the read went through.
+    /// The fault; absent if the read went through.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<ProbeFault>,
 }
@@ -52,10 +52,10 @@ pub struct Probe {
 /// The fault of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbeFault {
-    /// ESR_EL2.
-    pub esr: u64,
-    /// FAR_EL2.
-    pub far: u64,
+    /// ESR_EL2; on x86-64 the page fault's error code.
+    pub syndrome: u64,
+    /// FAR_EL2; on x86-64 CR2.
+    pub address: u64,
 }
 
 /// A frame that is bad from now on.

@@ -30,7 +30,6 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("metal-arm64", &["addr", "sync", "machine", "mmu", "arch-arm64", "metal-common"]),
     ("metal-x86", &["addr", "sync", "machine", "mmu", "arch-x86", "metal-common"]),
     ("hypervisor", &HYPERVISOR),
-    ("hypervisor-x86", &HYPERVISOR_X86),
     ("model", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64", "arch-x86"]),
     ("fuzz", &["addr", "sync", "fault", "slot", "backing", "table", "machine", "mmu", "arch-arm64", "devices"]),
     ("cli", &["wire", "addr", "mmu", "loader", "model"]),
@@ -45,7 +44,7 @@ const TEST_ARROWS: &[(&str, &[&str])] = &[("mmu", &["arch-arm64", "arch-x86"]), 
 /// scheduler but its own.
 const LAB_FEATURES: &[(&str, &[&str])] = &[("sync", &["lab", "zoo"]), ("machine", &["model"])];
 
-const HYPERVISOR: [&str; 13] = [
+const HYPERVISOR: [&str; 15] = [
     "addr",
     "sync",
     "fault",
@@ -55,22 +54,8 @@ const HYPERVISOR: [&str; 13] = [
     "mmu",
     "machine",
     "arch-arm64",
-    "metal-arm64",
-    "devices",
-    "loader",
-    "wire",
-];
-
-const HYPERVISOR_X86: [&str; 13] = [
-    "addr",
-    "sync",
-    "fault",
-    "slot",
-    "backing",
-    "table",
-    "mmu",
-    "machine",
     "arch-x86",
+    "metal-arm64",
     "metal-x86",
     "devices",
     "loader",

@@ -65,7 +65,7 @@ pub fn private_memory_is_nowhere_else(context: &Context) -> Result<()> {
 
     let kernel_page = 0x4020_0000;
     let probe = owner.probe("secret", kernel_page)?;
-    let class = probe.fault.map(|fault| (fault.esr >> 26, fault.far >> 12));
+    let class = probe.fault.map(|fault| (fault.syndrome >> 26, fault.address >> 12));
     ensure!(probe.private && class == Some((DATA_ABORT_SAME_LEVEL, probe.frame)), "a stray read met {probe:x?}");
     machine.shell("touch /run/stop; while test ! -e /run/stopped; do sleep 1; done; dmesg | tail -n 1")?;
 

@@ -11,14 +11,15 @@ use entresol_arch_arm64::idregs::{self, VmFeatures};
 use entresol_arch_arm64::stage2;
 use entresol_arch_arm64::sysreg::SysReg;
 use entresol_devices::bus::Device;
-use entresol_devices::gic::{self, Config as GicConfig, GicError, REDISTRIBUTOR_SIZE, SyncFlag, Vgic};
+use entresol_devices::gic::{self, Config as GicConfig, GicError, REDISTRIBUTOR_SIZE, Vgic};
+use entresol_devices::kick::Flag;
 use entresol_devices::pl011::{self, Pl011};
-use entresol_devices::pl031::{self, Pl031};
+use entresol_devices::pl031::{self, Clock, Pl031};
 use entresol_devices::vmgenid::VmGenId;
 use entresol_loader::virt;
 use entresol_metal_arm64::features::{self, Feature};
 use entresol_metal_arm64::traps::{self, Hcr};
-use entresol_metal_arm64::{identity, live};
+use entresol_metal_arm64::{identity, live, timer};
 use entresol_sync::atomic::{AtomicUsize, Ordering};
 use entresol_wire::bundle::FileIndex;
 use entresol_wire::config::{self, CacheMaintenance};
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use super::exit::interrupts;
 use super::stolen::Records;
 use super::{Format, Line, Memory, State, map};
-use crate::clock::{self, WallClock};
+use crate::clock;
 use crate::console::Terminal;
 use crate::entropy;
 use crate::sched::VcpuRef;
@@ -88,6 +89,15 @@ impl Board {
         if config.mte && !features::has(Feature::MTE) {
             return Err(BuildError::new("mte = true: the machine's CPUs must have tag storage (FEAT_MTE2)"));
         }
+        Ok(())
+    }
+
+    /// Gives `memory`, which no vCPU runs on yet, what else of tables its guest needs: nothing.
+    ///
+    /// # Errors
+    ///
+    /// None.
+    pub fn shade(_memory: &mut Memory, _config: &config::Vm<FileIndex>) -> Result<(), OutOfHeap> {
         Ok(())
     }
 
@@ -220,7 +230,7 @@ impl Board {
 
     /// The count at which its clock's alarm must be looked at.
     pub fn alarm(&self) -> Option<u64> {
-        self.clock.next_alarm().map(clock::count_at)
+        self.clock.next_alarm().map(count_at)
     }
 
     /// Time passes: to be called when a turn of its first vCPU begins, and every slice of it.
@@ -277,7 +287,7 @@ impl Board {
 
     /// Up while vCPU `index` must settle its interrupts before it enters its guest.
     #[inline]
-    pub fn flag(&self, index: usize) -> SyncFlag<'_> {
+    pub fn flag(&self, index: usize) -> Flag<'_> {
         self.gic.sync_flag(index)
     }
 
@@ -306,6 +316,20 @@ impl Board {
     pub fn watch_translation(&self, watched: bool) {
         traps::set_hcr(if watched { self.hcr | Hcr::TVM } else { self.hcr });
     }
+}
+
+/// The clock as guests get it.
+struct WallClock;
+
+impl Clock for WallClock {
+    fn unix_seconds(&self) -> u64 {
+        clock::unix_seconds()
+    }
+}
+
+/// The count of the physical counter at which `unix_seconds` begins.
+fn count_at(unix_seconds: u64) -> u64 {
+    unix_seconds.saturating_sub(clock::unix_at_zero()).saturating_mul(timer::frequency())
 }
 
 /// What devices are wired with.

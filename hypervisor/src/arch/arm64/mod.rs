@@ -13,6 +13,7 @@ mod guest;
 mod line;
 pub mod map;
 mod physical_timer;
+mod places;
 mod state;
 mod stolen;
 pub mod turn;
@@ -24,15 +25,21 @@ pub use entresol_metal_arm64::{Metal, boot, console, cpu, own, power, probe, ran
 use boot::BootInfo;
 use core::fmt;
 use entresol_metal_arm64::switch::gic as interface;
+use entresol_wire::config::Arch;
 
 pub use board::{Board, Saved as SavedBoard};
 pub use guest::{Guest, window};
 pub use line::Line;
-pub use state::{Boot, Saved as SavedState, State};
+pub use state::{Boot, Room, Saved as SavedState, State};
 
 /// The core's part of a virtual machine.
 pub type Memory = entresol_mmu::Vm<'static, Metal, Format>;
 
+/// What of a vCPU its access to an interrupt controller needs.
+pub type Accessor<'s> = &'s mut State;
+
+/// What configurations call this architecture.
+pub const ARCH: Arch = Arch::Arm64;
 /// Software-generated interrupt that makes another CPU look up from what it does.
 pub const KICK: u32 = 1;
 /// The hypervisor's own timer.
@@ -40,6 +47,18 @@ pub const TIMER: u32 = lines::HYPERVISOR_TIMER;
 /// vCPUs that are powered on with their virtual machine: the others wait for PSCI's CPU_ON.
 pub const fn first_vcpus(_vcpus: usize) -> usize {
     1
+}
+
+/// The next interrupt of the machine that is pending for this CPU; others may come from then on.
+pub fn take_interrupt() -> Option<u32> {
+    let intid = lines::ack()?;
+    lines::drop_priority(intid);
+    Some(intid)
+}
+
+/// It is handled.
+pub fn end_interrupt(intid: u32) {
+    lines::deactivate(intid);
 }
 
 /// Makes CPU `cpu` look up.

@@ -7,9 +7,12 @@ use entresol_devices::gic::ListRegisters;
 use entresol_metal_arm64::switch::gic::{self, GicState};
 use entresol_metal_arm64::switch::{El1State, FpState, Registers, TagState, TimerState};
 use entresol_slot::Hint;
+use entresol_wire::bundle::FileIndex;
+use entresol_wire::config;
 use serde::{Deserialize, Serialize};
 
 use crate::vcpu::Counts;
+use crate::vm::OutOfHeap;
 
 use super::physical_timer::PhysicalTimer;
 
@@ -70,9 +73,23 @@ pub struct Saved {
     watched: bool,
 }
 
+/// What a vCPU takes of the heap beside its place: nothing.
+pub struct Room;
+
+impl Room {
+    /// It.
+    ///
+    /// # Errors
+    ///
+    /// None.
+    pub fn new() -> Result<Self, OutOfHeap> {
+        Ok(Self)
+    }
+}
+
 impl State {
     /// Of vCPU `index`, powered off.
-    pub fn new(index: u8) -> Self {
+    pub fn new(index: u8, _room: Room) -> Self {
         Self {
             regs: Registers::ZERO,
             el1: El1State::reset(Affinity::of_vcpu(index).fields()),
@@ -89,7 +106,7 @@ impl State {
 
     /// The same for the same vCPU of a copy of its virtual machine.
     #[inline(always)]
-    pub fn fork(&self) -> Self {
+    pub fn fork(&self, _room: Room) -> Self {
         Self {
             regs: self.regs.clone(),
             el1: self.el1.clone(),
@@ -121,8 +138,14 @@ impl State {
 
     /// Of vCPU `index` as it was saved. Its virtual count has `offset`; the physical one has jumped by `counts` since. What a guest
     /// cannot set itself does not come from `saved`.
-    pub fn load(index: u8, saved: Saved, Counts { offset, jump }: Counts) -> Self {
-        let mut state = Self::new(index);
+    pub fn load(
+        index: u8,
+        room: Room,
+        saved: Saved,
+        Counts { offset, jump }: Counts,
+        _config: &config::Vm<FileIndex>,
+    ) -> Self {
+        let mut state = Self::new(index, room);
         let identity = state.el1.vmpidr;
         state.regs = saved.regs;
         state.el1 = El1State { vmpidr: identity, mdscr: saved.el1.mdscr & MDSCR_GUEST, ..saved.el1 };

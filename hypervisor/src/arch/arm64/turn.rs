@@ -1,6 +1,6 @@
 //! A vCPU comes to a CPU, enters its guest, and goes.
 //!
-//! Protocol: [`load`], then any number of [`settle`] where [`Board::flag`](super::Board::flag) is up, and [`enter`]; then [`put`].
+//! Protocol: [`load`], then any number of [`settle`] where [`Board::flag`](super::Board::flag) is up, and entries; then [`put`].
 //! Physical interrupts are masked while the hypervisor runs, so an event between the last check and the entry makes the guest exit at once.
 
 use entresol_metal_arm64::switch::{self, ExitKind};
@@ -9,6 +9,7 @@ use entresol_metal_arm64::{exit as hardware, timer, traps};
 use super::{State, exit};
 use crate::exit::Next;
 use crate::irq;
+use crate::run::{Way, enter_until_it_leaves};
 use crate::sched::{Leave, VcpuRef};
 
 /// Makes the hardware this vCPU.
@@ -40,18 +41,23 @@ pub fn settle(vcpu: &VcpuRef, state: &mut State) -> Option<Leave> {
     None
 }
 
-/// Lets the loaded vCPU run until it comes back, and answers why it did.
-///
-/// # Safety
-///
-/// [`load`] made the hardware hold this vCPU's state and its virtual machine's tables; nothing else runs on this CPU, which is `cpu`.
-#[inline(always)]
-pub unsafe fn enter(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next {
-    // SAFETY: the caller's.
-    match unsafe { switch::enter(&mut state.regs) } {
-        ExitKind::SYNCHRONOUS => exit::synchronous(cpu, vcpu, state),
-        ExitKind::INTERRUPT => irq::take(cpu, Some((vcpu, state))),
-        _ => Next::Leave(exit::system_error(vcpu, hardware::esr())),
+/// Lets the loaded vCPU run until it leaves.
+pub fn until_it_leaves(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Leave {
+    enter_until_it_leaves::<El2>(cpu, vcpu, state)
+}
+
+/// By ERET from EL2.
+struct El2;
+
+impl Way for El2 {
+    #[inline(always)]
+    unsafe fn enter(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next {
+        // SAFETY: the caller's.
+        match unsafe { switch::enter(&mut state.regs) } {
+            ExitKind::SYNCHRONOUS => exit::synchronous(cpu, vcpu, state),
+            ExitKind::INTERRUPT => irq::take(cpu, Some((vcpu, state))),
+            _ => Next::Leave(exit::system_error(vcpu, hardware::esr())),
+        }
     }
 }
 

@@ -14,12 +14,14 @@ use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 
 /// FXSAVE's image.
 #[repr(C, align(16))]
-#[derive(Clone, Debug)]
-pub struct FpState([u8; 512]);
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct FpState([[u64; 8]; 8]);
 
 /// FCW and MXCSR as FNINIT and a reset leave them: all exceptions masked.
-const FCW: u16 = 0x037f;
-const MXCSR: u32 = 0x1f80;
+const FCW: u64 = 0x037f;
+const MXCSR: u64 = 0x1f80;
+/// Of the word with MXCSR: bits that FXRSTOR takes from whoever has them; it refuses the others.
+const MXCSR_BITS: u64 = 0xffff;
 
 impl Default for FpState {
     fn default() -> Self {
@@ -30,16 +32,17 @@ impl Default for FpState {
 impl FpState {
     /// As after a reset.
     pub const fn new() -> Self {
-        let mut image = [0; 512];
-        let (fcw, mxcsr) = (FCW.to_le_bytes(), MXCSR.to_le_bytes());
-        image[0] = fcw[0];
-        image[1] = fcw[1];
-        let mut index = 0;
-        while index < 4 {
-            image[24 + index] = mxcsr[index];
-            index += 1;
-        }
+        let mut image = [[0; 8]; 8];
+        image[0][0] = FCW;
+        image[0][3] = MXCSR;
         Self(image)
+    }
+
+    /// The same without what FXRSTOR would refuse: of a state that comes from elsewhere.
+    #[must_use]
+    pub fn confined(mut self) -> Self {
+        self.0[0][3] &= MXCSR_BITS;
+        self
     }
 
     /// Puts them into the hardware.

@@ -6,6 +6,11 @@
 //! Invariants: EFER is the guest's own, without what the processor demands of it beside; the record is refused by the processor until the
 //! guest was started.
 
+use alloc::alloc::alloc_zeroed;
+use alloc::boxed::Box;
+use core::alloc::Layout;
+use core::arch::asm;
+
 use entresol_addr::Pfn;
 use entresol_arch_x86::control::ControlRegisters;
 use entresol_arch_x86::exit::{ControlAccess, Exit};
@@ -19,6 +24,8 @@ use crate::flush::Tenant;
 use crate::{cpu, features, vmx};
 
 const RFLAGS_IF: u64 = 1 << 9;
+/// INTERRUPT_SHADOW.
+const SHADOW: u64 = 1;
 /// The processor's state after a reset (APM 14.1.3, 7.8.2).
 const DR6: u64 = 0xffff_0ff0;
 const DR7: u64 = 0x400;
@@ -35,6 +42,37 @@ const SOFTWARE: u64 = 4 << 8;
 /// Virtual interrupts: V_IGN_TPR (APM 15.21).
 const IGNORE_TPR: u64 = 1 << 20;
 
+/// What a guest sees of itself, outside the machine. The processor checks it at the next entry, and refuses what cannot be.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    /// By their numbers, from RAX on.
+    general: [u64; 16],
+    /// ES, CS, SS, DS, FS, GS, GDTR, LDTR, IDTR, TR.
+    segments: [Segment; 10],
+    privilege: u8,
+    /// CR0, CR2, CR3, CR4.
+    control: [u64; 4],
+    efer: u64,
+    /// Page-directory pointers, of a guest on shadow tables.
+    pointers: [u64; 4],
+    /// DR6, DR7.
+    debug: [u64; 2],
+    /// DR0 to DR3.
+    breakpoints: [u64; 4],
+    rip: u64,
+    rflags: u64,
+    /// STAR, LSTAR, CSTAR, SFMASK, KernelGSBase, SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP.
+    system_calls: [u64; 8],
+    pat: u64,
+    time_offset: u64,
+    /// The event that it gets next, as EVENTINJ has it.
+    event: u64,
+    /// Whether it is in the shadow of an instruction that opens it to interrupts.
+    shadow: u64,
+    priority: u8,
+}
+
 /// What of a vCPU the processor works on. It stays where it is: the VMCB is named by its address.
 #[repr(C)]
 pub struct Guest {
@@ -44,6 +82,8 @@ pub struct Guest {
     /// Where the CPU on which it runs keeps what VMRUN does not of our own state.
     pub(super) host: u64,
     pub(super) tenant: Tenant,
+    /// DR0 to DR3, while it is on no CPU.
+    debug: [u64; 4],
     /// The processor is Intel's, and this is what it has.
     pub(super) intel: bool,
     pub(crate) vmx: vmx::guest::Part,
@@ -51,24 +91,18 @@ pub struct Guest {
     pub(super) own: Option<ControlRegisters>,
 }
 
-impl Default for Guest {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Guest {
-    /// All zero: the processor refuses it as it is.
-    pub fn new() -> Self {
-        Self {
-            vmcb: Vmcb::ZERO,
-            registers: Registers::default(),
-            host: 0,
-            tenant: Tenant::default(),
-            intel: features::get().vmx.is_some(),
-            vmx: vmx::guest::Part::new(),
-            own: None,
-        }
+    /// All zero: the processor refuses it as it is. It never lies on a stack. `None`: the heap has no room.
+    pub fn new() -> Option<Box<Self>> {
+        // SAFETY: the layout is not empty; all zero is a value of each part (a record, registers, a structure that no processor has
+        // seen, either kind of an option of numbers), and nobody else has the memory.
+        let mut guest = unsafe {
+            let guest = alloc_zeroed(Layout::new::<Self>()).cast::<Self>();
+            (!guest.is_null()).then(|| Box::from_raw(guest))
+        }?;
+        guest.intel = features::get().vmx.is_some();
+        guest.own = None;
+        Some(guest)
     }
 
     /// Gives it the state in which it begins, and keeps it away from all that it does not own.
@@ -86,7 +120,8 @@ impl Guest {
         state.efer = start.efer | EFER_SVME;
         (state.rip, state.rflags) = (start.rip, start.rflags);
         (state.dr6, state.dr7, state.g_pat) = (DR6, DR7, PAT);
-        self.vmx.restart(DR6);
+        self.vmx.restart();
+        self.debug = [0; 4];
     }
 
     /// What the guest may do without coming back.
@@ -119,10 +154,86 @@ impl Guest {
         }
     }
 
+    /// It becomes as `other`, of which its virtual machine is a copy; on no CPU.
+    pub fn become_copy(&mut self, other: &Self) {
+        self.vmcb.clone_from(&other.vmcb);
+        self.registers = other.registers.clone();
+        self.tenant = Tenant::default();
+        self.debug = other.debug;
+        self.own = other.own;
+    }
+
+    /// What the guest sees of itself, outside the machine.
+    pub fn save(&self) -> Saved {
+        let SaveArea { es, cs, ss, ds, fs, gs, gdtr, ldtr, idtr, tr, cpl, efer, cr4, cr3, cr0, dr7, dr6, .. } =
+            self.vmcb.save;
+        let SaveArea { rflags, rip, rsp, rax, system_calls, cr2, g_pat, .. } = self.vmcb.save;
+        let Registers { rcx, rdx, rbx, rbp, rsi, rdi, r: [r8, r9, r10, r11, r12, r13, r14, r15] } = self.registers;
+        Saved {
+            general: [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15],
+            segments: [es, cs, ss, ds, fs, gs, gdtr, ldtr, idtr, tr],
+            privilege: cpl,
+            control: self.own.map_or([cr0, cr2, cr3, cr4], |own| [own.cr0, cr2, own.cr3, own.cr4]),
+            efer: self.own.map_or(efer & !EFER_SVME, |own| own.efer),
+            pointers: self.own.map_or([0; 4], |own| own.pointers),
+            debug: [dr6, dr7],
+            breakpoints: self.debug,
+            rip,
+            rflags,
+            system_calls,
+            pat: g_pat,
+            time_offset: self.vmcb.control.tsc_offset,
+            event: self.vmcb.control.event_injection,
+            shadow: self.vmcb.control.interrupt_shadow & SHADOW,
+            priority: (self.vmcb.control.virtual_interrupts & TPR) as u8,
+        }
+    }
+
+    /// Gives it a state that was saved, to run on shadow tables or not; what keeps it away from all that it does not own is not from there.
+    pub fn restore(&mut self, saved: &Saved, shaded: bool) {
+        self.confine();
+        self.own = None;
+        let state = &mut self.vmcb.save;
+        *state = Vmcb::ZERO.save;
+        [state.es, state.cs, state.ss, state.ds, state.fs, state.gs, state.gdtr, state.ldtr, state.idtr, state.tr] =
+            saved.segments;
+        [state.cr0, state.cr2, state.cr3, state.cr4] = saved.control;
+        // Of some registers we load what the processor refuses us in place of the guest.
+        [state.dr6, state.dr7] = saved.debug.map(|value| value & u64::from(u32::MAX));
+        (state.cpl, state.efer) = (saved.privilege, saved.efer | EFER_SVME);
+        (state.rip, state.rflags) = (saved.rip, saved.rflags);
+        state.g_pat = saved.pat;
+        let [star, lstar, cstar, mask, base, sysenter @ ..] = saved.system_calls;
+        let [lstar, cstar, base] = [lstar, cstar, base].map(canonical);
+        let [code, stack, entry] = sysenter;
+        state.system_calls =
+            [star, lstar, cstar, mask & u64::from(u32::MAX), base, code, canonical(stack), canonical(entry)];
+        self.debug = saved.breakpoints;
+        self.vmx.restart();
+        self.set_generals(&saved.general);
+        let control = &mut self.vmcb.control;
+        control.tsc_offset = saved.time_offset;
+        control.event_injection = saved.event;
+        control.interrupt_shadow = saved.shadow & SHADOW;
+        control.virtual_interrupts |= u64::from(saved.priority) & TPR;
+        if shaded {
+            self.shade();
+            if let Some(own) = &mut self.own {
+                own.pointers = saved.pointers;
+            }
+        }
+    }
+
     /// It comes to CPU `cpu`, which we are on, and stays until [`Self::put`].
     pub fn load(&mut self, cpu: usize) {
         self.host = cpu::host_rest(cpu) as u64;
         cpu::flush_of(cpu).load(cpu, &mut self.tenant);
+        let [dr0, dr1, dr2, dr3] = self.debug;
+        // SAFETY: addresses of breakpoints; DR7, which arms them, is the guest's while it runs and clear while we do.
+        unsafe {
+            asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}",
+                in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, options(nomem, nostack, preserves_flags));
+        }
         if self.intel {
             self.vmx.load();
         }
@@ -136,10 +247,22 @@ impl Guest {
 
     /// This CPU, which runs it, runs it no more.
     pub fn put(&mut self) {
+        let [dr0, dr1, dr2, dr3]: [u64; 4];
+        // SAFETY: reads registers.
+        unsafe {
+            asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3",
+                out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, options(nomem, nostack, preserves_flags));
+        }
+        self.debug = [dr0, dr1, dr2, dr3];
         if self.intel {
             self.vmx.put(&mut self.vmcb);
         }
     }
+}
+
+/// The canonical address of 48 bits that is most like `address`.
+fn canonical(address: u64) -> u64 {
+    ((address << 16) as i64 >> 16) as u64
 }
 
 /// Why it came back.
@@ -366,6 +489,12 @@ impl Guest {
     #[inline]
     pub fn pat(&mut self) -> &mut u64 {
         &mut self.state().g_pat
+    }
+
+    /// As [`Self::time_offset`], to be looked at.
+    #[inline]
+    pub fn time(&self) -> u64 {
+        self.vmcb.control.tsc_offset
     }
 
     /// What is added to what it reads of the time stamp counter.

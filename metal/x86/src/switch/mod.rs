@@ -25,7 +25,7 @@ use core::mem::offset_of;
 use crate::machine::FLUSHES;
 use crate::{cpu, features, flush, vmx};
 pub use fp::FpState;
-pub use guest::Guest;
+pub use guest::{Guest, Saved};
 pub use shadow::RootTooHigh;
 pub use vmcb::Segment;
 pub(crate) use vmcb::Vmcb;
@@ -51,7 +51,8 @@ pub struct Registers {
 }
 
 /// The state in which a vCPU begins. What is not named is zero, or as after a reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Start {
     /// First instruction.
     pub rip: u64,

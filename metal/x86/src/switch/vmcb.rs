@@ -137,6 +137,7 @@ pub const CONFINED: Intercepts = Intercepts {
 
 /// The first KiB.
 #[repr(C)]
+#[derive(Clone)]
 pub struct Control {
     /// What makes the guest come back.
     pub intercepts: Intercepts,
@@ -180,7 +181,8 @@ pub struct Control {
 
 /// A segment register.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Segment {
     /// Selector.
     pub selector: u16,
@@ -198,6 +200,7 @@ impl Segment {
 
 /// The guest's state (table B-2, from 400h).
 #[repr(C)]
+#[derive(Clone)]
 pub struct SaveArea {
     /// ES, CS, SS, DS.
     pub es: Segment,
@@ -258,6 +261,7 @@ pub struct SaveArea {
 
 /// The whole page.
 #[repr(C, align(4096))]
+#[derive(Clone)]
 pub struct Vmcb {
     /// The first KiB.
     pub control: Control,

@@ -47,6 +47,7 @@ pub const GUEST_GDTR_LIMIT: Field = 0x4810;
 pub const GUEST_IDTR_LIMIT: Field = 0x4812;
 pub const GUEST_RIGHTS: Field = 0x4814;
 pub const GUEST_SHADOW: Field = 0x4824;
+pub const GUEST_SYSENTER_CS: Field = 0x482a;
 
 pub const CR0_MASK: Field = 0x6000;
 pub const CR4_MASK: Field = 0x6002;
@@ -63,6 +64,8 @@ pub const GUEST_DR7: Field = 0x681a;
 pub const GUEST_RSP: Field = 0x681c;
 pub const GUEST_RIP: Field = 0x681e;
 pub const GUEST_RFLAGS: Field = 0x6820;
+pub const GUEST_SYSENTER_ESP: Field = 0x6824;
+pub const GUEST_SYSENTER_EIP: Field = 0x6826;
 pub const HOST_CR0: Field = 0x6c00;
 pub const HOST_CR3: Field = 0x6c02;
 pub const HOST_CR4: Field = 0x6c04;

@@ -1,10 +1,12 @@
 //! A vCPU's control structure, and what of the record in [`switch`](crate::switch) is in it.
 //!
-//! Protocol: all of the state goes into the structure at the first entry after it was [written anew](Part::restart). After an exit the
+//! Protocol: all of the state goes into the structure at the first entry after the vCPU has come to a CPU ([`Part::load`]) or was
+//! [written anew](Part::restart). After an exit the
 //! state is there only; who asks for it has it fetched ([`Part::fetch`]), as far as it can be asked for, and what was changed of that goes
-//! back at the next entry ([`Part::give_back`]). When the vCPU goes from its CPU ([`Part::put`]) it is fetched too.
+//! back at the next entry ([`Part::give_back`]). When the vCPU goes from its CPU ([`Part::put`]) all of it is fetched: a vCPU that is on no
+//! CPU can be copied and saved.
 //!
-//! Segments but CS and SS, and the tables' registers, are never asked for: they stay in the structure.
+//! Segments but CS and SS, and the tables' registers, are never asked for meanwhile: they stay in the structure.
 //!
 //! Invariants: CR0.NE and CR4.VMXE, which the processor demands, are ours; the guest reads what it wrote of the first, and never the second.
 
@@ -37,6 +39,9 @@ const PRESENT: u16 = 1 << 7;
 const UNUSABLE: u64 = 1 << 16;
 /// Interruptibility: by STI, by MOV to SS.
 const SHADOW: u64 = 0b11;
+const BY_STI: u64 = 1 << 0;
+const BY_MOV_SS: u64 = 1 << 1;
+const RFLAGS_IF: u64 = 1 << 9;
 const NON_MASKABLE: u64 = 2 << 8;
 const KIND: u64 = 0b111 << 8;
 const ERROR_CODE: u64 = 1 << 11;
@@ -47,6 +52,9 @@ const LONG: u16 = 1 << 9;
 
 /// Registers that no instruction moves with the structure: STAR, LSTAR, CSTAR, SFMASK, KernelGSBase.
 const MOVED: [u32; 5] = [0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102];
+
+/// The rest of what the record has of system calls.
+const SYSENTER: [Field; 3] = [fields::GUEST_SYSENTER_CS, fields::GUEST_SYSENTER_ESP, fields::GUEST_SYSENTER_EIP];
 
 /// Fields of the state that can be asked for, in the order of [`image`].
 const STATE: [Field; 18] = [
@@ -72,16 +80,17 @@ const STATE: [Field; 18] = [
 
 /// Where a vCPU's state is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 enum Place {
-    /// In the record, all of it: it never was in the structure.
-    Record,
+    /// In the record, all of it.
+    Record = 0,
     /// In the structure; what of it can be asked for is in the record too, and is newer there.
     Both,
     /// In the structure.
     Structure,
 }
 
-/// What of a vCPU the processor has.
+/// What of a vCPU the processor has. All zero is a structure that no processor has seen.
 pub struct Part {
     structure: Region,
     apic: Region,
@@ -93,33 +102,12 @@ pub struct Part {
     eptp: u64,
     primary: u32,
     time_offset: u64,
-    /// [`MOVED`], DR0 to DR3 and DR6, while the vCPU is on no CPU.
-    moved: [u64; MOVED.len()],
-    debug: [u64; 5],
 }
 
 impl Part {
-    /// A structure that no processor has seen.
-    pub const fn new() -> Self {
-        Self {
-            structure: Region::ZERO,
-            apic: Region::ZERO,
-            place: Place::Record,
-            launched: false,
-            image: [0; STATE.len()],
-            eptp: 0,
-            primary: 0,
-            time_offset: 0,
-            moved: [0; MOVED.len()],
-            debug: [0; 5],
-        }
-    }
-
     /// The record was written anew.
-    pub fn restart(&mut self, dr6: u64) {
+    pub fn restart(&mut self) {
         self.place = Place::Record;
-        self.moved = [0; MOVED.len()];
-        self.debug = [0, 0, 0, 0, dr6];
     }
 
     /// Whether the record lacks the state.
@@ -137,10 +125,8 @@ impl Part {
     /// This CPU is about to run it.
     pub fn load(&mut self) {
         let region = self.structure.address();
-        if self.place == Place::Record {
-            // Nothing that it may hold is of use any more.
-            self.structure.stamp();
-        }
+        // Nothing that it may hold is of use any more.
+        self.structure.stamp();
         // SAFETY: the structure's own page, which begins with the revision; it is current nowhere: the vCPU has left whatever CPU it was on.
         unsafe {
             clear(region);
@@ -149,66 +135,63 @@ impl Part {
         self.launched = false;
         // SAFETY: it is entered here only, until it comes to another CPU.
         unsafe { write_host() };
-        self.move_in();
     }
 
     /// What no instruction moves with the structure, into this CPU.
-    fn move_in(&self) {
-        for (register, value) in MOVED.into_iter().zip(self.moved) {
+    fn move_in(state: &SaveArea) {
+        for (register, value) in MOVED.into_iter().zip(state.system_calls) {
             // SAFETY: the hypervisor makes no system calls and no SWAPGS: these are the guest's alone. LSTAR, CSTAR and the base were
             // canonical when the guest wrote them.
             unsafe { Msr::new(register).write(value) };
         }
-        let [dr0, dr1, dr2, dr3, dr6] = self.debug;
-        // SAFETY: DR7, which arms them, is the processor's to clear at each exit.
-        unsafe {
-            asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}", "mov dr6, {}",
-                in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, in(reg) dr6, options(nomem, nostack, preserves_flags));
-        }
+        // SAFETY: DR7, which arms what it reports, is the processor's to clear at each exit.
+        unsafe { asm!("mov dr6, {}", in(reg) state.dr6, options(nomem, nostack, preserves_flags)) };
     }
 
-    /// This CPU runs it no more.
+    /// And out of it.
+    fn move_out(state: &mut SaveArea) {
+        for (register, value) in MOVED.into_iter().zip(&mut state.system_calls) {
+            // SAFETY: the registers are there in long mode.
+            *value = unsafe { Msr::new(register).read() };
+        }
+        // SAFETY: reads a register.
+        unsafe { asm!("mov {}, dr6", out(reg) state.dr6, options(nomem, nostack, preserves_flags)) };
+    }
+
+    /// This CPU runs it no more: all of it goes into the record.
     pub fn put(&mut self, vmcb: &mut Vmcb) {
         if self.is_away() {
             self.fetch(vmcb);
         }
         if self.place != Place::Record {
-            self.move_out();
+            let state = &mut vmcb.save;
+            for (number, segment) in segments(state) {
+                segment.selector = read(fields::GUEST_SELECTOR + 2 * number) as u16;
+                segment.limit = read(fields::GUEST_LIMIT + 2 * number) as u32;
+                segment.attributes = attributes(read(fields::GUEST_RIGHTS + 2 * number));
+                segment.base = read(fields::GUEST_BASE + 2 * number);
+            }
+            let table = |base, limit| (read(base), read(limit) as u32);
+            (state.gdtr.base, state.gdtr.limit) = table(fields::GUEST_GDTR_BASE, fields::GUEST_GDTR_LIMIT);
+            (state.idtr.base, state.idtr.limit) = table(fields::GUEST_IDTR_BASE, fields::GUEST_IDTR_LIMIT);
+            state.dr7 = read(fields::GUEST_DR7);
+            for (field, value) in SYSENTER.into_iter().zip(&mut state.system_calls[MOVED.len()..]) {
+                *value = read(field);
+            }
+            Self::move_out(state);
         }
         // SAFETY: it is current here; its page has what the processor had of it after that.
         unsafe { clear(self.structure.address()) };
+        self.place = Place::Record;
     }
 
-    /// And out of it.
-    fn move_out(&mut self) {
-        for (register, value) in MOVED.into_iter().zip(&mut self.moved) {
-            // SAFETY: the registers are there in long mode.
-            *value = unsafe { Msr::new(register).read() };
-        }
-        let [dr0, dr1, dr2, dr3, dr6]: [u64; 5];
-        // SAFETY: reads registers.
-        unsafe {
-            asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", "mov {}, dr6",
-                out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, out(reg) dr6, options(nomem, nostack, preserves_flags));
-        }
-        self.debug = [dr0, dr1, dr2, dr3, dr6];
-    }
-
-    /// Everything that goes into a structure once.
+    /// Everything that goes into a structure when the vCPU comes.
     fn first(&mut self, vmcb: &mut Vmcb) {
         let controls = features::get().vmx.expect("a guest has this part on a processor with VMX");
-        let state = &vmcb.save;
-        let segments = [
-            (fields::ES, &state.es),
-            (fields::CS, &state.cs),
-            (fields::SS, &state.ss),
-            (fields::DS, &state.ds),
-            (fields::FS, &state.fs),
-            (fields::GS, &state.gs),
-            (fields::LDTR, &state.ldtr),
-            (fields::TR, &state.tr),
-        ];
-        self.image = image(vmcb, 0);
+        // STI's shadow is refused where its flag is clear: it is that of MOV to SS then.
+        let kind = if vmcb.save.rflags & RFLAGS_IF != 0 { BY_STI } else { BY_MOV_SS };
+        self.image = image(vmcb, if vmcb.control.interrupt_shadow & 1 != 0 { kind } else { 0 });
+        let state = &mut vmcb.save;
         (self.eptp, self.primary, self.time_offset) = (0, controls.primary, 0);
         // SAFETY: the controls are those that confine a guest; the maps and pages are where they say. The rest is the guest's state.
         unsafe {
@@ -240,7 +223,10 @@ impl Part {
             if controls.has_vpid() {
                 write(fields::VPID, 1);
             }
-            for (number, segment) in segments {
+            for (field, value) in SYSENTER.into_iter().zip(&state.system_calls[MOVED.len()..]) {
+                write(field, *value);
+            }
+            for (number, segment) in segments(state) {
                 write(fields::GUEST_SELECTOR + 2 * number, segment.selector.into());
                 write(fields::GUEST_LIMIT + 2 * number, segment.limit.into());
                 write(fields::GUEST_RIGHTS + 2 * number, rights(segment));
@@ -284,7 +270,7 @@ impl Part {
         match self.place {
             Place::Record => {
                 self.first(vmcb);
-                self.move_in();
+                Self::move_in(&vmcb.save);
             }
             Place::Both => self.give_state_back(vmcb),
             Place::Structure => {}
@@ -389,6 +375,21 @@ impl Part {
         unsafe { write(fields::CR0_SHADOW, value & CR0_NE) };
         true
     }
+}
+
+/// Segments by their numbers in the encodings.
+fn segments(state: &mut SaveArea) -> [(u64, &mut Segment); 8] {
+    let SaveArea { es, cs, ss, ds, fs, gs, ldtr, tr, .. } = state;
+    [
+        (fields::ES, es),
+        (fields::CS, cs),
+        (fields::SS, ss),
+        (fields::DS, ds),
+        (fields::FS, fs),
+        (fields::GS, gs),
+        (fields::LDTR, ldtr),
+        (fields::TR, tr),
+    ]
 }
 
 /// The state that can be asked for, as the structure has it, in the order of [`STATE`].

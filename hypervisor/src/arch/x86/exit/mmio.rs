@@ -1,14 +1,15 @@
 //! Accesses to what is no memory: the instruction is fetched through the guest's own tables, decoded, and carried out.
 //!
-//! Protocol: one pin for all of it, and each part of the access looks at the slots again in that pin (INV-9): what has become memory
-//! meanwhile is read and written as memory. A fault of the guest's own tables is the guest's, with nothing changed.
+//! Protocol: the guest's tables, its code and its memory are read with a grace period pinned; a device is asked without (it may wait
+//! for one), and that nothing is at an address is looked at and answered in one pin (INV-9): what has become memory meanwhile is read
+//! and written as memory. A fault of the guest's own tables is the guest's, with nothing changed.
 //!
 //! The processor has told the physical address of the access that failed. An instruction that touches one place has touched that one:
 //! its tables are not walked a second time for it.
 //!
 //! An instruction that was found is kept ([`emulate::memo`]), with the frames of the entries and of the code that led to it
 //! ([`entresol_mmu::Kept`]): in memory that the machine shares with nobody, and by walks of four or five levels.
-//!
+
 use entresol_addr::{Gpa, Hpa, PAGE_SIZE};
 use entresol_arch_x86::control::ControlRegisters;
 use entresol_arch_x86::emulate::memo::{Held, Memo, Place};
@@ -24,10 +25,13 @@ use entresol_mmu::{CopyError, Kept, MmioCache, Outcome};
 use entresol_slot::Hint;
 use entresol_sync::Pin;
 
-use super::identity::guest_time;
-use super::{GENERAL_PROTECTION, Next, PAGE_FAULT, UNDEFINED, go_on, inject, interrupts};
-use crate::devices::Devices;
-use crate::vm::{Crash, End, Made, Vm};
+use super::{GENERAL_PROTECTION, PAGE_FAULT, UNDEFINED, inject, interrupts};
+use crate::arch::{Now, State};
+use crate::counters::Reason;
+use crate::exit::{Next, absent, crash, park, starve};
+use crate::host;
+use crate::sched::VcpuRef;
+use crate::vm::{Claim, Crash, Pause, Store};
 
 /// Why an access is not completed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +44,10 @@ pub enum Stop {
     Again,
     /// No frame is free.
     OutOfMemory,
+    /// A page that it needs is in a store.
+    Absent(Gpa),
+    /// The owner has to take coalesced stores first.
+    Full,
     /// The guest's tables, or its code, are where no memory is, or none that can be read.
     Outside(Gpa),
 }
@@ -47,10 +55,10 @@ pub enum Stop {
 impl From<CopyError> for Stop {
     fn from(error: CopyError) -> Self {
         match error {
-            CopyError::Outside { gpa }
-            | CopyError::ReadOnly { gpa }
-            | CopyError::Absent { gpa, .. }
-            | CopyError::Poisoned { gpa } => Self::Outside(gpa),
+            CopyError::Outside { gpa } | CopyError::ReadOnly { gpa } | CopyError::Poisoned { gpa } => {
+                Self::Outside(gpa)
+            }
+            CopyError::Absent { gpa, .. } => Self::Absent(gpa),
             CopyError::MemoryFault(fault) => Self::Outside(fault.gpa()),
             CopyError::OutOfMemory => Self::OutOfMemory,
             CopyError::Busy => Self::Again,
@@ -60,77 +68,69 @@ impl From<CopyError> for Stop {
 
 /// Carries out the instruction that touched `fault.gpa`. Apart from the faults on memory, which are counted in instructions.
 #[inline(never)]
-pub fn access(cpu: usize, vm: &mut Vm, fault: &Fault) -> Next {
+pub fn access(cpu: usize, vcpu: &VcpuRef, state: &mut State, fault: &Fault) -> Next {
+    vcpu.vm.counters.bump(Reason::Mmio);
     if fault.stage1_walk || fault.is_fetch() {
-        return Next::End(End::Crash(Crash::Access(fault.gpa)));
+        return crash(vcpu, Crash::BadObject { gpa: fault.gpa.get() });
     }
-    let guest = &mut *vm.vcpu.guest;
-    interrupts::begin(guest, &vm.devices);
-    let mut registers = registers(guest);
-    let done = {
-        let pin = vm.memory.host().epoch.pin(cpu);
-        let mut view = View {
-            memory: &vm.memory,
-            devices: &vm.devices,
-            mmio: &vm.vcpu.mmio,
-            now: guest_time(guest),
-            pin: &pin,
-            hint: &vm.vcpu.hint,
-            place: place(guest),
-            shadow: vm.vcpu.regime,
-            by_leave: *guest.rflags() & RFLAGS_AC != 0,
-            known: None,
-        };
-        carry_out(&mut view, &mut vm.vcpu.code, &mut registers, fault.gpa)
+    interrupts::begin(vcpu, state);
+    let mut registers = registers(&mut state.guest);
+    let (done, looks) = {
+        let State { guest, code, hint, mmio, regime, .. } = state;
+        let (place, by_leave) = (place(guest), *guest.rflags() & RFLAGS_AC != 0);
+        let now = Now { offset: guest.time() };
+        let shadow = *regime;
+        let mut view =
+            View { cpu, vcpu, mmio, hint, now, pin: None, place, shadow, by_leave, known: None, looks: false };
+        (carry_out(&mut view, code, &mut registers, fault.gpa), view.looks)
     };
     match done {
         Ok(Ok(progress)) => {
-            write_back(guest, &registers);
-            match progress {
-                Progress::Done => go_on(guest, registers.rip),
-                // Between two steps it takes interrupts.
-                Progress::Again => Next::Look,
+            write_back(&mut state.guest, &registers);
+            if progress == Progress::Done {
+                state.guest.go_on(registers.rip);
             }
+            // Between two steps it takes interrupts.
+            if looks || progress == Progress::Again { Next::Look } else { Next::Again }
         }
-        Ok(Err(Unsupported::NoMemory)) => Next::Again,
-        Ok(Err(Unsupported::Invalid)) => inject(guest, UNDEFINED, None),
-        Ok(Err(unsupported)) => Next::End(End::Crash(Crash::Instruction { gpa: fault.gpa, unsupported })),
-        Err(stop) => stopped(vm, stop),
+        Ok(Err(Unsupported::NoMemory)) => Next::Look,
+        Ok(Err(Unsupported::Invalid)) => inject(state, UNDEFINED, None),
+        Ok(Err(unsupported)) => {
+            let gpa = fault.gpa.get();
+            log::error!("vm {}: an instruction on {gpa:#x} is not carried out: {unsupported:?}", vcpu.vm.config.name);
+            crash(vcpu, Crash::NoSyndrome { instruction: None, gpa, syndrome: fault.syndrome })
+        }
+        Err(stop) => stopped(vcpu, state, stop),
     }
 }
 
 /// What becomes of an access that is not completed.
-pub fn stopped(vm: &mut Vm, stop: Stop) -> Next {
-    let guest = &mut *vm.vcpu.guest;
+pub fn stopped(vcpu: &VcpuRef, state: &mut State, stop: Stop) -> Next {
     match stop {
-        Stop::Again => Next::Again,
+        Stop::Again => Next::Look,
         Stop::Fault { linear, code } => {
-            guest.set_cr2(linear);
-            inject(guest, PAGE_FAULT, Some(code))
+            state.guest.set_cr2(linear);
+            inject(state, PAGE_FAULT, Some(code))
         }
-        Stop::NonCanonical => inject(guest, GENERAL_PROTECTION, Some(0)),
-        Stop::OutOfMemory => Next::End(End::Crash(Crash::OutOfMemory)),
-        Stop::Outside(gpa) => Next::End(End::Crash(Crash::Access(gpa))),
+        Stop::NonCanonical => inject(state, GENERAL_PROTECTION, Some(0)),
+        Stop::OutOfMemory => starve(vcpu),
+        Stop::Absent(gpa) => absent(vcpu, gpa),
+        Stop::Full => park(&vcpu.vm, Pause::CoalescedFull),
+        Stop::Outside(gpa) => crash(vcpu, Crash::BadObject { gpa: gpa.get() }),
     }
 }
 
 /// The instruction that a guest on shadow tables left with, RIP behind it, and the size of its code.
-pub fn privileged(cpu: usize, vm: &mut Vm) -> Result<Result<(Privileged, u64, CodeSize), Unsupported>, Stop> {
-    let guest = &mut *vm.vcpu.guest;
-    let registers = registers(guest);
-    let pin = vm.memory.host().epoch.pin(cpu);
-    let mut view = View {
-        memory: &vm.memory,
-        devices: &vm.devices,
-        mmio: &vm.vcpu.mmio,
-        now: guest_time(guest),
-        pin: &pin,
-        hint: &vm.vcpu.hint,
-        place: place(guest),
-        shadow: vm.vcpu.regime,
-        by_leave: *guest.rflags() & RFLAGS_AC != 0,
-        known: None,
-    };
+pub fn privileged(
+    cpu: usize,
+    vcpu: &VcpuRef,
+    state: &mut State,
+) -> Result<Result<(Privileged, u64, CodeSize), Unsupported>, Stop> {
+    let registers = registers(&mut state.guest);
+    let State { guest, hint, mmio, regime, .. } = state;
+    let (place, by_leave) = (place(guest), *guest.rflags() & RFLAGS_AC != 0);
+    let (now, shadow) = (Now { offset: guest.time() }, *regime);
+    let mut view = View { cpu, vcpu, mmio, hint, now, pin: None, place, shadow, by_leave, known: None, looks: false };
     let size = code_size(&view.place);
     let at = code_at(&view.place);
     let bytes = emulate::fetch(at, |at, to| view.read_code(at, to).map(|_| ()))?;
@@ -147,8 +147,9 @@ fn carry_out(
     registers: &mut Registers,
     gpa: Gpa,
 ) -> Result<Result<Progress, Unsupported>, Stop> {
-    let (memory, pin) = (view.memory, view.pin);
-    let known = memo.recall(&view.place, |kept| memory.is_kept(pin, kept), |at| Metal::load_guest(word_at(at)));
+    let (memory, place) = (&view.vcpu.vm.memory, view.place);
+    let pin = view.pinned();
+    let known = memo.recall(&place, |kept| memory.is_kept(pin, kept), |at| Metal::load_guest(word_at(at)));
     if let Some(instruction) = known {
         view.known = instruction.touches_one_place().then_some(gpa);
         return instruction.execute(registers, view).map(Ok);
@@ -169,7 +170,7 @@ fn find(view: &mut View<'_>, memo: &mut Memo<Kept>) -> Result<Result<Instruction
     let place = view.place;
     let size = code_size(&place);
     let at = code_at(&place);
-    let kept = view.memory.keep();
+    let kept = view.vcpu.vm.memory.keep();
     let mut way = None;
     let bytes = emulate::fetch(at, |at, to| view.read_code(at, to).map(|found| way = way.or(Some(found))))?;
     let instruction = match Instruction::decode(bytes.as_slice(), place.rip, size) {
@@ -238,22 +239,29 @@ fn write_back(guest: &mut Guest, from: &Registers) {
 
 /// The guest's memory by its linear addresses, for the length of one instruction.
 struct View<'v> {
-    memory: &'v Made,
-    devices: &'v Devices,
+    cpu: usize,
+    vcpu: &'v VcpuRef,
     mmio: &'v MmioCache,
-    /// The guest's time stamp counter.
-    now: u64,
-    pin: &'v Pin<'v>,
     hint: &'v Hint,
+    now: Now,
+    /// Pinned while memory is looked at.
+    pin: Option<Pin<'static>>,
     place: Place,
     /// What its tables are read by, if it runs on shadow tables.
     shadow: Option<Regime>,
     by_leave: bool,
     /// Where the access that failed goes, if the instruction has no other.
     known: Option<Gpa>,
+    /// The vCPU has to look up afterwards.
+    looks: bool,
 }
 
 impl View<'_> {
+    #[inline]
+    fn pinned(&mut self) -> &Pin<'static> {
+        self.pin.get_or_insert_with(|| host::get().epoch.pin(self.cpu))
+    }
+
     /// What the guest's tables are read by.
     fn regime(&mut self) -> Regime {
         if let Some(regime) = self.shadow {
@@ -261,7 +269,7 @@ impl View<'_> {
         }
         let Place { root, cr0, cr4, efer, .. } = self.place;
         let own = ControlRegisters { cr0, cr3: root, cr4, efer, pointers: [0; 4] };
-        let mut regime = own.regime(self.memory.ipa_bits(), features::get().giant_pages);
+        let mut regime = own.regime(self.vcpu.vm.memory.ipa_bits(), features::get().giant_pages);
         if regime.mode == Mode::Pae {
             // With nested paging the processor reads them with each walk (APM 15.25.10). Where there is no memory they are absent.
             for index in 0..4 {
@@ -291,24 +299,27 @@ impl View<'_> {
     /// Bytes of code, within one page; where they are, and which entries said so.
     fn read_code(&mut self, linear: u64, to: &mut [u8]) -> Result<(Gpa, Way), Stop> {
         let (gpa, way) = self.trace(linear, Kind::Fetch)?;
-        self.memory.read(self.pin, self.hint, gpa, to)?;
+        let (memory, hint) = (&self.vcpu.vm.memory, self.hint);
+        memory.read(self.pinned(), hint, gpa, to)?;
         Ok((gpa, way))
     }
 
     /// The words that the code `bytes` at `gpa` and the way to it are in, if they can be kept and hold just that.
-    fn depends_on(&self, gpa: Gpa, way: &Way, bytes: &[u8]) -> Option<[Option<Held>; MOST_ENTRIES + MOST_CODE]> {
+    fn depends_on(&mut self, gpa: Gpa, way: &Way, bytes: &[u8]) -> Option<[Option<Held>; MOST_ENTRIES + MOST_CODE]> {
         let (first, end) = (gpa.page_offset(), gpa.page_offset() + bytes.len() as u64);
         let mode = Mode::of(self.place.cr0, self.place.cr4, self.place.efer);
         if !matches!(mode, Mode::Level4 | Mode::Level5) || end > PAGE_SIZE {
             return None;
         }
         let mut words = [None; MOST_ENTRIES + MOST_CODE];
+        let (memory, hint) = (&self.vcpu.vm.memory, self.hint);
+        let pin = self.pinned();
         for (word, entry) in words.iter_mut().zip(way.entries()) {
-            let frame = self.memory.frame_to_keep(self.pin, self.hint, entry.at)?;
+            let frame = memory.frame_to_keep(pin, hint, entry.at)?;
             let at = Hpa::new(frame.base().get() + entry.at.page_offset());
             *word = Some(Held { at, value: entry.raw });
         }
-        let frame = self.memory.frame_to_keep(self.pin, self.hint, gpa)?.base().get();
+        let frame = memory.frame_to_keep(pin, hint, gpa)?.base().get();
         let mut loaded = [0; MOST_CODE * 8];
         for (number, offset) in (first & !7..end).step_by(8).enumerate() {
             let at = Hpa::new(frame + offset);
@@ -333,41 +344,71 @@ impl View<'_> {
     }
 
     /// Bytes within one page: of memory, or of a device.
-    fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), Stop> {
-        if self.memory.is_nothing(self.pin, self.mmio, gpa.frame()) {
-            self.devices.load(gpa, to, self.now);
-            return Ok(());
-        }
-        match self.memory.read(self.pin, self.hint, gpa, to) {
-            Err(CopyError::Outside { .. }) => {
-                self.devices.load(gpa, to, self.now);
-                Ok(())
+    fn read(&mut self, gpa: Gpa, to: &mut [u8]) -> Result<(), Stop> {
+        let (memory, mmio, hint) = (&self.vcpu.vm.memory, self.mmio, self.hint);
+        let pin = self.pinned();
+        if !memory.is_nothing(pin, mmio, gpa.frame()) {
+            match memory.read(pin, hint, gpa, to) {
+                Err(CopyError::Outside { .. }) => {}
+                done => return Ok(done?),
             }
-            done => Ok(done?),
         }
+        self.pin = None;
+        let value = match self.vcpu.vm.device_read(self.vcpu, &self.now, gpa, to.len() as u8) {
+            Claim::Value(value) => value,
+            Claim::Again => return Err(Stop::Again),
+            // Nobody is there: a PC's bus reads as ones.
+            Claim::Abort | Claim::Done | Claim::Look => u64::MAX,
+        };
+        for (to, from) in to.iter_mut().zip(value.to_le_bytes()) {
+            *to = from;
+        }
+        Ok(())
     }
 
-    /// The same for a store; one to read-only memory is ignored too.
-    fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), Stop> {
-        if self.memory.is_nothing(self.pin, self.mmio, gpa.frame()) {
-            self.devices.store(gpa, from, self.now);
-            return Ok(());
-        }
-        match self.memory.write(self.pin, self.hint, gpa, from) {
-            Err(CopyError::Outside { .. }) => {
-                self.devices.store(gpa, from, self.now);
-                Ok(())
+    /// The same for a store; one to read-only memory is ignored, too.
+    fn write(&mut self, gpa: Gpa, from: &[u8]) -> Result<(), Stop> {
+        let (memory, mmio, hint) = (&self.vcpu.vm.memory, self.mmio, self.hint);
+        let pin = self.pinned();
+        if !memory.is_nothing(pin, mmio, gpa.frame()) {
+            match memory.write(pin, hint, gpa, from) {
+                Err(CopyError::Outside { .. }) => {}
+                Err(CopyError::ReadOnly { .. }) => return Ok(()),
+                done => return Ok(done?),
             }
-            Err(CopyError::ReadOnly { .. }) => Ok(()),
-            done => Ok(done?),
         }
+        self.pin = None;
+        let mut bytes = [0; 8];
+        for (to, from) in bytes.iter_mut().zip(from) {
+            *to = *from;
+        }
+        let (vm, value, size) = (&self.vcpu.vm, u64::from_le_bytes(bytes), from.len() as u8);
+        if vm.posted.may_cover(Gpa::new(gpa.get() & !(PAGE_SIZE - 1))) {
+            match vm.posted.store(gpa, size, value) {
+                Store::Elsewhere => {}
+                Store::Full => return Err(Stop::Full),
+                done => {
+                    self.looks |= done == Store::Signalled;
+                    return Ok(());
+                }
+            }
+        }
+        match vm.device_write(self.vcpu, &self.now, gpa, size, value) {
+            Claim::Again => return Err(Stop::Again),
+            Claim::Look => self.looks = true,
+            // A timer may be due at another moment.
+            Claim::Done => self.looks |= vm.board.is_controller(gpa.get()),
+            // Nobody is there: nothing happens.
+            Claim::Value(_) | Claim::Abort => {}
+        }
+        Ok(())
     }
 
     /// The frame and the word of an entry.
-    fn word(&self, at: Gpa) -> Result<Word, Stop> {
-        let frame = self.memory.frame_behind(self.pin, self.hint, at);
+    fn word(&mut self, at: Gpa) -> Result<Word, Stop> {
+        let (memory, hint) = (&self.vcpu.vm.memory, self.hint);
         // What nothing backs yet reads as zero, but has no word.
-        let frame = frame.ok_or(Stop::Outside(at))?;
+        let frame = memory.frame_behind(self.pinned(), hint, at).ok_or(Stop::Outside(at))?;
         Ok(Word::new(frame, (at.page_offset() / 8) as u16))
     }
 }
@@ -405,7 +446,8 @@ impl Tables for View<'_> {
             Ok(word) => Metal::load_guest(word),
             Err(Stop::Outside(_)) => {
                 let mut bytes = [0; 8];
-                self.memory.read(self.pin, self.hint, Gpa::new(at.get() & !7), &mut bytes)?;
+                let (memory, hint) = (&self.vcpu.vm.memory, self.hint);
+                memory.read(self.pinned(), hint, Gpa::new(at.get() & !7), &mut bytes)?;
                 u64::from_le_bytes(bytes)
             }
             Err(stop) => return Err(stop),
@@ -427,7 +469,8 @@ impl Tables for View<'_> {
             transfer: None,
             syndrome: 0,
         };
-        match self.memory.touch(self.pin, self.hint, &store) {
+        let (memory, hint) = (&self.vcpu.vm.memory, self.hint);
+        match memory.touch(self.pinned(), hint, &store) {
             Outcome::Resume => {}
             Outcome::Retry | Outcome::Unshare => return Err(Stop::Again),
             _ => return Err(Stop::Outside(at)),

@@ -46,6 +46,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow, ensure};
+use entresol_wire::config::Arch;
 
 use crate::fetch::{self, Bochs, Guest, Qemu};
 use crate::image::{self, Image};
@@ -67,6 +68,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "linux_works_its_memory_and_disk",
         about: "4 vCPUs on 2 CPUs write 400 MiB and a disk and read them back; entries are what was touched",
         run: linux::linux_works_its_memory_and_disk,
+    },
+    SystemTest {
+        name: "x86_linux_works_its_memory_and_disk",
+        about: "the same under SVM",
+        run: linux::x86_linux_works_its_memory_and_disk,
     },
     SystemTest {
         name: "live_forks_answer_diverge_and_end",
@@ -433,6 +439,7 @@ pub struct Context {
     pub work: PathBuf,
     hypervisor: OnceLock<Result<Image, String>>,
     x86: OnceLock<Result<X86, String>>,
+    guest_x86: OnceLock<Result<Guest, String>>,
     bochs: OnceLock<Result<Bochs, String>>,
 }
 
@@ -450,6 +457,18 @@ impl Context {
     pub fn hypervisor(&self) -> Result<&Image> {
         let built = self.hypervisor.get_or_init(|| image::build(&[]).map_err(|error| format!("{error:#}")));
         built.as_ref().map_err(|error| anyhow!("{error}"))
+    }
+
+    /// What guests of `arch` start with; x86-64's when the first test asks for it.
+    ///
+    /// # Errors
+    /// When it cannot be had: the same error for every test.
+    pub fn guest(&self, arch: Arch) -> Result<&Guest> {
+        if arch == Arch::Arm64 {
+            return Ok(&self.guest);
+        }
+        let made = self.guest_x86.get_or_init(|| fetch::guest_x86().map_err(|error| format!("{error:#}")));
+        made.as_ref().map_err(|error| anyhow!("{error}"))
     }
 
     /// QEMU and the hypervisor of x86-64, when the first test asks for them.
@@ -482,8 +501,15 @@ pub fn run(wanted: &[String]) -> Result<(usize, usize)> {
     ensure!(!queue.is_empty(), "no system test is named {}; see cargo xtask test --list", wanted.join(" or "));
     let (qemu, guest) = fetch::everything()?;
     let work = workspace::output_dir()?.join("system");
-    let context =
-        Context { qemu, guest, work, hypervisor: OnceLock::new(), x86: OnceLock::new(), bochs: OnceLock::new() };
+    let context = Context {
+        qemu,
+        guest,
+        work,
+        hypervisor: OnceLock::new(),
+        x86: OnceLock::new(),
+        guest_x86: OnceLock::new(),
+        bochs: OnceLock::new(),
+    };
     let (queue, tally) = (Mutex::new(queue), Mutex::new((0, 0)));
     thread::scope(|scope| {
         for _ in 0..AT_ONCE {

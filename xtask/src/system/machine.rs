@@ -20,7 +20,7 @@ use crate::image;
 use crate::initrd::{self, Initrd};
 use crate::outer::Outer;
 use crate::outer_bochs::OuterBochs;
-use crate::outer_x86::OuterX86;
+use crate::outer_x86::{EPYC, OuterX86};
 use crate::workspace;
 
 /// The hypervisor answers from an interrupt; a host that is busy may take its time.
@@ -34,6 +34,7 @@ pub struct Builder<'a> {
     outer_cpus: u32,
     store: Option<PathBuf>,
     extra: Vec<String>,
+    arch: Arch,
 }
 
 impl<'a> Builder<'a> {
@@ -44,7 +45,18 @@ impl<'a> Builder<'a> {
     pub fn new(context: &'a Context, name: &str) -> Result<Self> {
         let folder = context.work.join(name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        Ok(Self { context, folder, outer_memory: "4G".to_owned(), outer_cpus: 2, store: None, extra: Vec::new() })
+        let outer_memory = "4G".to_owned();
+        Ok(Self { context, folder, outer_memory, outer_cpus: 2, store: None, extra: Vec::new(), arch: Arch::Arm64 })
+    }
+
+    /// The machine, and its guests, are of this architecture; before files are asked for. x86-64's outer machine has 2 GiB then: its memory
+    /// ends below its devices.
+    pub fn on(mut self, arch: Arch) -> Self {
+        self.arch = arch;
+        if arch == Arch::X86 {
+            "2G".clone_into(&mut self.outer_memory);
+        }
+        self
     }
 
     /// Gives the outer machine another size.
@@ -78,7 +90,20 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// When it cannot be packed.
     pub fn initrd(&self, name: &str, initrd: &Initrd) -> Result<PathBuf> {
-        self.file(name, &initrd.pack(&self.context.guest)?)
+        self.file(name, &initrd.pack(self.context.guest(self.arch)?)?)
+    }
+
+    /// Debian's kernel with `initrd`, as [`bundle::linux`] has it.
+    ///
+    /// # Errors
+    /// When the kernel cannot be had.
+    pub fn linux(&self, name: &str, initrd: &Path) -> Result<WrittenVm> {
+        let mut vm = bundle::linux(name, &self.context.guest(self.arch)?.kernel()?, initrd);
+        if self.arch == Arch::X86 {
+            // It powers off by what ACPI's tables name only if it is told to.
+            "console=ttyS0 reboot=acpi".clone_into(&mut vm.cmdline);
+        }
+        Ok(vm)
     }
 
     /// Starts the hypervisor with these virtual machines.
@@ -86,6 +111,9 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// When something does not build, the configuration is refused, or QEMU does not start.
     pub fn boot(self, vms: Vec<WrittenVm>) -> Result<Machine> {
+        if self.arch == Arch::X86 {
+            return self.boot_x86(EPYC, vms);
+        }
         let loaded = bundle::check(bundle::written(&self.outer_memory, self.outer_cpus, vms))?;
         self.boot_loaded(&loaded)
     }

@@ -7,7 +7,7 @@ use entresol_metal_x86::switch::{self, Segment};
 use entresol_wire::bundle::{Bundle, FileIndex};
 use entresol_wire::config;
 
-use super::{Boot, Memory, map};
+use super::{Boot, Memory};
 use crate::vm::{BootMemory, BuildError};
 
 /// What of the memory of a machine like `config` its devices reach, if not all: nothing tells a guest of less.
@@ -36,7 +36,7 @@ impl Guest {
         let machine = x86::Machine {
             memory: config.memory,
             vcpus: config.vcpus as u8,
-            virtio: map::VIRTIO_SLOTS,
+            virtio: u32::MAX,
             cmdline: &config.cmdline,
         };
         let loaded = x86::boot(&machine, kernel, initrd).map_err(|error| BuildError::because("kernel", &error))?;

@@ -6,6 +6,7 @@
 
 use entresol_metal_x86::{switch, timer};
 
+use super::state::Halt;
 use super::{State, exit};
 use crate::exit::Next;
 use crate::run::{Way, enter_until_it_leaves};
@@ -26,6 +27,10 @@ pub fn load(cpu: usize, vcpu: &VcpuRef, state: &mut State) {
     exit::shadow::load(cpu, vcpu, state);
     state.fp.load();
     exit::timer_came(vcpu, state);
+    // One that halts goes on for a reason only, whatever made it ready.
+    if state.halt != Halt::No {
+        vm.board.pc().apic().look_again(vcpu.index);
+    }
     exit::clock::refresh(cpu, vcpu, state);
 }
 

@@ -22,12 +22,13 @@ pub fn begin(vcpu: &VcpuRef, state: &mut State) {
     follow(vcpu, state);
 }
 
-/// The controller has the guest's CR8 from now on.
+/// The controller has the guest's CR8 from now on. What that lets through comes before the next entry: the instruction that is looked at may
+/// end in an exception, which must not take its place.
 pub fn follow(vcpu: &VcpuRef, state: &mut State) {
     let (apic, tpr) = (vcpu.vm.board.pc().apic(), state.guest.priority() << 4);
     if apic.tpr(vcpu.index) >> 4 != tpr >> 4 {
         apic.set_tpr(vcpu.index, tpr);
-        settle_now(vcpu, state);
+        apic.look_again(vcpu.index);
     }
 }
 

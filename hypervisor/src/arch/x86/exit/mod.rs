@@ -116,7 +116,10 @@ fn rare(cpu: usize, vcpu: &VcpuRef, state: &mut State, exit: Exit) -> Next {
             interrupts::begin(vcpu, state);
             shadow::instruction(cpu, vcpu, state)
         }
-        Exit::Shutdown => crash(vcpu, Crash::TripleFault),
+        Exit::Shutdown => {
+            log::error!("vm {}: vCPU {}: a triple fault: {:x?}", vcpu.vm.config.name, vcpu.index, state.guest.save());
+            crash(vcpu, Crash::TripleFault)
+        }
         Exit::InvalidState => crash(vcpu, Crash::InvalidState),
         // The CPU has taken it by now: another's question about the own mapping, or the end.
         Exit::NonMaskable => Next::Again,

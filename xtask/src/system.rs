@@ -380,6 +380,16 @@ pub const TESTS: &[SystemTest] = &[
         run: dirty::private_writes_are_named_too,
     },
     SystemTest {
+        name: "x86_log_rings_and_mark_name_what_was_written",
+        about: "x86-64: random stores of one vCPU: log, rings and mark name the same pages, those that the guest says",
+        run: dirty::x86_log_rings_and_mark_name_what_was_written,
+    },
+    SystemTest {
+        name: "x86_private_writes_are_named_too",
+        about: "the same of a machine whose memory is private",
+        run: dirty::x86_private_writes_are_named_too,
+    },
+    SystemTest {
         name: "rings_lie_where_they_should_not",
         about: "rings across pages, in nothing, devices, ROM, private and changing pages: a reset is asked for, and nothing is left",
         run: private::rings_lie_where_they_should_not,

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use entresol_wire::config::{ReadOnlyStore, WrittenMemory, WrittenVm};
+use entresol_wire::config::{Arch, ReadOnlyStore, WrittenMemory, WrittenVm};
 use entresol_wire::control::{Alias, Answer, Bytes, Code, Dirty, Entries, Op, PagePlace, State};
 
 use super::Context;
@@ -13,8 +13,8 @@ use crate::bundle::program;
 use crate::guests;
 
 const VM: &str = "dirty";
-/// Where the guest looks for the sign to begin.
-const GO: u64 = 0x10_0000_0000;
+/// Where the guest looks for the sign to begin: neither memory nor a device is there.
+const GO: [u64; 2] = [0x10_0000_0000, 0xc800_0000];
 /// The slot that is the sign.
 const SIGN: u32 = 20;
 /// The guest's memory, slot 0.
@@ -28,6 +28,8 @@ type Pages = BTreeSet<u64>;
 /// The machine's owner.
 struct Owner {
     told: Listener,
+    /// Where the sign is shown.
+    go: u64,
 }
 
 impl Owner {
@@ -56,7 +58,8 @@ impl Owner {
     }
 
     fn sign(&mut self, shown: bool) -> Result<()> {
-        let slot = Alias { number: SIGN, base: GO, size: if shown { 4096 } else { 0 }, offset: 0, read_only: true };
+        let slot =
+            Alias { number: SIGN, base: self.go, size: if shown { 4096 } else { 0 }, offset: 0, read_only: true };
         self.told.done(Op::SetSlot { vm: VM.into(), slot })
     }
 
@@ -134,23 +137,39 @@ impl Round {
 /// Two vCPUs store at random, with every kind of store: log, rings and a mark name the same pages, exactly those that the guest
 /// says; blocks are put together again in the end; and requests that make no sense are refused.
 pub fn log_rings_and_mark_name_what_was_written(context: &Context) -> Result<()> {
-    written_is_named(context, "log_rings_and_mark_name_what_was_written", false)
+    written_is_named(context, "log_rings_and_mark_name_what_was_written", Arch::Arm64, false)
 }
 
 /// The same of private memory.
 pub fn private_writes_are_named_too(context: &Context) -> Result<()> {
-    written_is_named(context, "private_writes_are_named_too", true)
+    written_is_named(context, "private_writes_are_named_too", Arch::Arm64, true)
 }
 
-fn written_is_named(context: &Context, name: &str, private: bool) -> Result<()> {
-    let mut vm: WrittenVm = program(VM, &guests::flat("dirty")?, &format!("rounds=3 seed=7 go={GO:#x}"));
+/// The same on x86-64, of one vCPU.
+pub fn x86_log_rings_and_mark_name_what_was_written(context: &Context) -> Result<()> {
+    written_is_named(context, "x86_log_rings_and_mark_name_what_was_written", Arch::X86, false)
+}
+
+/// The same of private memory.
+pub fn x86_private_writes_are_named_too(context: &Context) -> Result<()> {
+    written_is_named(context, "x86_private_writes_are_named_too", Arch::X86, true)
+}
+
+fn written_is_named(context: &Context, name: &str, arch: Arch, private: bool) -> Result<()> {
+    let (guest, vcpus, go) = match arch {
+        Arch::Arm64 => (guests::flat("dirty")?, 2, GO[0]),
+        Arch::X86 => (guests::x86("guest-x86-dirty")?, 1, GO[1]),
+    };
+    let mut vm: WrittenVm = program(VM, &guest, &format!("rounds=3 seed=7 go={go:#x}"));
     vm.memory = WrittenMemory { size: "64M".to_owned(), private, ..Default::default() };
-    vm.vcpus = Some(2);
+    vm.vcpus = Some(vcpus);
     vm.policies.services = true;
-    vm.policies.read_only_store = ReadOnlyStore::Abort;
+    if arch == Arch::Arm64 {
+        vm.policies.read_only_store = ReadOnlyStore::Abort;
+    }
     vm.autostart = Some(false);
-    let mut machine = Builder::new(context, name)?.boot(vec![vm])?;
-    let mut owner = Owner { told: Listener::attach(machine.control()?, VM)? };
+    let mut machine = Builder::new(context, name)?.on(arch).boot(vec![vm])?;
+    let mut owner = Owner { told: Listener::attach(machine.control()?, VM)?, go };
     // Before the guest runs: it would fill a ring.
     refusals(&mut owner)?;
     owner.told.done(Op::Resume { vm: VM.into() })?;

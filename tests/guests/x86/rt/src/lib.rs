@@ -9,6 +9,8 @@
 #![no_std]
 
 mod entry;
+#[path = "../../../rt/src/rng.rs"]
+pub mod rng;
 pub mod trap;
 
 use core::arch::asm;
@@ -34,6 +36,15 @@ impl Machine {
             let (name, value) = word.split_once('=').unwrap_or((word, ""));
             (name == key).then_some(value)
         })
+    }
+
+    /// The number that `key=` names, decimal or from `0x` on.
+    pub fn number(&self, key: &str) -> Option<u64> {
+        let text = self.argument(key)?;
+        match text.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16).ok(),
+            None => text.parse().ok(),
+        }
     }
 }
 

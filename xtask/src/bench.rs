@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
+use crate::arch::Named;
 use crate::fetch::{self, Guest, Qemu};
 use crate::{image, workspace};
 use table::{Row, Rows};
@@ -36,21 +37,11 @@ pub struct Options {
     #[arg(long, value_enum)]
     peer: Option<Peer>,
     /// The machine
-    #[arg(long, value_enum, default_value = "arm64", conflicts_with_all = ["peer", "only"])]
-    arch: Arch,
+    #[arg(long, value_enum, default_value = "aarch64", conflicts_with_all = ["peer", "only"])]
+    arch: Named,
     /// Only these; all if none is named
     #[arg(long, value_enum, num_args = 1..)]
     only: Vec<Part>,
-}
-
-/// Which hypervisor is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Arch {
-    /// That of EL2
-    Arm64,
-    /// That of SVM with nested paging
-    #[value(name = "x86_64")]
-    X86,
 }
 
 /// Who else is measured.
@@ -101,8 +92,8 @@ pub struct Bench {
 /// When something does not build, or a machine does not come to its end.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let rows = match options.arch {
-        Arch::Arm64 => arm64(options)?,
-        Arch::X86 => x86::measure()?,
+        Named::Arm64 => arm64(options)?,
+        Named::X86 => x86::measure()?,
     };
     print!("{}", rows.table());
     if let Some(path) = &options.json {

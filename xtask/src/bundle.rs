@@ -5,9 +5,18 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use entresol_cli::config::{self, Loaded};
-use entresol_wire::config::{Written, WrittenDisk, WrittenOuter, WrittenVm};
+use entresol_wire::config::{Arch, Written, WrittenDisk, WrittenOuter, WrittenVm};
 
 use crate::progress::Step;
+
+/// The command line that brings Linux's console to the serial port of a guest's machine.
+pub const fn console(arch: Arch) -> &'static str {
+    match arch {
+        Arch::Arm64 => "console=ttyAMA0",
+        // It powers off by what ACPI's tables name only if it is told to.
+        Arch::X86 => "console=ttyS0 reboot=acpi",
+    }
+}
 
 /// A VM with one vCPU, 512 MiB and Linux's console on the PL011.
 pub fn linux(name: &str, kernel: &Path, initrd: &Path) -> WrittenVm {
@@ -16,7 +25,7 @@ pub fn linux(name: &str, kernel: &Path, initrd: &Path) -> WrittenVm {
         memory: "512M".into(),
         kernel: text(kernel),
         initrd: Some(text(initrd)),
-        cmdline: "console=ttyAMA0".to_owned(),
+        cmdline: console(Arch::Arm64).to_owned(),
         ..WrittenVm::default()
     }
 }

@@ -19,6 +19,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use entresol_wire::config::Arch;
 
 pub use bochs::Bochs;
 pub use browser::Browser;
@@ -67,6 +68,28 @@ pub fn guest_x86() -> Result<Guest> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
     guest::ensure_guest_x86(&cache)
+}
+
+/// QEMU of machines of `arch`: enough when the user brings a kernel.
+///
+/// # Errors
+/// As [`everything`].
+pub fn qemu_of(arch: Arch) -> Result<Qemu> {
+    match arch {
+        Arch::Arm64 => qemu_only(),
+        Arch::X86 => qemu_x86(),
+    }
+}
+
+/// Debian's guest files for `arch`.
+///
+/// # Errors
+/// As [`everything`].
+pub fn guest_of(arch: Arch) -> Result<Guest> {
+    match arch {
+        Arch::Arm64 => everything().map(|(_, guest)| guest),
+        Arch::X86 => guest_x86(),
+    }
 }
 
 /// Bochs, and GRUB for what it boots.

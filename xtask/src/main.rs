@@ -10,6 +10,7 @@
 //! | [`image`], [`bundle`], [`initrd`], [`cpio`], [`guests`] | what is the machine given at boot? |
 //! | [`outer`] | what is the machine? |
 
+mod arch;
 mod bench;
 mod boot_disk;
 mod bundle;
@@ -35,6 +36,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use arch::Named;
+
 /// Builds, runs and checks Entresol.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
@@ -58,7 +61,11 @@ enum Task {
     /// Fetch QEMU and a guest's files now, to be without network later
     Fetch,
     /// Build the hypervisor's image and say where it is
-    Build,
+    Build {
+        /// The architecture of the machine that it is for
+        #[arg(long, value_enum, default_value = "aarch64")]
+        arch: Named,
+    },
 }
 
 fn main() -> ExitCode {
@@ -69,7 +76,7 @@ fn main() -> ExitCode {
         Task::Coverage(options) => coverage::run(&options),
         Task::Check => check::run().map(|()| ExitCode::SUCCESS),
         Task::Fetch => fetch_now(),
-        Task::Build => build(),
+        Task::Build { arch } => build(arch),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
@@ -100,9 +107,14 @@ fn fetch_now() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn build() -> Result<ExitCode> {
-    let image = image::build(&[])?;
-    println!("image: {}\nsymbols: {}", image.raw.display(), image.elf.display());
+fn build(arch: Named) -> Result<ExitCode> {
+    match arch {
+        Named::Arm64 => {
+            let image = image::build(&[])?;
+            println!("image: {}\nsymbols: {}", image.raw.display(), image.elf.display());
+        }
+        Named::X86 => println!("image, with symbols: {}", image::build_x86()?.display()),
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -123,5 +135,17 @@ mod tests {
         }
         assert!(parse("xtask run -- -- --vcpus 4").is_err());
         assert!(parse("xtask -- run").is_err());
+    }
+
+    #[test]
+    fn a_configuration_says_its_architecture_itself() {
+        for words in
+            ["--arch x86_64", "--arch aarch64 --vcpus 4", "--config vms.toml", "--config vms.toml --store s.img"]
+        {
+            parse(&format!("xtask run {words}")).unwrap();
+        }
+        let refused = |words: &str| parse(&format!("xtask run {words}")).err().unwrap().to_string();
+        assert!(refused("--arch x86_64 --config vms.toml").contains("cannot be used with"));
+        assert!(refused("--arch sparc64").contains("aarch64, x86_64"));
     }
 }

@@ -16,33 +16,35 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use entresol_wire::config::{KernelFormat, WrittenVm, parse_size};
+use entresol_wire::config::{Arch, KernelFormat, WrittenVm, parse_size};
 
+use crate::arch::Named;
 use crate::bundle;
 use crate::fetch;
 use crate::image;
 use crate::initrd::{self, Initrd};
-use crate::outer::Outer;
+use crate::outer::{Model, Outer, usual_memory};
 use crate::workspace;
 
 /// The machine's options; without any, Debian's kernel with a shell.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Virtual machines as a TOML file; the options for one machine do not go with it
-    #[arg(long, conflicts_with_all = ["kernel", "firmware", "initrd", "append", "vcpus", "memory", "disk", "flash", "cpus", "outer_memory"])]
+    #[arg(long, conflicts_with_all = ["arch", "kernel", "firmware", "initrd", "append", "vcpus", "memory", "disk", "flash", "cpus", "outer_memory"])]
     config: Option<PathBuf>,
-    /// The guest's kernel: arm64 Image, the same gzip'd, ELF, or a flat binary (*.bin). Default: Debian's
+    /// The guest's kernel. For aarch64 an Image, the same gzip'd, ELF, or a flat binary (*.bin); for x86_64 a bzImage, or ELF with a PVH
+    /// entry. Default: Debian's
     #[arg(long)]
     kernel: Option<PathBuf>,
-    /// Firmware in place of a kernel: it runs from read-only memory at address 0, as EDK2's QEMU_EFI.fd does
+    /// Firmware in place of a kernel: it runs from read-only memory at address 0, as EDK2's QEMU_EFI.fd does; aarch64 only
     #[arg(long, conflicts_with_all = ["kernel", "initrd"])]
     firmware: Option<PathBuf>,
     /// The guest's initial file system. Default: a shell; none when a kernel is given
     #[arg(long)]
     initrd: Option<PathBuf>,
-    /// The guest's command line
-    #[arg(long, default_value = "console=ttyAMA0")]
-    append: String,
+    /// The guest's command line. Default: console=ttyAMA0, and console=ttyS0 reboot=acpi for x86_64
+    #[arg(long)]
+    append: Option<String>,
     /// The guest's CPUs, 1 to 8
     #[arg(long, default_value_t = 2)]
     vcpus: u32,
@@ -52,7 +54,7 @@ pub struct Options {
     /// A disk image; may be given more than once. Writes are kept until the machine stops
     #[arg(long)]
     disk: Vec<PathBuf>,
-    /// What the guest's flash holds, a power of two of bytes. Writes are kept until the machine stops
+    /// What the guest's flash holds, a power of two of bytes. Writes are kept until the machine stops; aarch64 only
     #[arg(long)]
     flash: Option<PathBuf>,
     /// A store's image, made by `entresol store create`: where snapshots go
@@ -61,13 +63,13 @@ pub struct Options {
     /// CPUs of the machine that the hypervisor runs on
     #[arg(long, default_value_t = 2)]
     cpus: u32,
-    /// Memory of the machine that the hypervisor runs on
-    #[arg(long, default_value = "4G")]
-    outer_memory: String,
-    /// Architecture of the machine
-    #[arg(long, value_parser = ["aarch64"], default_value = "aarch64")]
-    arch: String,
-    /// Without the hypervisor: the guest's kernel alone on the outer machine, to tell its faults from ours
+    /// Memory of the machine that the hypervisor runs on. Default: 4G, and 2G for x86_64
+    #[arg(long)]
+    outer_memory: Option<String>,
+    /// Architecture of the machine and its guest; a configuration says `outer.arch`
+    #[arg(long, value_enum, default_value = "aarch64")]
+    arch: Named,
+    /// Without the hypervisor: the guest's kernel alone on the outer machine, to tell its faults from ours; aarch64 only
     #[arg(long, conflicts_with_all = ["config", "firmware", "vcpus", "memory", "disk", "flash"])]
     bare: bool,
     /// When standard input is not a terminal: feed it once the console has printed this
@@ -75,15 +77,43 @@ pub struct Options {
     feed_after: Option<String>,
 }
 
+impl Options {
+    fn arch(&self) -> Arch {
+        self.arch.into()
+    }
+
+    fn append(&self) -> &str {
+        self.append.as_deref().unwrap_or(bundle::console(self.arch()))
+    }
+
+    fn outer_memory(&self) -> &str {
+        self.outer_memory.as_deref().unwrap_or(usual_memory(self.arch()))
+    }
+
+    /// What the machine does not have is refused by the option's name; a configuration's fields by theirs, where it is checked.
+    fn check(&self) -> Result<()> {
+        let arm64_only = [
+            (self.firmware.is_some(), "firmware", "a guest starts by its kernel there"),
+            (self.flash.is_some(), "flash", "there is memory at its address there"),
+            (self.bare, "bare", "Linux alone finds no clock on that machine"),
+        ];
+        match arm64_only.iter().find(|(given, ..)| *given && self.arch() == Arch::X86) {
+            Some((_, name, reason)) => bail!("--{name}: must be absent with --arch x86_64: {reason}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// When something cannot be fetched, built or started. A machine that ran and failed is an exit code.
 pub fn run(options: &Options) -> Result<ExitCode> {
+    options.check()?;
     let (outer, feed_after) = prepare(options)?;
     let socket = control_socket()?;
     free_socket(&socket)?;
-    let qemu = fetch::qemu_only()?;
+    let qemu = fetch::qemu_of(outer.model.arch())?;
     let store = options.store.as_deref().map(found).transpose()?;
     let outer = Outer { control: Some(socket.clone()), store, ..outer };
     let ended = console::attend(outer.command(&qemu), feed_after);
@@ -107,22 +137,28 @@ fn prepare(options: &Options) -> Result<(Outer, Option<String>)> {
             return bare(options, files);
         }
         let vm = request(options, &files)?;
-        (bundle::check(bundle::written(&options.outer_memory, options.cpus, vec![vm]))?, files.ready)
+        let mut written = bundle::written(options.outer_memory(), options.cpus, vec![vm]);
+        written.outer.arch = Some(options.arch());
+        (bundle::check(written)?, files.ready)
     };
-    let image = image::build(&[])?;
+    let size = loaded.config().outer;
+    let image = match size.arch {
+        Arch::Arm64 => image::build(&[])?.raw,
+        Arch::X86 => image::build_x86()?,
+    };
     let packed = work.join("bundle.img");
     bundle::pack(&loaded, &packed)?;
-    let size = loaded.config().outer;
-    let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(packed), ..Outer::new(&image.raw) };
+    let (initrd, model) = (Some(packed), Model::of(size.arch));
+    let outer = Outer { cpus: size.cpus, memory: size.memory, initrd, ..Outer::new(model, &image) };
     Ok((outer, options.feed_after.clone().or(ready)))
 }
 
 fn bare(options: &Options, files: Files) -> Result<(Outer, Option<String>)> {
-    let memory = parse_size(&options.outer_memory);
+    let memory = parse_size(options.outer_memory());
     let memory = memory
-        .with_context(|| format!("--outer-memory {}: a size is a number with K, M or G", options.outer_memory))?;
-    let append = Some(options.append.clone());
-    let outer = Outer { cpus: options.cpus, memory, initrd: files.initrd, append, ..Outer::new(&files.kernel) };
+        .with_context(|| format!("--outer-memory {}: a size is a number with K, M or G", options.outer_memory()))?;
+    let (append, model) = (Some(options.append().to_owned()), Model::of(options.arch()));
+    let outer = Outer { cpus: options.cpus, memory, initrd: files.initrd, append, ..Outer::new(model, &files.kernel) };
     Ok((outer, options.feed_after.clone().or(files.ready)))
 }
 
@@ -135,7 +171,7 @@ fn request(options: &Options, files: &Files) -> Result<WrittenVm> {
         kernel: text(&files.kernel),
         kernel_format: options.firmware.as_ref().map(|_| KernelFormat::Firmware),
         initrd: files.initrd.as_deref().map(text),
-        cmdline: options.append.clone(),
+        cmdline: options.append().to_owned(),
         disks: options.disk.iter().map(|disk| Ok(bundle::disk(&found(disk)?))).collect::<Result<_>>()?,
         flash: options.flash.as_deref().map(|flash| found(flash).map(|flash| text(&flash))).transpose()?,
         ..WrittenVm::default()
@@ -159,7 +195,7 @@ impl Files {
                 ready: None,
             });
         }
-        let (_, guest) = fetch::everything()?;
+        let guest = fetch::guest_of(options.arch())?;
         let kernel = guest.kernel()?;
         if let Some(initrd) = &options.initrd {
             return Ok(Self { kernel, initrd: Some(found(initrd)?), ready: None });
@@ -203,6 +239,38 @@ fn free_socket(socket: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(words: &str) -> Options {
+        Line::try_parse_from(std::iter::once("run").chain(words.split_whitespace())).unwrap().options
+    }
+
+    #[test]
+    fn what_is_not_said_follows_the_architecture() {
+        let (arm64, x86) = (options(""), options("--arch x86_64"));
+        assert_eq!((arm64.append(), arm64.outer_memory()), ("console=ttyAMA0", "4G"));
+        assert_eq!((x86.append(), x86.outer_memory()), ("console=ttyS0 reboot=acpi", "2G"));
+        let said = options("--arch x86_64 --append quiet --outer-memory 1G");
+        assert_eq!((said.append(), said.outer_memory()), ("quiet", "1G"));
+    }
+
+    #[test]
+    fn what_x86_64_does_not_have_is_refused_by_name() {
+        for (name, value) in [("firmware", "some.img"), ("flash", "some.img"), ("bare", "")] {
+            let words = format!("--{name} {value}");
+            options(&words).check().unwrap();
+            let error = options(&format!("{words} --arch x86_64")).check().unwrap_err().to_string();
+            let rule = format!("--{name}: must be absent with --arch x86_64: ");
+            assert!(error.starts_with(&rule), "{error}");
+        }
+        options("--arch x86_64 --disk some.img --vcpus 4 --memory 1G").check().unwrap();
+    }
 
     #[test]
     fn a_running_machine_keeps_its_socket() {

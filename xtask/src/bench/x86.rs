@@ -9,7 +9,7 @@ use entresol_wire::config::{Arch, LargestEntry, Paging, WrittenPolicies, Written
 use super::machine::{counted, execute};
 use super::table::Rows;
 use super::{operations, plugin, work_folder};
-use crate::outer_x86::OuterX86;
+use crate::outer::{Model, Outer};
 use crate::{bundle, fetch, guests, image};
 
 /// Key of the results and the guest's phase.
@@ -48,7 +48,8 @@ pub fn measure() -> Result<Rows> {
         bundle::pack(&bundle::check(written)?, &packed)?;
         let outcome = execute(&work, name, operations::DONE, |counts| {
             let extra = counted(&plugin, counts).to_vec();
-            OuterX86 { cpus: 1, extra, ..OuterX86::new(&hypervisor, &packed) }.command(&qemu)
+            let (initrd, model) = (Some(packed.clone()), Model::of(Arch::X86));
+            Outer { cpus: 1, memory: 1 << 30, initrd, extra, ..Outer::new(model, &hypervisor) }.command(&qemu)
         })?;
         let stores = &operations::each(&[CALIBRATION], &outcome.counts)?[0].1;
         ensure!(stores.median == 1, "a store counts as {} instructions: the counts mean nothing", stores.median);

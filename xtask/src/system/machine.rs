@@ -18,9 +18,9 @@ use crate::boot_disk;
 use crate::bundle;
 use crate::image;
 use crate::initrd::{self, Initrd};
-use crate::outer::Outer;
+use crate::outer::{Model, Outer, usual_memory};
 use crate::outer_bochs::OuterBochs;
-use crate::outer_x86::{EPYC, OuterX86};
+use crate::outer_x86::EPYC;
 use crate::workspace;
 
 /// The hypervisor answers from an interrupt; a host that is busy may take its time.
@@ -45,17 +45,14 @@ impl<'a> Builder<'a> {
     pub fn new(context: &'a Context, name: &str) -> Result<Self> {
         let folder = context.work.join(name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        let outer_memory = "4G".to_owned();
+        let outer_memory = usual_memory(Arch::Arm64).to_owned();
         Ok(Self { context, folder, outer_memory, outer_cpus: 2, store: None, extra: Vec::new(), arch: Arch::Arm64 })
     }
 
-    /// The machine, and its guests, are of this architecture; before files are asked for. x86-64's outer machine has 2 GiB then: its memory
-    /// ends below its devices.
+    /// The machine, and its guests, are of this architecture, with its usual memory; before files are asked for.
     pub fn on(mut self, arch: Arch) -> Self {
         self.arch = arch;
-        if arch == Arch::X86 {
-            "2G".clone_into(&mut self.outer_memory);
-        }
+        usual_memory(arch).clone_into(&mut self.outer_memory);
         self
     }
 
@@ -99,10 +96,7 @@ impl<'a> Builder<'a> {
     /// When the kernel cannot be had.
     pub fn linux(&self, name: &str, initrd: &Path) -> Result<WrittenVm> {
         let mut vm = bundle::linux(name, &self.context.guest(self.arch)?.kernel()?, initrd);
-        if self.arch == Arch::X86 {
-            // It powers off by what ACPI's tables name only if it is told to.
-            "console=ttyS0 reboot=acpi".clone_into(&mut vm.cmdline);
-        }
+        bundle::console(self.arch).clone_into(&mut vm.cmdline);
         Ok(vm)
     }
 
@@ -127,7 +121,8 @@ impl<'a> Builder<'a> {
         bundle::pack(loaded, &packed)?;
         let size = loaded.config().outer;
         let kernel = &self.context.hypervisor()?.raw;
-        let outer = Outer { cpus: size.cpus, memory: size.memory, initrd: Some(packed), ..Outer::new(kernel) };
+        let outer =
+            Outer { cpus: size.cpus, memory: size.memory, initrd: Some(packed), ..Outer::new(Model::Virt, kernel) };
         Machine::start(self, outer)
     }
 
@@ -139,7 +134,7 @@ impl<'a> Builder<'a> {
         let initrd = Some(self.file("bundle.img", bundle)?);
         let Some(memory) = parse_size(&self.outer_memory) else { bail!("{:?} is no size", self.outer_memory) };
         let kernel = &self.context.hypervisor()?.raw;
-        let outer = Outer { cpus: self.outer_cpus, memory, initrd, ..Outer::new(kernel) };
+        let outer = Outer { cpus: self.outer_cpus, memory, initrd, ..Outer::new(Model::Virt, kernel) };
         Machine::start(self, outer)
     }
 
@@ -165,15 +160,19 @@ impl<'a> Builder<'a> {
         let write = || boot_disk::write(self.context.bochs()?, &x86.hypervisor, &packed, &self.folder);
         let disk = disk.then(write).transpose()?;
         let (sockets, socket) = control_socket()?;
-        let outer = OuterX86 {
-            cpu: cpu.to_owned(),
+        let cpu = cpu.to_owned();
+        let model = match disk {
+            Some(disk) => Model::Pc { cpu, disk },
+            None => Model::Microvm { cpu },
+        };
+        let outer = Outer {
             cpus: self.outer_cpus,
             memory,
-            disk,
+            initrd: Some(packed),
             control: Some(socket.clone()),
             store: self.store,
             extra: self.extra,
-            ..OuterX86::new(&x86.hypervisor, &packed)
+            ..Outer::new(model, &x86.hypervisor)
         };
         Machine::spawn(self.folder, outer.command(&x86.qemu), socket, sockets)
     }
@@ -208,7 +207,7 @@ impl<'a> Builder<'a> {
     /// When QEMU does not start.
     pub fn boot_bare(self, kernel: &Path, initrd: Option<&Path>, append: &str) -> Result<Machine> {
         let append = Some(append.to_owned());
-        let outer = Outer { initrd: initrd.map(Path::to_owned), append, ..Outer::new(kernel) };
+        let outer = Outer { initrd: initrd.map(Path::to_owned), append, ..Outer::new(Model::Virt, kernel) };
         Machine::start(self, outer)
     }
 }

@@ -90,9 +90,19 @@ pub const TESTS: &[SystemTest] = &[
         run: snapshot::snapshots_outlive_the_machine,
     },
     SystemTest {
+        name: "x86_snapshots_outlive_the_machine",
+        about: "the same under SVM",
+        run: snapshot::x86_snapshots_outlive_the_machine,
+    },
+    SystemTest {
         name: "a_full_store_harms_nobody",
         about: "a snapshot that has no room: a reason, the guest goes on, the store is as it was",
         run: snapshot::a_full_store_harms_nobody,
+    },
+    SystemTest {
+        name: "x86_a_full_store_harms_nobody",
+        about: "the same under SVM",
+        run: snapshot::x86_a_full_store_harms_nobody,
     },
     SystemTest {
         name: "equal_guests_give_memory_back",

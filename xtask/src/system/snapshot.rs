@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use entresol_cli::client::ClientError;
+use entresol_wire::config::Arch;
 use entresol_wire::control::{Code, Op, State};
 use entresol_wire::snapshot::Trailer;
 use entresol_wire::store::{AREA_BYTES, BLOCK, Directory, File};
@@ -14,7 +15,7 @@ use super::Context;
 use super::control::Listener;
 use super::machine::{Builder, Machine};
 use super::store::{create, files};
-use crate::bundle::{disk, linux};
+use crate::bundle::disk;
 use crate::initrd::{self, Initrd};
 
 /// Questions until something that must happen does not.
@@ -60,10 +61,10 @@ impl Owner {
     }
 }
 
-fn boot(context: &Context, name: &str, store: &Path) -> Result<Machine> {
-    let builder = Builder::new(context, name)?;
+fn boot(context: &Context, name: &str, arch: Arch, store: &Path) -> Result<Machine> {
+    let builder = Builder::new(context, name)?.on(arch);
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
-    let mut guest = linux(GUEST, &context.guest.kernel()?, &initrd);
+    let mut guest = builder.linux(GUEST, &initrd)?;
     guest.memory = "256M".into();
     guest.vcpus = Some(2);
     guest.disks.push(disk(&builder.file("disk.img", &[0; 1 << 20])?));
@@ -75,18 +76,26 @@ fn boot(context: &Context, name: &str, store: &Path) -> Result<Machine> {
 /// next machine both are whole; a guest made from the second has all of its data and goes on; damage and what else cannot be
 /// is refused. That machine is killed too, later in a file, and the third has what the second had.
 pub fn snapshots_outlive_the_machine(context: &Context) -> Result<()> {
-    const NAME: &str = "snapshots_outlive_the_machine";
-    let store = Builder::new(context, NAME)?.file("store.img", &[])?;
+    outlive_the_machine(context, "snapshots_outlive_the_machine", Arch::Arm64)
+}
+
+/// The same on x86-64.
+pub fn x86_snapshots_outlive_the_machine(context: &Context) -> Result<()> {
+    outlive_the_machine(context, "x86_snapshots_outlive_the_machine", Arch::X86)
+}
+
+fn outlive_the_machine(context: &Context, name: &str, arch: Arch) -> Result<()> {
+    let store = Builder::new(context, name)?.file("store.img", &[])?;
     create(&store, 1 << 30)?;
-    saved_and_killed(boot(context, NAME, &store)?)?;
-    let mut machine = boot(context, "snapshots_outlive_the_machine-again", &store)?;
+    saved_and_killed(boot(context, name, arch, &store)?)?;
+    let mut machine = boot(context, &format!("{name}-again"), arch, &store)?;
     let mut owner = Owner { told: Listener::attach(machine.control()?, GUEST)?, asked: 0 };
     machine.expect("store: 2 files")?;
     restored(&mut machine, &mut owner, &store)?;
     owner.told.begin(Op::Snapshot { vm: "last".into(), file: "four".into(), base: None })?;
     machine.expect("snapshot four: 12288 pages so far")?;
     drop(machine);
-    let mut machine = boot(context, "snapshots_outlive_the_machine-third", &store)?;
+    let mut machine = boot(context, &format!("{name}-third"), arch, &store)?;
     let mut owner = Owner { told: Listener::attach(machine.control()?, GUEST)?, asked: 0 };
     machine.expect("store: 3 files")?;
     owner.told.done(Op::Restore { file: "four".into(), name: Some("third".into()) })?;
@@ -215,10 +224,18 @@ fn stopped(told: &mut Listener, vm: &str) -> Result<()> {
 
 /// A store that has no room, and one that is not there: a reason, the guest goes on, the store is as it was.
 pub fn a_full_store_harms_nobody(context: &Context) -> Result<()> {
-    const NAME: &str = "a_full_store_harms_nobody";
-    let store: PathBuf = Builder::new(context, NAME)?.file("store.img", &[])?;
+    full_store_harms_nobody(context, "a_full_store_harms_nobody", Arch::Arm64)
+}
+
+/// The same on x86-64.
+pub fn x86_a_full_store_harms_nobody(context: &Context) -> Result<()> {
+    full_store_harms_nobody(context, "x86_a_full_store_harms_nobody", Arch::X86)
+}
+
+fn full_store_harms_nobody(context: &Context, name: &str, arch: Arch) -> Result<()> {
+    let store: PathBuf = Builder::new(context, name)?.file("store.img", &[])?;
     create(&store, 16 << 20)?;
-    let mut machine = boot(context, NAME, &store)?;
+    let mut machine = boot(context, name, arch, &store)?;
     let mut owner = Owner { told: Listener::attach(machine.control()?, GUEST)?, asked: 0 };
     owner.told.done(Op::Resume { vm: GUEST.into() })?;
     owner.told.hear(initrd::READY)?;

@@ -132,6 +132,12 @@ fn through(above: Rights, raw: u64, regime: &Regime) -> Rights {
     }
 }
 
+/// The guest's entry behind word `index` of a [`Source::Table`].
+const fn behind(at: Gpa, shift: u8, index: u64) -> (Gpa, Width) {
+    let width = if shift == 0 { Width::Long } else { Width::Word };
+    (Gpa::new(at.get() + (((index * 8) >> shift) & !(width.bytes() - 1))), width)
+}
+
 impl<T: Tables> GuestTables for Guest<T> {
     type Request = Request;
     type Error = WalkError<T::Error>;
@@ -176,14 +182,36 @@ impl<T: Tables> GuestTables for Guest<T> {
         Ok(Walk { keys, depth, gpa: translation.gpa, rights })
     }
 
+    #[inline]
+    fn last(&mut self, key: &Key, linear: u64, request: Request) -> Result<Option<(Gpa, Rights)>, Self::Error> {
+        if !self.regime.mode.reaches(linear) {
+            return Ok(None);
+        }
+        let index = linear >> 12 & 511;
+        let says = match key.source {
+            Source::Page { gfn } => Says::Page { gfn: gfn.offset(index), rights: key.rights },
+            Source::Table { at, shift } => {
+                let (entry, width) = behind(at, shift, index);
+                let raw = self.tables.load(entry, width).map_err(WalkError::Tables)?;
+                self.entry_says(key, index, raw)
+            }
+            Source::Registers { .. } => Says::Nothing,
+        };
+        let Says::Page { gfn, rights } = says else { return Ok(None) };
+        // A store without the right to: the page's dirty flag may be missing, or the guest runs without CR0.WP.
+        if request.kind == Kind::Write && !rights.write || !self.allows(rights, request) {
+            return Ok(None);
+        }
+        Ok(Some((Gpa::new(gfn.base().get() | linear & 0xfff), rights)))
+    }
+
     fn read(&mut self, key: &Key, index: u16) -> Says {
         let index = u64::from(index);
         match key.source {
             Source::Registers { .. } if *key != self.by_registers(key.level) => Says::Nothing,
             Source::Registers { .. } => self.registers_say(key.level, index),
             Source::Table { at, shift } => {
-                let width = if shift == 0 { Width::Long } else { Width::Word };
-                let entry = Gpa::new(at.get() + (((index * 8) >> shift) & !(width.bytes() - 1)));
+                let (entry, width) = behind(at, shift, index);
                 // Entries are read as they were when the table was made.
                 if key.role != self.role() {
                     return Says::Nothing;

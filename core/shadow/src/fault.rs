@@ -4,7 +4,7 @@ use entresol_addr::{Gfn, Gpa};
 use entresol_machine::{Machine, Vmid};
 use entresol_sync::planted;
 
-use crate::page::Record;
+use crate::page::{Page, Record};
 use crate::sync::index;
 use crate::tables::Shadow;
 use crate::{Backing, GuestMemory, GuestTables, Key, Rights, ShadowFormat, Walk};
@@ -18,6 +18,15 @@ enum Missing {
     Made,
     /// No frame is left for one.
     Room,
+}
+
+/// Where an access leads on a way that is there.
+struct Beaten {
+    /// The table of level 1.
+    page: u32,
+    gpa: Gpa,
+    /// What an entry may allow.
+    rights: Rights,
 }
 
 /// How a fault ended.
@@ -50,6 +59,20 @@ impl<F: ShadowFormat> Shadow<F> {
         request: G::Request,
     ) -> Answer<G::Error, B::Error> {
         let write = guest.writes(request);
+        match self.beaten(vcpu, guest, linear, request) {
+            Ok(Some(Beaten { page, gpa, rights })) => {
+                let backing = match memory.backing(gpa.frame(), write) {
+                    Ok(backing) => backing,
+                    Err(error) => return Answer::Memory(error),
+                };
+                let generation = memory.generation();
+                let answer = self.fill(machine, vcpu, page, (gpa, rights), linear, write, backing, generation);
+                self.settle(machine, vmid);
+                return answer;
+            }
+            Ok(None) => {}
+            Err(error) => return Answer::Guest(error),
+        }
         for _ in 0..TRIES {
             let walk = match guest.walk(linear, request) {
                 Ok(walk) => walk,
@@ -64,7 +87,8 @@ impl<F: ShadowFormat> Shadow<F> {
             match self.descend(machine, vmid, guest, root, &walk, linear) {
                 Ok(page) => {
                     let generation = memory.generation();
-                    let answer = self.fill(machine, vcpu, page, &walk, linear, write, backing, generation);
+                    let answer =
+                        self.fill(machine, vcpu, page, (walk.gpa, walk.rights), linear, write, backing, generation);
                     self.settle(machine, vmid);
                     return answer;
                 }
@@ -126,7 +150,35 @@ impl<F: ShadowFormat> Shadow<F> {
         }
     }
 
-    /// The table of level 1 on the way. What is missing on it is made, and then the walk is to be made again.
+    /// Where `request` at `linear` leads, by the tables that are there: those above level 1 say what the guest's say, because nobody
+    /// could write to these since, and only the last entry is read. `None`: the guest's tables are to be walked.
+    #[inline]
+    fn beaten<G: GuestTables>(
+        &self,
+        vcpu: usize,
+        guest: &mut G,
+        linear: u64,
+        request: G::Request,
+    ) -> Result<Option<Beaten>, G::Error> {
+        let Some(mut page) = self.vcpus[vcpu].root else { return Ok(None) };
+        if self.pages[page as usize].key != Some(guest.root()) {
+            return Ok(None);
+        }
+        loop {
+            let Page { key: Some(key), unsynced, records } = &self.pages[page as usize] else { return Ok(None) };
+            if key.level == 1 {
+                let found = guest.last(key, linear, request)?;
+                return Ok(found.map(|(gpa, rights)| Beaten { page, gpa, rights }));
+            }
+            match records[index(linear, key.level)] {
+                Record::Link(child) if !unsynced => page = child,
+                _ => return Ok(None),
+            }
+        }
+    }
+
+    /// The table of level 1 on the way. What is missing on it is made, and then the walk is to be made again. Only a walk that has read
+    /// nothing but tables that were there before it makes a link: one that was read before it was protected may lead elsewhere by now.
     fn descend<M: Machine, G: GuestTables>(
         &mut self,
         machine: &M,
@@ -143,9 +195,11 @@ impl<F: ShadowFormat> Shadow<F> {
             page = match self.pages[page as usize].records[at] {
                 Record::Link(child) if self.pages[child as usize].key == Some(key) => child,
                 _ => {
-                    let child = self.take(machine, vmid, guest, &key).ok_or(Missing::Room)?;
-                    self.link(machine, page, at, child);
-                    made = true;
+                    let (child, is_new) = self.take(machine, vmid, guest, &key).ok_or(Missing::Room)?;
+                    made |= is_new;
+                    if !made {
+                        self.link(machine, page, at, child);
+                    }
                     child
                 }
             };
@@ -154,16 +208,23 @@ impl<F: ShadowFormat> Shadow<F> {
     }
 
     /// The table with this key, for a way that did not lead to it: nothing on that way says what the guest does not say now, down
-    /// to the last level.
-    fn take<M: Machine, G: GuestTables>(&mut self, machine: &M, vmid: Vmid, guest: &mut G, key: &Key) -> Option<u32> {
+    /// to the last level. And whether the walk was earlier than that.
+    fn take<M: Machine, G: GuestTables>(
+        &mut self,
+        machine: &M,
+        vmid: Vmid,
+        guest: &mut G,
+        key: &Key,
+    ) -> Option<(u32, bool)> {
         match self.find(key) {
             Some(page) => {
-                if key.level > 1 || self.pages[page as usize].unsynced {
+                let behind = (key.level > 1 && !self.unsynced.is_empty()) || self.pages[page as usize].unsynced;
+                if behind {
                     self.sync_all(machine, vmid, guest);
                 }
-                Some(page)
+                Some((page, behind))
             }
-            None => self.make(machine, key),
+            None => self.make(machine, key).map(|page| (page, true)),
         }
     }
 
@@ -174,34 +235,34 @@ impl<F: ShadowFormat> Shadow<F> {
         machine: &M,
         vcpu: usize,
         page: u32,
-        walk: &Walk,
+        (gpa, allowed): (Gpa, Rights),
         linear: u64,
         write: bool,
         backing: Backing,
         generation: Option<u64>,
     ) -> Answer<G, E> {
-        let (gfn, at) = (walk.gpa.frame(), index(linear, 1));
+        let (gfn, at) = (gpa.frame(), index(linear, 1));
         match backing {
-            Backing::Frame { writable, .. } if write && !writable => Answer::Mmio(walk.gpa),
+            Backing::Frame { writable, .. } if write && !writable => Answer::Mmio(gpa),
             Backing::Frame { pfn, writable } => {
-                let may_write = walk.rights.write && writable;
+                let may_write = allowed.write && writable;
                 if write && self.is_synced(gfn) {
                     self.unsync(gfn);
                 }
-                let rights = Rights { write: may_write && !self.is_synced(gfn), ..walk.rights };
+                let rights = Rights { write: may_write && !self.is_synced(gfn), ..allowed };
                 self.map(machine, page, at, gfn, pfn, rights);
                 Answer::Resume
             }
             Backing::Nothing => {
                 match generation {
                     Some(generation) => {
-                        let made = self.mark_mmio(machine, page, at, gfn, walk.rights, generation);
+                        let made = self.mark_mmio(machine, page, at, gfn, allowed, generation);
                         self.vcpus[vcpu].counts.made += u64::from(made);
-                        self.vcpus[vcpu].mmio = Some((linear >> 12, gfn, walk.rights, generation));
+                        self.vcpus[vcpu].mmio = Some((linear >> 12, gfn, allowed, generation));
                     }
                     None => self.drop_entry(machine, page, at),
                 }
-                Answer::Mmio(walk.gpa)
+                Answer::Mmio(gpa)
             }
         }
     }

@@ -119,6 +119,15 @@ pub trait GuestTables {
     /// The implementor's.
     fn walk(&mut self, linear: u64, request: Self::Request) -> Result<Walk, Self::Error>;
 
+    /// Where `request` at `linear` leads from the table `key` of level 1, to which the way of `linear` has come: the address, and what an
+    /// entry for it may allow, as [`Self::walk`] would say. `None`: the walk is to say, because a flag is to be set, the access is not
+    /// allowed, or the entry leads to no page.
+    ///
+    /// # Errors
+    ///
+    /// The implementor's.
+    fn last(&mut self, key: &Key, linear: u64, request: Self::Request) -> Result<Option<(Gpa, Rights)>, Self::Error>;
+
     /// What stands behind word `index` of the table `key`, which is no [`Source::Page`]. No flag is set. What cannot be read says
     /// nothing.
     fn read(&mut self, key: &Key, index: u16) -> Says;

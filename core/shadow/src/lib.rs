@@ -16,7 +16,10 @@
 //!
 //! * *Fault*: walk the guest's tables, as the processor would, flags and all; ask for the frame; make the tables on the way that are
 //!   missing, or whose guest entry leads elsewhere by now; fill the entry. It permits stores only once the guest's dirty flag is
-//!   set. Where tables were made, the walk is made again: it may have read them before they were protected.
+//!   set. Where tables were made or compared, nothing is linked, and the walk is made again: it may have read them before they were
+//!   protected.
+//! * *A fault on a way that is there* reads the guest's last entry alone ([`GuestTables::last`]): links of synced tables say what
+//!   the guest's entries say, for nobody could write to these since. What that entry does not plainly allow, a walk decides.
 //! * *A guest's table that is shown is write-protected*: every entry that maps its frame loses the permission (reverse map). The
 //!   guest's store faults, and makes the table *unsynced*: writable, and perhaps changed. That holds for tables of all levels: no
 //!   instruction is emulated, and a table that maps itself is no special case.
@@ -27,7 +30,8 @@
 //!   it is compared: what another vCPU writes after that faults.
 //! * *A way that comes to a table anew* has all unsynced ones compared first: it may lead on to them, and nothing of them can be in a
 //!   TLB for addresses of that way.
-//! * *Backing changes* ([`Shadow::invalidate`]): the entries that map a frame are dropped.
+//! * *Backing changes* ([`Shadow::invalidate`]): the entries that map a frame are dropped, and a table that is shown there is unsynced:
+//!   it may hold other words now.
 //! * *No memory*: an MMIO entry, true for one generation of the slots; the vCPU remembers its page by linear address.
 //!
 //! When a call returns, TLBs hold nothing that it dropped: one flush of the VM, if anything was dropped that allowed an access.

@@ -284,23 +284,35 @@ impl<F: ShadowFormat> Shadow<F> {
         });
     }
 
-    /// Drops every entry that leads anywhere. `vmid` as in [`Shadow::load`].
+    /// Drops every entry that leads to memory, and believes no table. `vmid` as in [`Shadow::load`].
     pub fn invalidate_all<M: Machine>(&mut self, machine: &M, vmid: Vmid) {
         self.drop_where(machine, |record| matches!(record, Record::Leaf { .. }));
+        self.unsync_where(|_| true);
         self.settle(machine, vmid);
     }
 
-    /// What stands behind `range` changes: no entry maps it any more when this returns. `vmid` as in [`Shadow::load`].
+    /// What stands behind `range` changes: no entry maps it any more when this returns, and guest tables there may say something
+    /// else. `vmid` as in [`Shadow::load`].
     pub fn invalidate<M: Machine>(&mut self, machine: &M, vmid: Vmid, range: GfnRange) {
         if range.count() <= WORDS as u64 {
             for offset in 0..range.count() {
                 let gfn = range.start().offset(offset);
                 self.each_mapping(gfn, |this, page, index| this.drop_entry(machine, page, index));
+                self.unsync(gfn);
             }
         } else {
             self.drop_where(machine, |record| matches!(record, Record::Leaf { gfn, .. } if range.contains(*gfn)));
+            self.unsync_where(|gfn| range.contains(gfn));
         }
         self.settle(machine, vmid);
+    }
+
+    fn unsync_where(&mut self, which: impl Fn(Gfn) -> bool) {
+        for number in 0..self.pages.len() {
+            if let Some(gfn) = self.pages[number].key.and_then(|key| key.table()).filter(|gfn| which(*gfn)) {
+                self.unsync(gfn);
+            }
+        }
     }
 
     fn drop_where<M: Machine>(&mut self, machine: &M, which: impl Fn(&Record) -> bool) {

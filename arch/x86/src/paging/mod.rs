@@ -72,6 +72,15 @@ impl Mode {
         }
     }
 
+    /// Whether tables of this mode say anything of `linear`: outside long mode of its lower 32 bits.
+    pub(crate) const fn reaches(self, linear: u64) -> bool {
+        match self {
+            Self::Off | Self::Bits32 | Self::Pae => true,
+            Self::Level4 => is_canonical(linear, 48),
+            Self::Level5 => is_canonical(linear, 57),
+        }
+    }
+
     /// Bytes of an entry.
     const fn width(self) -> Width {
         if matches!(self, Self::Bits32) { Width::Word } else { Width::Long }
@@ -320,9 +329,12 @@ const fn untranslated(address: u64) -> Translation {
     }
 }
 
+const fn is_canonical(address: u64, bits: u32) -> bool {
+    ((address << (64 - bits)) as i64 >> (64 - bits)) as u64 == address
+}
+
 const fn canonical<E>(address: u64, bits: u32) -> Result<u64, WalkError<E>> {
-    let extended = ((address << (64 - bits)) as i64 >> (64 - bits)) as u64;
-    if extended == address { Ok(address) } else { Err(WalkError::NonCanonical) }
+    if is_canonical(address, bits) { Ok(address) } else { Err(WalkError::NonCanonical) }
 }
 
 /// One walk; `None` if an entry changed before its flags were set.

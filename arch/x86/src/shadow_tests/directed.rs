@@ -142,6 +142,24 @@ fn what_changes_before_a_table_is_protected_is_seen() {
     assert!(this.compare(0, linear, LOAD), "a table that is protected is not compared: it must be right");
 }
 
+/// As above, but the walk that comes after leads nowhere: what the earlier one has read must not be linked.
+#[test]
+fn a_link_is_not_made_of_what_was_read_before_the_table_was_protected() {
+    plant(&[]);
+    let (mut this, linear) = remap();
+    this.edit(4, 0, 12 << 12 | 0x67);
+    this.load(0);
+    let shared = RefCell::new(this.memory.clone());
+    let mut memory = Faster { memory: &shared, change: Some((3 * 512, 0)) };
+    let mut guest = Guest { tables: &shared, regime: this.vcpus[0] };
+    let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut memory, linear, LOAD);
+    assert!(matches!(answer, Answer::Guest(_)), "{answer:?}");
+    assert!(this.tree.is_synced(Gfn::new(3)));
+    this.memory = shared.into_inner();
+    this.load(0);
+    assert!(this.compare(0, linear, LOAD), "a synced table is not compared, and faults go by its links");
+}
+
 #[test]
 fn bad_requests_name_their_rule() {
     let new = |frames, vcpus| Tree::new(Shadow::new(46, None), pfns(frames), vcpus).err().map(|(error, _)| error);
@@ -178,6 +196,21 @@ fn a_flush_of_any_page_drops_links_that_changed() {
     this.tree.invalidate_page(&this.machine, VMID, 0, &mut guest, 5 << 30);
     assert!(this.compare(0, SECOND | 0x1000, LOAD), "by table 4");
     assert!(this.compare(0, 0x1000, LOAD), "by table 5, and not by what table 4 has there now");
+}
+
+/// Other memory behind a table that is shown: no store of the guest's has made it unsynced.
+#[test]
+fn a_table_whose_memory_is_replaced_is_read_again() {
+    for range in [GfnRange::single(Gfn::new(3)), GfnRange::new(Gfn::new(0), 1024).unwrap()] {
+        let mut this = two_tables();
+        this.memory.words[3 * 512] = 5 << 12 | 0x67;
+        this.tree.invalidate(&this.machine, VMID, range);
+        assert!(!this.tree.is_synced(Gfn::new(3)));
+        assert!(this.compare(0, 0x1000, LOAD), "a fault goes by what the table says now");
+    }
+    let mut this = two_tables();
+    this.tree.invalidate_all(&this.machine, VMID);
+    assert!(!this.tree.is_synced(Gfn::new(3)));
 }
 
 #[test]

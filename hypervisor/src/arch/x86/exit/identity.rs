@@ -69,6 +69,7 @@ pub fn read_register(vcpu: &VcpuRef, state: &mut State) -> Next {
 /// WRMSR.
 pub fn write_register(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next {
     let (now, pc) = (state.now(), vcpu.vm.board.pc());
+    let deadline = pc.deadline(vcpu.index);
     let guest = &mut state.guest;
     let register = guest.registers.rcx as u32;
     let value = *guest.rax() & 0xffff_ffff | guest.registers.rdx << 32;
@@ -101,8 +102,8 @@ pub fn write_register(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next {
         return inject(state, GENERAL_PROTECTION, Some(0));
     }
     state.guest.skip(2);
-    // A timer may be due at another moment.
-    Next::Look
+    // Its timer is due at another moment.
+    if pc.deadline(vcpu.index) == deadline { Next::Again } else { Next::Look }
 }
 
 /// Each byte is a memory type: 0, 1, 4, 5, 6 or 7 (APM 7.8.1).

@@ -35,7 +35,7 @@ pub fn follow(vcpu: &VcpuRef, state: &mut State) {
 /// What is due is injected, or asked for as soon as it can be. Or why the vCPU does not run.
 #[inline(never)]
 pub fn settle(vcpu: &VcpuRef, state: &mut State) -> Option<Leave> {
-    state.guest.bring();
+    begin(vcpu, state);
     let (apic, index) = (vcpu.vm.board.pc().apic(), vcpu.index);
     while let Some(event) = apic.take_event(index) {
         match event {

@@ -383,6 +383,8 @@ impl View<'_> {
             *to = *from;
         }
         let (vm, value, size) = (&self.vcpu.vm, u64::from_le_bytes(bytes), from.len() as u8);
+        let deadline = || vm.board.pc().deadline(self.vcpu.index);
+        let before = vm.board.is_controller(gpa.get()).then(deadline);
         if vm.posted.may_cover(Gpa::new(gpa.get() & !(PAGE_SIZE - 1))) {
             match vm.posted.store(gpa, size, value) {
                 Store::Elsewhere => {}
@@ -396,8 +398,8 @@ impl View<'_> {
         match vm.device_write(self.vcpu, &self.now, gpa, size, value) {
             Claim::Again => return Err(Stop::Again),
             Claim::Look => self.looks = true,
-            // A timer may be due at another moment.
-            Claim::Done => self.looks |= vm.board.is_controller(gpa.get()),
+            // The controllers' timer may be due at another moment.
+            Claim::Done => self.looks |= before.is_some_and(|before| before != deadline()),
             // Nobody is there: nothing happens.
             Claim::Value(_) | Claim::Abort => {}
         }

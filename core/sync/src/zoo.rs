@@ -128,6 +128,12 @@ pub enum Bug {
     ZX3,
     /// Z-X4, in no specification: a frame that was kept is used without asking whether anything has moved since.
     ZX4,
+    /// Z-X5, in no specification: what a walk read before its tables were protected is put into the shadow tables that it needed.
+    ZX5,
+    /// Z-X6, in no specification: shadow tables are compared before the flush that keeps other CPUs from storing to what they show.
+    ZX6,
+    /// Z-X7, in no specification: an invalidation of the second stage leaves shadow entries.
+    ZX7,
 }
 
 std::thread_local! {

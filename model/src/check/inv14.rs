@@ -5,6 +5,7 @@
 use entresol_machine::Vmid;
 
 use crate::machine::World;
+use crate::machine::linear::SHADOWS;
 use crate::machine::tlb::NEVER;
 
 /// `vm` is about to run on some CPU under `vmid`.
@@ -14,7 +15,7 @@ pub fn load(world: &World, vm: usize, vmid: Vmid) -> Option<String> {
         return Some(format!("VM {vm} runs under VMID 0, which is the hypervisor's"));
     }
     let floor = world.tlb.floor_of_all(vmid);
-    let mut others = world.tlb.residences().iter().filter(|one| one.vmid == vmid && one.vm != vm);
+    let mut others = world.tlb.residences().iter().filter(|one| one.vmid == vmid && one.vm % SHADOWS != vm);
     let other = others.find(|one| one.until == NEVER || one.until > floor)?;
     let how = if other.until == NEVER { "runs under it on" } else { "ran under it, with no flush since, on" };
     Some(format!("VM {vm} gets VMID {number}, and VM {} {how} CPU {}", other.vm, other.cpu))

@@ -74,6 +74,8 @@ pub enum Check {
     Completion,
     /// Dirty logs, dirty rings and differences name what was written.
     Written,
+    /// Shadow tables show what the guest's tables and the second stage do.
+    Shadow,
     /// Outcomes that the litmus file forbids.
     Forbidden,
     /// A panic of the core.
@@ -82,7 +84,7 @@ pub enum Check {
 
 impl Check {
     /// All.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Inv1,
         Self::Inv2,
         Self::Inv3,
@@ -103,6 +105,7 @@ impl Check {
         Self::Coalesced,
         Self::Completion,
         Self::Written,
+        Self::Shadow,
         Self::Forbidden,
         Self::Panic,
     ];
@@ -135,6 +138,7 @@ impl Check {
             Self::Coalesced => "coalesced",
             Self::Completion => "completion",
             Self::Written => "written",
+            Self::Shadow => "shadow",
             Self::Forbidden => "forbidden",
             Self::Panic => "panic",
         }

@@ -24,7 +24,7 @@ impl LabFormat {
     pub fn of(machine: &Config) -> Self {
         match machine.format {
             Paging::Stage2 => Self::Stage2(Stage2 { fwb: machine.fwb }),
-            Paging::Npt => Self::Either(Either::new(Maker::Amd, machine.physical_bits, None)),
+            Paging::Npt | Paging::Shadow => Self::Either(Either::new(Maker::Amd, machine.physical_bits, None)),
             Paging::Ept => Self::Either(Either::new(Maker::Intel, machine.physical_bits, None)),
         }
     }

@@ -87,7 +87,13 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
                 stage.host.vmids.put(cpu);
             }
         }
-        Step::Guest { .. } | Step::Mmu { .. } | Step::Tlbi | Step::Post { .. } | Step::Drain { .. } | Step::Leave => {
+        Step::Guest { .. }
+        | Step::Invlpg { .. }
+        | Step::Mmu { .. }
+        | Step::Tlbi
+        | Step::Post { .. }
+        | Step::Drain { .. }
+        | Step::Leave => {
             unreachable!("a vCPU's step")
         }
     }
@@ -129,6 +135,8 @@ pub(super) fn put(actor: &Actor, vm: usize, (gpa, value): (Gpa, u64), store: imp
             lab.oracle.end(begun);
         }
         if done {
+            let now = lab.world.moment();
+            lab.linear.wrote(vm, gpa, value, now);
             lab.written.wrote(&page, Some(since));
         }
         lab.written.end(actor.cpu);

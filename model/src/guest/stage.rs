@@ -15,7 +15,7 @@ use super::context::Context;
 use super::format::LabFormat;
 use super::swap::Swap;
 use super::vcpu::{self, Attempt};
-use super::{dirty, owner, poison, posted, private, relatives};
+use super::{dirty, owner, poison, posted, private, relatives, shadowed};
 use crate::check::inv07::{self, Account};
 use crate::check::inv11::Oracle;
 use crate::check::{Check, inv14};
@@ -25,6 +25,7 @@ use crate::litmus::step::Step;
 use crate::litmus::{GuestPolicy, Object, Scenario};
 use crate::machine::FIRST;
 use crate::machine::content::Content;
+use crate::machine::linear::SHADOWS;
 use crate::machine::tlb::NEVER;
 use crate::machine::walk::Walker;
 
@@ -49,6 +50,8 @@ pub struct Stage<'h> {
     /// For each object whether it is made of blocks.
     pub blocks: Vec<bool>,
     private: bool,
+    /// Guests run on shadow tables.
+    pub shadowed: bool,
     /// Frames that were found to be bad.
     pub poisoned: RefCell<Vec<Pfn>>,
     /// What the owner decided about guests.
@@ -165,6 +168,7 @@ impl<'h> Stage<'h> {
             kinds,
             blocks,
             private,
+            shadowed: scenario.machine.is_shadowed(),
             policy,
             swap,
             ring,
@@ -254,7 +258,16 @@ impl<'h> Stage<'h> {
             }
             Step::Mmu { on } => actor.mmu_off = !on,
             // See `operation`: nothing that the second stage keeps goes by it.
+            Step::Tlbi if self.shadowed => {
+                if let Some((vm, _)) = actor.runs {
+                    shadowed::load(self, actor, vm);
+                }
+            }
             Step::Tlbi => lab::with(|lab| lab.log(None, || "guest TLBI: stage 1 only".to_owned())),
+            Step::Invlpg { vm, linear } => {
+                self.enter(actor, *vm);
+                shadowed::invlpg(self, actor, *vm, *linear);
+            }
             Step::Post { count, to } => self.result(to, posted::post(self, *count)),
             Step::Drain { to } => self.result(to, posted::drain(self)),
             Step::Leave => self.leave(actor),
@@ -287,9 +300,15 @@ impl<'h> Stage<'h> {
             let wrong = inv14::load(&lab.world, vm, vmid);
             lab.found(Check::Inv14, wrong);
             lab.world.load_vm(actor.cpu, vm, vmid);
+            if self.shadowed {
+                lab.world.load_vm(actor.cpu, vm + SHADOWS, vmid);
+            }
             lab.log(None, || format!("VM {vm} runs under VMID {}", vmid.get()));
         });
         lab::settle();
+        if self.shadowed {
+            shadowed::load(self, actor, vm);
+        }
         actor.runs = Some((vm, vmid));
         vmid
     }
@@ -326,7 +345,8 @@ impl<'h> Stage<'h> {
             private::settled(self);
         }
         let root = |vm: &LabVm<'_>| vm.table().root().count().next_power_of_two();
-        let tables = vms.iter().map(|vm| vm.census().tables + root(vm)).sum();
+        let shown = |vm: &LabVm<'_>| if vm.is_shaded() { shadowed::TABLES as u64 } else { 0 };
+        let tables = vms.iter().map(|vm| vm.census().tables + root(vm) + shown(vm)).sum();
         let pin = self.host.epoch.pin(0);
         let live: Vec<_> =
             self.objects.iter().filter_map(|handle| self.host.objects.get(&pin, handle.get()?)).collect();
@@ -352,7 +372,12 @@ impl<'h> Stage<'h> {
         for (number, vm) in vms.into_iter().enumerate() {
             let vm = vm.into_inner().and_then(Rc::into_inner);
             if let Some(vm) = vm {
-                lab::with(|lab| lab.world.tables.uproot(number));
+                let wrong = vm.audit_shadow();
+                lab::with(|lab| {
+                    lab.world.tables.uproot(number);
+                    lab.world.tables.uproot(number + SHADOWS);
+                    lab.found(Check::Shadow, wrong.err().map(str::to_owned));
+                });
                 vm.destroy(0);
             }
         }
@@ -387,8 +412,12 @@ fn switch_on<'h>(host: &'h LabHost, scenario: &Scenario, number: usize) -> LabVm
         read_only_ivac: scenario.policy.read_only_ivac.into(),
         tags: machine.tags,
     };
-    let vm = Vm::new(host, 0, LabFormat::of(&machine), options).expect("frames for the scenario's tables");
+    let mut vm = Vm::new(host, 0, LabFormat::of(&machine), options).expect("frames for the scenario's tables");
     vm.make_caches(scenario.cpus.len()).expect("the host has a heap");
+    if machine.is_shadowed() {
+        let words = shadowed::words(machine.physical_bits);
+        vm.shade(0, words, shadowed::TABLES, scenario.cpus.len()).expect("frames for the scenario's shadow tables");
+    }
     let (level, root) = (vm.table().geometry().root_level(), vm.table().root());
     lab::with(|lab| lab.world.add_root(number, level, root));
     vm

@@ -53,7 +53,7 @@ impl Trap {
                 let esr = self.what.syndrome(status, self.level);
                 SecondStage::Fault(abort::fault(esr, gpa.get(), gpa.get() >> PAGE_SHIFT << 4))
             }
-            Paging::Npt => x86_fault::nested(x86::exit_info(access, refusal), gpa.get()),
+            Paging::Npt | Paging::Shadow => x86_fault::nested(x86::exit_info(access, refusal), gpa.get()),
             Paging::Ept if refusal == Refusal::Malformed => x86_fault::misconfiguration(gpa.get()),
             Paging::Ept => x86_fault::violation(x86::qualification(access, refusal), gpa.get()),
         }

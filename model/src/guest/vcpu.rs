@@ -14,7 +14,7 @@ use super::operation::Operation;
 use super::stage::{Actor, Stage};
 use super::swap::Brought;
 use super::trap::{Cause, Trap};
-use super::{memory, swap};
+use super::{memory, shadowed, swap};
 use crate::check::{Check, completion, inv08, inv09, inv15, maintenance};
 use crate::lab::{self, Lab};
 use crate::litmus::Emulated;
@@ -44,6 +44,9 @@ enum Answer {
 
 /// Makes the access, and looks at what the vCPU has of it.
 pub fn access(stage: &Stage<'_>, actor: &mut Actor, vm: usize, attempt: Attempt) -> Value {
+    if stage.shadowed {
+        return shadowed::access(stage, actor, vm, attempt);
+    }
     let before = actor.context;
     let writes = attempt.what.needs() == Access::Write;
     if writes {

@@ -307,8 +307,12 @@ impl Scenario {
             Step::Mmu { .. } => Some("mmu"),
             _ => None,
         });
+        let invlpg = self.steps().any(|step| matches!(step, Step::Invlpg { .. }));
+        if invlpg && !self.machine.is_shadowed() {
+            return Err(field("step", "invlpg", "must be on a machine with shadow tables"));
+        }
         match foreign.filter(|_| self.machine.format.is_x86()) {
-            Some(name) => Err(field("step", name, "must be load, store or fetch on a machine with npt or ept")),
+            Some(name) => Err(field("step", name, "must be load, store or fetch on an x86")),
             None => Ok(()),
         }
     }

@@ -17,6 +17,8 @@ pub enum Paging {
     Npt,
     /// Intel's extended tables.
     Ept,
+    /// AMD's, and no hardware walks them: guests run on shadow tables.
+    Shadow,
 }
 
 impl Paging {
@@ -70,6 +72,11 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Whether guests run on shadow tables.
+    pub const fn is_shadowed(&self) -> bool {
+        matches!(self.format, Paging::Shadow)
+    }
+
     /// What the core is told.
     pub fn features(&self) -> Features {
         Features {

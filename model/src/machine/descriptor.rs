@@ -50,7 +50,8 @@ impl Descriptor {
     pub fn read(raw: u64, level: u8, config: &Config) -> Self {
         match config.format {
             Paging::Stage2 => Self::stage2(raw, level, config.fwb),
-            Paging::Npt => x86::nested(raw, level, config.physical_bits),
+            // Both: a user page in a shadow table is read as a nested one is.
+            Paging::Npt | Paging::Shadow => x86::nested(raw, level, config.physical_bits),
             Paging::Ept => x86::extended(raw, level, config.physical_bits),
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Purpose: everything that the core can do to a machine through [`entresol_machine::Machine`], and everything
 //! that a guest's hardware may then observe. Rules and the manual's sections stand with each part: [`frame`] for
-//! caches, [`tlb`] for translation caches, [`tables`] and [`walk`] for table walks, [`descriptor`] for entries of arm64, [`x86`] for those of x86.
+//! caches, [`tlb`] for translation caches, [`linear`] for those of a guest's own tables, [`tables`] and [`walk`] for table walks, [`descriptor`] for entries of arm64, [`x86`] for those of x86.
 //!
 //! Protocol: each operation happens whole, in the order in which the explorer lets CPUs go. Where the hardware is free
 //! to do one thing or another, a [`frame::Pick`] decides, when an access comes that can tell the difference.
@@ -13,6 +13,7 @@ pub mod config;
 pub mod content;
 pub mod descriptor;
 pub mod frame;
+pub mod linear;
 pub mod own;
 pub mod tables;
 pub mod tlb;
@@ -26,6 +27,7 @@ use config::{Config, MAX_CPUS};
 use content::Content;
 use descriptor::Descriptor;
 use frame::{Cleaning, Frame, Pick};
+use linear::SHADOWS;
 use own::Own;
 use tables::{Past, Tables};
 use tlb::{Stamp, Tlb};
@@ -176,6 +178,18 @@ impl World {
             let table = self.tables.add(vm, level, base, frame, true);
             self.frame_mut(frame).table = Some(table);
         }
+    }
+
+    /// `vm` runs on the shadow tables whose root is `root`. It has one root all the time.
+    pub fn add_shadow_root(&mut self, vm: usize, root: Pfn) {
+        if self.tables.root(vm + SHADOWS, Gfn::new(0)).is_none() {
+            self.add_root(vm + SHADOWS, 0, PfnRange::single(root));
+        }
+    }
+
+    /// A moment of its own: what happened before is older than what comes.
+    pub fn moment(&mut self) -> Stamp {
+        self.tick()
     }
 
     /// `Machine::zero` and the fresh page of a copy.

@@ -13,6 +13,8 @@ use entresol_addr::GfnRange;
 use entresol_machine::{TlbOp, Vmid};
 use entresol_table::level_of;
 
+use super::linear::SHADOWS;
+
 /// A moment: the number of the machine's last change.
 pub type Stamp = u64;
 
@@ -154,6 +156,8 @@ impl Tlb {
 /// Whether `op`, once complete, leaves no cached copy of the entry under `vmid`.
 fn covers(op: TlbOp, vmid: Vmid, entry: &Standing) -> bool {
     match op {
+        // Their addresses are linear: no invalidation of guest frames is one of them.
+        TlbOp::Range { .. } | TlbOp::Ipa { .. } if entry.vm >= SHADOWS => false,
         TlbOp::All => true,
         // The hypervisor's own translations are not a guest's.
         TlbOp::Own(_) => false,

@@ -12,6 +12,7 @@ use entresol_table::index;
 use super::World;
 use super::descriptor::{Descriptor, Leaf};
 use super::frame::Pick;
+use super::linear::SHADOWS;
 
 /// Words that a walk went through: at most four, twice.
 pub type Path = ArrayVec<Word, 8>;
@@ -73,7 +74,9 @@ impl World {
         let floor = self.tlb.floor_of_all(walker.vmid);
         let mut vms = Vec::new();
         for one in self.tlb.residences() {
-            let shared = one.cpu == walker.cpu && one.vmid == walker.vmid && one.vm != walker.vm && one.until > floor;
+            let shared = one.cpu == walker.cpu && one.vmid == walker.vmid && one.until > floor;
+            // A machine and its shadow tables have one VMID.
+            let shared = shared && one.vm % SHADOWS != walker.vm % SHADOWS;
             if shared && !vms.contains(&one.vm) {
                 vms.push(one.vm);
             }
@@ -119,6 +122,32 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Every leaf that the walker may use for `gfn`, whatever it used before, each with the frame behind `gfn`.
+    pub fn possible(&self, walker: Walker, gfn: Gfn) -> Vec<(Leaf, Pfn)> {
+        let mut numbers: Vec<usize> = self.tables.root(walker.vm, gfn).into_iter().collect();
+        let mut leaves = Vec::new();
+        while let Some(number) = numbers.pop() {
+            let table = self.tables.get(number);
+            let index = index(gfn, table.level);
+            let history = table.history(index);
+            for (place, past) in history.iter().enumerate() {
+                let standing = table.standing(index, history, place);
+                let last = place + 1 == history.len();
+                if !last && !self.tlb.may_hold(Some(walker.cpu), Some(walker.vmid), &standing) {
+                    continue;
+                }
+                match past.descriptor {
+                    Descriptor::Invalid | Descriptor::Refused => {}
+                    Descriptor::Table(_) => numbers.extend(past.child),
+                    Descriptor::Leaf(leaf) => {
+                        leaves.push((leaf, leaf.pfn.offset(gfn.since(gfn.align_down(leaf.size)))));
+                    }
+                }
+            }
+        }
+        leaves
     }
 
     /// The values of a word that the walker may use, by their place in its history, oldest first.

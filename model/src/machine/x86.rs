@@ -18,7 +18,7 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 pub const fn accessed(paging: Paging) -> u64 {
     match paging {
         Paging::Stage2 => 0,
-        Paging::Npt => 1 << 5,
+        Paging::Npt | Paging::Shadow => 1 << 5,
         Paging::Ept => 1 << 8,
     }
 }

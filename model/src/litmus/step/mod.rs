@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 63] = [
+pub const VERBS: [(&str, &str); 64] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -28,6 +28,7 @@ pub const VERBS: [(&str, &str); 63] = [
     ("dc ivac|cvac|civac|cvau GPA", "the vCPU's maintenance of the line at GPA, with its barrier"),
     ("ic ivau GPA", "the same for instruction caches"),
     ("tlbi", "the vCPU's own TLB invalidation, which promises nothing about the second stage"),
+    ("invlpg GPA", "with shadow tables: the vCPU flushes the page at this linear address; tlbi is its load of CR3"),
     ("mmu on|off", "the vCPU's own translation: off makes its accesses Non-cacheable"),
     ("post COUNT", "the vCPU stores to a coalesced zone; the result is how many stores the ring took"),
     ("drain", "the owner takes the coalesced stores that wait; the result is how many"),
@@ -108,6 +109,13 @@ pub enum Step {
     },
     /// The vCPU's own TLB invalidation.
     Tlbi,
+    /// The vCPU's own flush of one page, by its linear address.
+    Invlpg {
+        /// Whose.
+        vm: usize,
+        /// The address.
+        linear: u64,
+    },
     /// Stores to a coalesced zone.
     Post {
         /// How many.
@@ -483,6 +491,7 @@ impl Step {
     pub fn vm(&self) -> Option<usize> {
         match self {
             Self::Guest { vm, .. }
+            | Self::Invlpg { vm, .. }
             | Self::Write { vm, .. }
             | Self::Read { vm, .. }
             | Self::Range { vm, .. }

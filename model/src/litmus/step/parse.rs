@@ -92,6 +92,7 @@ impl Said<'_> {
     fn vcpu(&mut self) -> Parsed {
         Ok(Some(match self.verb {
             "tlbi" => Step::Tlbi,
+            "invlpg" => Step::Invlpg { vm: self.vm, linear: self.words.gpa()?.get() },
             "post" => Step::Post { count: self.words.number("COUNT")?, to: self.to.clone() },
             "mmu" => Step::Mmu { on: self.words.choice(["on", "off"])? },
             "leave" => Step::Leave,

@@ -70,11 +70,6 @@ pub const TESTS: &[SystemTest] = &[
         run: linux::linux_works_its_memory_and_disk,
     },
     SystemTest {
-        name: "x86_linux_works_its_memory_and_disk",
-        about: "the same under SVM",
-        run: linux::x86_linux_works_its_memory_and_disk,
-    },
-    SystemTest {
         name: "live_forks_answer_diverge_and_end",
         about: "a working guest is forked ten times: all answer, diverge, and give every frame back in any order",
         run: fork::live_forks_answer_diverge_and_end,

@@ -51,7 +51,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 66] = {
+pub const ZOO: [Exhibit; 67] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv8, Inv9, Inv10, Inv11, Inv12,
         Inv13, Inv14, Inv15, Maintenance, Panic, Shadow, Slots, Written,
@@ -261,6 +261,7 @@ pub const ZOO: [Exhibit; 66] = {
         ),
         exhibit!("Z-X6", ZX6, "shadow-cr3.toml", &[Shadow, Forbidden], "shadow tables are compared before the flush"),
         exhibit!("Z-X7", ZX7, "shadow-delete.toml", STALE_SHADOW, "shadow entries outlive an invalidation"),
+        exhibit!("Z-X8", ZX8, "shadow-again.toml", &[Shadow, Forbidden], "a fault's second try believes its first"),
     ]
 };
 

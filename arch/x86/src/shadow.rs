@@ -235,6 +235,20 @@ impl<T: Tables> GuestTables for Guest<T> {
         }
     }
 
+    #[inline]
+    fn is_root(&self, key: &Key) -> bool {
+        let regime = &self.regime;
+        match (regime.mode, key.source) {
+            (Mode::Level4 | Mode::Level5, Source::Table { at, shift: 0 }) => {
+                let level = if regime.mode == Mode::Level5 { 5 } else { 4 };
+                let root = regime.root & entry::address_mask(regime.physical_bits);
+                at.get() == root && key.level == level && key.role == self.role() && key.rights == Rights::ALL
+            }
+            _ => *key == self.root(),
+        }
+    }
+
+    #[inline]
     fn writes(&self, request: Request) -> bool {
         request.kind == Kind::Write
     }
@@ -246,7 +260,7 @@ impl<T: Tables> GuestTables for Guest<T> {
     fn allows(&self, rights: Rights, request: Request) -> bool {
         // As the processor judges shadow entries, whatever the guest's own flags are: an entry says all that they have led to.
         let controls = self.regime.controls | Controls::WRITE_PROTECT | Controls::NO_EXECUTE;
-        allows(&Regime { controls, ..self.regime }, (rights.user, rights.write, rights.execute), rights.key, request)
+        allows(&self.regime, controls, (rights.user, rights.write, rights.execute), rights.key, request)
     }
 }
 

@@ -48,7 +48,7 @@ use entresol_backing::Order;
 use entresol_fault::{Access, Cause, Fault};
 use entresol_machine::{Machine, TlbOp, Word};
 use entresol_shadow::{
-    Answer, Backing, Counts, GuestMemory, GuestTables, GuestWords, Regime, Shadow, ShadowFormat, Stop,
+    Answer, Backing, Beaten, Counts, GuestMemory, GuestTables, GuestWords, Regime, Shadow, ShadowFormat, Stop,
 };
 use entresol_slot::{Hint, Place};
 use entresol_sync::{Mutex, Pin, planted};
@@ -200,14 +200,26 @@ impl<M: Machine, F: Format> GuestWords for SecondStage<'_, M, F> {
     }
 }
 
-impl<M: Machine, F: Format> GuestMemory for SecondStage<'_, M, F> {
+/// The same for the end of a walk; `hint` is the vCPU's.
+struct Frames<'v, M, F> {
+    stage: SecondStage<'v, M, F>,
+    hint: &'v Hint,
+}
+
+impl<M: Machine, F: Format> GuestMemory for Frames<'_, M, F> {
     type Error = Missing;
 
+    #[inline]
     fn backing(&mut self, gfn: Gfn, write: bool) -> Result<Backing, Missing> {
-        if let Some(leaf) = self.entry(gfn.base(), write, false)? {
+        let SecondStage { vm, pin } = self.stage;
+        if let Some(leaf) = self.stage.entry(gfn.base(), write, false)? {
             return Ok(Backing::Frame { pfn: leaf.frame_of(gfn), writable: leaf.permissions.write });
         }
-        match self.vm.slots.place(self.pin, gfn) {
+        // Nearly always there is memory, which the hint knows.
+        if vm.slots.find(pin, gfn, self.hint).is_some() {
+            return Err(fault(gfn.base(), write, Cause::Translation, false));
+        }
+        match vm.slots.place(pin, gfn) {
             Place::Slot(_) => Err(fault(gfn.base(), write, Cause::Translation, false)),
             Place::Leaving => Err(Missing::Moving),
             Place::Nothing(_) => Ok(Backing::Nothing),
@@ -216,7 +228,7 @@ impl<M: Machine, F: Format> GuestMemory for SecondStage<'_, M, F> {
 
     fn generation(&self) -> Option<u64> {
         // In the pin in which `backing` looked: a slot that was made since is still in progress.
-        let now = self.vm.slots.generation();
+        let now = self.stage.vm.slots.generation();
         (!now.in_progress() || planted!(ZC8)).then(|| now.count())
     }
 }
@@ -346,8 +358,9 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         request: R::Request,
         refused: bool,
     ) -> ShadowOutcome<R::Fault> {
+        let mut beaten = None;
         for _ in 0..TRIES {
-            let missing = match self.shadow_once(pin, vcpu, regime, linear, request, refused) {
+            let missing = match self.shadow_once(pin, hint, vcpu, regime, linear, request, refused, &mut beaten) {
                 Ok(outcome) => return outcome,
                 Err(missing) => missing,
             };
@@ -368,24 +381,28 @@ impl<M: Machine, F: Format> Vm<'_, M, F> {
         ShadowOutcome::Memory(self.retry(), at(Gpa::new(0)))
     }
 
-    /// One walk of both stages.
+    /// One walk of both stages. `beaten`: what the one before has found.
+    #[inline]
+    #[allow(clippy::too_many_arguments, reason = "as above")]
     fn shadow_once<R: Regime>(
         &self,
         pin: &Pin<'_>,
+        hint: &Hint,
         vcpu: usize,
         regime: &R,
         linear: u64,
         request: R::Request,
         refused: bool,
+        beaten: &mut Option<Beaten>,
     ) -> Result<ShadowOutcome<R::Fault>, Missing> {
         let mut tables = self.shadow().lock();
-        let mut memory = self.second_stage(pin);
-        let mut guest = regime.tables(memory);
+        let mut memory = Frames { stage: self.second_stage(pin), hint };
+        let mut guest = regime.tables(memory.stage);
         let (machine, vmid) = (&self.host.machine, self.vmid.number());
         let answer = if refused {
-            tables.refused(machine, vmid, vcpu, &mut guest, &mut memory, linear, request)
+            tables.refused(machine, vmid, vcpu, &mut guest, &mut memory, linear, request, beaten)
         } else {
-            tables.fault(machine, vmid, vcpu, &mut guest, &mut memory, linear, request)
+            tables.fault(machine, vmid, vcpu, &mut guest, &mut memory, linear, request, beaten)
         };
         match answer {
             Answer::Resume => Ok(ShadowOutcome::Memory(Outcome::Resume, at(Gpa::new(0)))),

@@ -20,13 +20,16 @@ enum Missing {
     Room,
 }
 
-/// Where an access leads on a way that is there.
-struct Beaten {
+/// Where an access leads on a way that is there, for another try of the same access.
+#[derive(Clone, Copy, Debug)]
+pub struct Beaten {
     /// The table of level 1.
     page: u32,
     gpa: Gpa,
     /// What an entry may allow.
     rights: Rights,
+    /// [`Shadow::changes`] when the guest's entry was read.
+    changes: u64,
 }
 
 /// How a fault ended.
@@ -46,9 +49,45 @@ pub enum Answer<G, M> {
 }
 
 impl<F: ShadowFormat> Shadow<F> {
-    /// Handles a fault of `vcpu` at `linear`. `vmid` is what the VM's translations are cached under.
+    /// Handles a fault of `vcpu` at `linear`. `vmid` is what the VM's translations are cached under. `beaten`: what an earlier try of the
+    /// same access has found, which ended with [`Answer::Memory`]; it counts for as long as nothing has changed.
     #[allow(clippy::too_many_arguments, reason = "the machine, the vCPU, its memory and its access")]
+    #[inline]
     pub fn fault<M: Machine, G: GuestTables, B: GuestMemory>(
+        &mut self,
+        machine: &M,
+        vmid: Vmid,
+        vcpu: usize,
+        guest: &mut G,
+        memory: &mut B,
+        linear: u64,
+        request: G::Request,
+        beaten: &mut Option<Beaten>,
+    ) -> Answer<G::Error, B::Error> {
+        if beaten.is_none_or(|known| known.changes != self.changes && !planted!(ZX8)) {
+            *beaten = match self.beaten(vcpu, guest, linear, request) {
+                Ok(found) => found,
+                Err(error) => return Answer::Guest(error),
+            };
+        }
+        let Some(Beaten { page, gpa, rights, .. }) = *beaten else {
+            return self.by_walk(machine, vmid, vcpu, guest, memory, linear, request);
+        };
+        let write = guest.writes(request);
+        let backing = match memory.backing(gpa.frame(), write) {
+            Ok(backing) => backing,
+            Err(error) => return Answer::Memory(error),
+        };
+        let answer = self.fill(machine, vcpu, page, (gpa, rights), linear, write, backing, || memory.generation());
+        self.settle(machine, vmid);
+        answer
+    }
+
+    /// The same by a walk of the guest's tables.
+    #[cold]
+    #[inline(never)]
+    #[allow(clippy::too_many_arguments, reason = "as above")]
+    fn by_walk<M: Machine, G: GuestTables, B: GuestMemory>(
         &mut self,
         machine: &M,
         vmid: Vmid,
@@ -59,20 +98,7 @@ impl<F: ShadowFormat> Shadow<F> {
         request: G::Request,
     ) -> Answer<G::Error, B::Error> {
         let write = guest.writes(request);
-        match self.beaten(vcpu, guest, linear, request) {
-            Ok(Some(Beaten { page, gpa, rights })) => {
-                let backing = match memory.backing(gpa.frame(), write) {
-                    Ok(backing) => backing,
-                    Err(error) => return Answer::Memory(error),
-                };
-                let generation = memory.generation();
-                let answer = self.fill(machine, vcpu, page, (gpa, rights), linear, write, backing, generation);
-                self.settle(machine, vmid);
-                return answer;
-            }
-            Ok(None) => {}
-            Err(error) => return Answer::Guest(error),
-        }
+        self.count_change();
         for _ in 0..TRIES {
             let walk = match guest.walk(linear, request) {
                 Ok(walk) => walk,
@@ -86,9 +112,8 @@ impl<F: ShadowFormat> Shadow<F> {
             let Some(root) = root else { return Answer::Unloaded };
             match self.descend(machine, vmid, guest, root, &walk, linear) {
                 Ok(page) => {
-                    let generation = memory.generation();
-                    let answer =
-                        self.fill(machine, vcpu, page, (walk.gpa, walk.rights), linear, write, backing, generation);
+                    let found = (walk.gpa, walk.rights);
+                    let answer = self.fill(machine, vcpu, page, found, linear, write, backing, || memory.generation());
                     self.settle(machine, vmid);
                     return answer;
                 }
@@ -98,9 +123,8 @@ impl<F: ShadowFormat> Shadow<F> {
                     if planted!(ZX5)
                         && let Ok(page) = self.descend(machine, vmid, guest, root, &walk, linear)
                     {
-                        let generation = memory.generation();
                         let found = (walk.gpa, walk.rights);
-                        return self.fill(machine, vcpu, page, found, linear, write, backing, generation);
+                        return self.fill(machine, vcpu, page, found, linear, write, backing, || memory.generation());
                     }
                 }
                 Err(Missing::Room) => self.clear(machine, vmid),
@@ -122,6 +146,7 @@ impl<F: ShadowFormat> Shadow<F> {
         memory: &mut B,
         linear: u64,
         request: G::Request,
+        beaten: &mut Option<Beaten>,
     ) -> Answer<G::Error, B::Error> {
         let now = memory.generation();
         let offset = linear & 0xfff;
@@ -143,7 +168,7 @@ impl<F: ShadowFormat> Shadow<F> {
             return Answer::Mmio(Gpa::new(gfn.base().get() | offset));
         }
         own.counts.refreshed += 1;
-        self.fault(machine, vmid, vcpu, guest, memory, linear, request)
+        self.fault(machine, vmid, vcpu, guest, memory, linear, request, beaten)
     }
 
     /// The MMIO entry behind `linear`.
@@ -170,19 +195,21 @@ impl<F: ShadowFormat> Shadow<F> {
         request: G::Request,
     ) -> Result<Option<Beaten>, G::Error> {
         let Some(mut page) = self.vcpus[vcpu].root else { return Ok(None) };
-        if self.pages[page as usize].key != Some(guest.root()) {
+        let mut table = &self.pages[page as usize];
+        if table.key.as_ref().is_none_or(|key| !guest.is_root(key)) {
             return Ok(None);
         }
         loop {
-            let Page { key: Some(key), unsynced, records } = &self.pages[page as usize] else { return Ok(None) };
+            let Page { key: Some(key), unsynced, records } = table else { return Ok(None) };
             if key.level == 1 {
-                let found = guest.last(key, linear, request)?;
-                return Ok(found.map(|(gpa, rights)| Beaten { page, gpa, rights }));
+                let (found, changes) = (guest.last(key, linear, request)?, self.changes);
+                return Ok(found.map(|(gpa, rights)| Beaten { page, gpa, rights, changes }));
             }
             match records[index(linear, key.level)] {
                 Record::Link(child) if !unsynced => page = child,
                 _ => return Ok(None),
             }
+            table = &self.pages[page as usize];
         }
     }
 
@@ -248,22 +275,22 @@ impl<F: ShadowFormat> Shadow<F> {
         linear: u64,
         write: bool,
         backing: Backing,
-        generation: Option<u64>,
+        generation: impl FnOnce() -> Option<u64>,
     ) -> Answer<G, E> {
         let (gfn, at) = (gpa.frame(), index(linear, 1));
         match backing {
             Backing::Frame { writable, .. } if write && !writable => Answer::Mmio(gpa),
             Backing::Frame { pfn, writable } => {
-                let may_write = allowed.write && writable;
-                if write && self.is_synced(gfn) {
+                let (may_write, is_synced) = (allowed.write && writable, self.is_synced(gfn));
+                if write && is_synced {
                     self.unsync(gfn);
                 }
-                let rights = Rights { write: may_write && !self.is_synced(gfn), ..allowed };
+                let rights = Rights { write: may_write && (write || !is_synced), ..allowed };
                 self.map(machine, page, at, gfn, pfn, rights);
                 Answer::Resume
             }
             Backing::Nothing => {
-                match generation {
+                match generation() {
                     Some(generation) => {
                         let made = self.mark_mmio(machine, page, at, gfn, allowed, generation);
                         self.vcpus[vcpu].counts.made += u64::from(made);

@@ -135,6 +135,12 @@ pub trait GuestTables {
     /// The key of the root.
     fn root(&self) -> Key;
 
+    /// Whether `key` is that of the root.
+    #[inline]
+    fn is_root(&self, key: &Key) -> bool {
+        *key == self.root()
+    }
+
     /// Whether `request` stores.
     fn writes(&self, request: Self::Request) -> bool;
 

@@ -19,7 +19,9 @@
 //!   set. Where tables were made or compared, nothing is linked, and the walk is made again: it may have read them before they were
 //!   protected.
 //! * *A fault on a way that is there* reads the guest's last entry alone ([`GuestTables::last`]): links of synced tables say what
-//!   the guest's entries say, for nobody could write to these since. What that entry does not plainly allow, a walk decides.
+//!   the guest's entries say, for nobody could write to these since. What that entry does not plainly allow, a walk decides. Where the frame
+//!   is not there yet, the next try of the same access goes by what this one has read ([`Beaten`]), as if a TLB had it, unless tables have been
+//!   made, compared, flushed or opened to stores since: what was read may be in none of them by then.
 //! * *A guest's table that is shown is write-protected*: every entry that maps its frame loses the permission (reverse map). The
 //!   guest's store faults, and makes the table *unsynced*: writable, and perhaps changed. That holds for tables of all levels: no
 //!   instruction is emulated, and a table that maps itself is no special case.
@@ -64,7 +66,7 @@ mod rmap;
 mod sync;
 mod tables;
 
-pub use fault::Answer;
+pub use fault::{Answer, Beaten};
 pub use guest::{
     Backing, GuestMemory, GuestTables, GuestWords, Key, MOST_LEVELS, Regime, Rights, Says, ShadowFormat, Source, Stop,
     Walk,

@@ -14,6 +14,7 @@ impl<F: ShadowFormat> Shadow<F> {
     /// changed before. `vmid` is what the VM's translations are cached under.
     pub fn load<M: Machine, G: GuestTables>(&mut self, machine: &M, vmid: Vmid, vcpu: usize, guest: &mut G) {
         let key = guest.root();
+        self.count_change();
         self.vcpus[vcpu].mmio = None;
         self.sync_all(machine, vmid, guest);
         self.vcpus[vcpu].root = None;
@@ -38,6 +39,7 @@ impl<F: ShadowFormat> Shadow<F> {
         if self.vcpus[vcpu].mmio.is_some_and(|(page, ..)| page == linear >> 12) && !planted!(ZC5) {
             self.vcpus[vcpu].mmio = None;
         }
+        self.count_change();
         for place in 0..self.unsynced.len() {
             let page = self.unsynced[place];
             if self.pages[page as usize].key.is_some_and(|key| key.level > 1) {
@@ -61,6 +63,7 @@ impl<F: ShadowFormat> Shadow<F> {
 
     /// The guest, or somebody for it, is about to write to `gfn`, which holds a table that is shown: it can from now on.
     pub fn unsync(&mut self, gfn: Gfn) {
+        self.count_change();
         let mut at = self.places.next(gfn, None);
         while let Some(EntryId(number)) = at {
             at = self.places.next(gfn, Some(EntryId(number)));

@@ -86,6 +86,9 @@ pub struct Shadow<F> {
     pub(crate) vcpus: Box<[Vcpu]>,
     /// Something was dropped or narrowed that TLBs may hold.
     pub(crate) owes_flush: bool,
+    /// Counts whatever may make another way of an address, or another last entry: flushes by the guest, tables that it may write to,
+    /// tables that were made or linked.
+    pub(crate) changes: u64,
 }
 
 /// What is on the heap.
@@ -107,7 +110,8 @@ impl<F: ShadowFormat> Shadow<F> {
     pub fn new(format: F, frames: Box<[Pfn]>, vcpus: usize) -> Result<Self, (CreateError, Box<[Pfn]>)> {
         match Self::room(frames.len(), vcpus) {
             Ok(Room { pages, rmap, places, free, unsynced, vcpus }) => {
-                Ok(Self { format, frames, pages, rmap, places, free, unsynced, vcpus, owes_flush: false })
+                let (owes_flush, changes) = (false, 0);
+                Ok(Self { format, frames, pages, rmap, places, free, unsynced, vcpus, owes_flush, changes })
             }
             Err(error) => Err((error, frames)),
         }
@@ -284,8 +288,15 @@ impl<F: ShadowFormat> Shadow<F> {
         });
     }
 
+    /// What a way that was found before this leads to is to be found anew.
+    #[inline]
+    pub(crate) fn count_change(&mut self) {
+        self.changes = self.changes.wrapping_add(1);
+    }
+
     /// Drops every entry that leads to memory, and believes no table. `vmid` as in [`Shadow::load`].
     pub fn invalidate_all<M: Machine>(&mut self, machine: &M, vmid: Vmid) {
+        self.count_change();
         self.drop_where(machine, |record| matches!(record, Record::Leaf { .. }));
         self.unsync_where(|_| true);
         self.settle(machine, vmid);
@@ -294,6 +305,7 @@ impl<F: ShadowFormat> Shadow<F> {
     /// What stands behind `range` changes: no entry maps it any more when this returns, and guest tables there may say something
     /// else. `vmid` as in [`Shadow::load`].
     pub fn invalidate<M: Machine>(&mut self, machine: &M, vmid: Vmid, range: GfnRange) {
+        self.count_change();
         if range.count() <= WORDS as u64 {
             for offset in 0..range.count() {
                 let gfn = range.start().offset(offset);

@@ -134,6 +134,8 @@ pub enum Bug {
     ZX6,
     /// Z-X7, in no specification: an invalidation of the second stage leaves shadow entries.
     ZX7,
+    /// Z-X8, in no specification: the second try of a shadow fault goes by what the first has read, whatever has changed since.
+    ZX8,
 }
 
 std::thread_local! {

@@ -311,9 +311,17 @@ impl Way {
     }
 }
 
-/// Whether an access may be made to a page that allows this on its whole way, by the flags of `regime`.
-pub(crate) fn allows(regime: &Regime, (user, write, execute): (bool, bool, bool), key: u8, request: Request) -> bool {
-    Rights { user, write, execute }.judge(regime, request, key).is_ok()
+/// Whether an access may be made to a page that allows this on its whole way, by the flags `controls` in the place of `regime`'s.
+#[inline]
+pub(crate) fn allows(
+    regime: &Regime,
+    controls: Controls,
+    (user, write, execute): (bool, bool, bool),
+    key: u8,
+    request: Request,
+) -> bool {
+    let rights = Rights { user, write, execute };
+    rights.allow(controls, request) && !rights.key_forbids(regime, controls, request, key)
 }
 
 const fn untranslated(address: u64) -> Translation {

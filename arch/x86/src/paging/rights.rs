@@ -69,13 +69,8 @@ impl Rights {
 
     /// Whether the access may be made to a page with protection key `key`.
     pub fn judge(self, regime: &Regime, request: Request, key: u8) -> Result<(), PageFault> {
-        let keyed = self.key_forbids(regime, request, key);
-        let allowed = match request.kind {
-            Kind::Fetch => self.may_fetch(regime.controls, request),
-            Kind::Read => self.may_touch(regime.controls, request),
-            Kind::Write => self.may_touch(regime.controls, request) && self.may_write(regime.controls, request),
-        };
-        if allowed && !keyed {
+        let keyed = self.key_forbids(regime, regime.controls, request, key);
+        if self.allow(regime.controls, request) && !keyed {
             return Ok(());
         }
         let mut code = absent(regime, request) | PageFault::PRESENT;
@@ -83,6 +78,17 @@ impl Rights {
         Err(code)
     }
 
+    /// Whether the access may be made, whatever the page's protection key.
+    #[inline]
+    pub fn allow(self, controls: Controls, request: Request) -> bool {
+        match request.kind {
+            Kind::Fetch => self.may_fetch(controls, request),
+            Kind::Read => self.may_touch(controls, request),
+            Kind::Write => self.may_touch(controls, request) && self.may_write(controls, request),
+        }
+    }
+
+    #[inline]
     fn may_touch(self, controls: Controls, request: Request) -> bool {
         match (request.user, self.user) {
             (true, page) => page,
@@ -105,14 +111,15 @@ impl Rights {
     }
 
     /// Protection keys: data accesses to user pages, with four or five levels (SDM 4.6.2).
-    fn key_forbids(self, regime: &Regime, request: Request, key: u8) -> bool {
+    #[inline]
+    pub fn key_forbids(self, regime: &Regime, controls: Controls, request: Request, key: u8) -> bool {
         let keys = matches!(regime.mode, Mode::Level4 | Mode::Level5)
-            && regime.controls.contains(Controls::PROTECTION_KEYS)
+            && controls.contains(Controls::PROTECTION_KEYS)
             && self.user
             && request.kind != Kind::Fetch;
         let bits = regime.pkru >> (2 * u32::from(key & 0xf));
         let (access_disable, write_disable) = (bits & 1 != 0, bits & 2 != 0);
-        let obeys = request.user || regime.controls.contains(Controls::WRITE_PROTECT);
+        let obeys = request.user || controls.contains(Controls::WRITE_PROTECT);
         keys && (access_disable || write_disable && request.kind == Kind::Write && obeys)
     }
 }

@@ -134,7 +134,7 @@ fn what_changes_before_a_table_is_protected_is_seen() {
     let shared = RefCell::new(this.memory.clone());
     let mut memory = Faster { memory: &shared, change: Some((4 * 512, 13 << 12 | 0x67)) };
     let mut guest = Guest { tables: &shared, regime: this.vcpus[0] };
-    let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut memory, linear, LOAD);
+    let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut memory, linear, LOAD, &mut None);
     assert!(matches!(answer, Answer::Resume), "{answer:?}");
     assert!(this.tree.is_synced(Gfn::new(4)));
     this.memory = shared.into_inner();
@@ -152,7 +152,7 @@ fn a_link_is_not_made_of_what_was_read_before_the_table_was_protected() {
     let shared = RefCell::new(this.memory.clone());
     let mut memory = Faster { memory: &shared, change: Some((3 * 512, 0)) };
     let mut guest = Guest { tables: &shared, regime: this.vcpus[0] };
-    let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut memory, linear, LOAD);
+    let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut memory, linear, LOAD, &mut None);
     assert!(matches!(answer, Answer::Guest(_)), "{answer:?}");
     assert!(this.tree.is_synced(Gfn::new(3)));
     this.memory = shared.into_inner();
@@ -236,4 +236,41 @@ fn an_entry_goes_into_the_table_that_the_walk_came_by() {
     assert!(this.compare(0, SECOND, LOAD), "links table 4 again");
     assert!(this.compare(0, SECOND | 0x1000, LOAD), "table 4 has its own page there");
     assert!(this.compare(0, 0x1000, LOAD));
+}
+
+/// Memory that is not there yet.
+struct Later;
+
+impl GuestMemory for Later {
+    type Error = ();
+
+    fn backing(&mut self, _gfn: Gfn, _write: bool) -> Result<Backing, ()> {
+        Err(())
+    }
+
+    fn generation(&self) -> Option<u64> {
+        Some(0)
+    }
+}
+
+/// Z-X8: found by a guest that changes its table, and has that compared, between the two tries of a fault.
+#[test]
+fn a_second_try_believes_the_first_until_something_changes() {
+    for (changes, bug) in [(false, None), (true, None), (true, Some(Bug::ZX8))] {
+        let (mut this, mut beaten) = (two_tables(), None);
+        let mut guest = Guest { tables: &mut this.memory, regime: this.vcpus[0] };
+        let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut Later, 0x1000, LOAD, &mut beaten);
+        assert!(matches!(answer, Answer::Memory(())) && beaten.is_some(), "{answer:?}");
+        if changes {
+            this.edit(4, 1, 15 << 12 | 0x67);
+            this.load(0);
+        }
+        plant(bug.as_slice());
+        let mut memory = this.memory.clone();
+        let mut guest = Guest { tables: &mut this.memory, regime: this.vcpus[0] };
+        let answer = this.tree.fault(&this.machine, VMID, 0, &mut guest, &mut memory, 0x1000, LOAD, &mut beaten);
+        plant(&[]);
+        assert!(matches!(answer, Answer::Resume), "{answer:?}");
+        assert_eq!(this.compare(0, 0x1000, LOAD), bug.is_none(), "{bug:?}");
+    }
 }

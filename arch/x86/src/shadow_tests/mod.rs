@@ -242,9 +242,9 @@ impl Machinery {
             let mut guest = Guest { tables: &mut self.memory, regime: self.vcpus[vcpu] };
             let (machine, tree) = (&self.machine, &mut self.tree);
             let answer = if code.contains(PageFault::RESERVED) {
-                tree.refused(machine, VMID, vcpu, &mut guest, &mut reading, linear, request)
+                tree.refused(machine, VMID, vcpu, &mut guest, &mut reading, linear, request, &mut None)
             } else {
-                tree.fault(machine, VMID, vcpu, &mut guest, &mut reading, linear, request)
+                tree.fault(machine, VMID, vcpu, &mut guest, &mut reading, linear, request, &mut None)
             };
             match answer {
                 Answer::Resume => {}

@@ -142,7 +142,8 @@ fn merge(owner: &mut Owner) -> Result<String> {
     Ok(told)
 }
 
-/// One guest writes pages that both share: each costs it one fault and a copy, and the other does not see it.
+/// One guest writes pages that both share: each costs it one fault and a copy, and the other does not see it. All of them are
+/// shared: they have stayed as they are for two whole rounds, and the search has room for far more pages than these guests have.
 fn writes_are_private(owner: &mut Owner) -> Result<()> {
     let writer = TWINS[1];
     owner.told.turn_to(writer)?;

@@ -2,8 +2,11 @@
 //!
 //! Shape: buckets of eight entries of two words, 32 buckets to a frame of the pool; frames are taken as they are needed.
 //! The first word of an entry is the sum, with the round in which the entry was last found true in its low byte; the
-//! second says which page. An entry that was not found true in this round or the one before counts as none. A bucket that
-//! is full loses one entry to a new one.
+//! second says which page. An entry that was not found true in this round or the one before counts as none.
+//!
+//! A sum has two buckets, and its entry is made in the emptier one. With one bucket for each sum some would be full while the
+//! table is nearly empty, and sums that meet in a full one take the place from each other in every round: such pages never
+//! become one. With two, both are full only when nearly the whole table is. Then one of them loses an entry to the new one.
 
 use alloc::vec::Vec;
 
@@ -22,6 +25,8 @@ const BUCKETS: u64 = Word::PER_FRAME as u64 / (2 * ENTRIES as u64);
 const PER_FRAME: u64 = BUCKETS * ENTRIES as u64;
 const ROUND: u64 = 0xff;
 const WANTED: u64 = 1 << 31;
+/// An odd factor near 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming, vol. 3, 6.4).
+const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// A page of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,23 +100,31 @@ impl Index {
         round == self.round || round == self.before()
     }
 
-    /// Which frame, and which word of it is the bucket's first.
-    fn bucket(&self, sum: u64) -> (usize, u16) {
-        let place = (sum >> 32) as usize & (self.frames.len() - 1);
-        (place, ((sum >> 8 & (BUCKETS - 1)) as u16) * 2 * ENTRIES)
+    /// The two buckets of a sum: each one's frame, and which word of it is the bucket's first.
+    fn buckets(&self, sum: u64) -> [(usize, u16); 2] {
+        // What an entry keeps of a sum decides, so that it is found again. The upper bits of the product depend on all of it.
+        let mixed = (sum >> ROUND.count_ones()).wrapping_mul(MIX);
+        let bucket = |frame: u64, number: u64| {
+            (frame as usize & (self.frames.len() - 1), (number & (BUCKETS - 1)) as u16 * 2 * ENTRIES)
+        };
+        [bucket(sum >> 32, sum >> 8), bucket(mixed >> 32, mixed >> 59)]
+    }
+
+    /// The entries of a bucket, by the first word of each; none if it has no frame.
+    fn entries(&self, (place, first): (usize, u16)) -> impl Iterator<Item = Word> + use<> {
+        let pfn = self.frames.get(place).copied().flatten();
+        pfn.into_iter().flat_map(move |pfn| (0..ENTRIES).map(move |entry| Word::new(pfn, first + 2 * entry)))
     }
 
     /// The entry for `sum`.
     pub(super) fn find<M: Machine>(&self, machine: &M, sum: u64) -> Option<Found> {
-        let (place, first) = self.bucket(sum);
-        let pfn = (*self.frames.get(place)?)?;
-        let mut entries = (0..ENTRIES).map(|entry| first + 2 * entry);
-        let at = entries.find(|at| {
-            let tag = machine.load(Word::new(pfn, *at));
+        let mut entries = self.buckets(sum).into_iter().flat_map(|bucket| self.entries(bucket));
+        let word = entries.find(|word| {
+            let tag = machine.load(*word);
             tag & !ROUND == sum & !ROUND && self.is_live(tag)
         })?;
-        let raw = machine.load(Word::new(pfn, at + 1));
-        Some(Found { word: Word::new(pfn, at), location: Location::decode(raw), wanted: raw & WANTED != 0 })
+        let raw = machine.load(Word::new(word.frame(), word.index() + 1));
+        Some(Found { word, location: Location::decode(raw), wanted: raw & WANTED != 0 })
     }
 
     /// The entry is true.
@@ -140,20 +153,28 @@ impl Index {
         self.confirm(machine, &found, sum);
     }
 
-    /// A new entry, in a free place of its bucket or in another's. Without a frame for it there is none.
+    /// A new entry, in a free place of one of its buckets or in another's. Without a frame for it there is none.
     pub(super) fn insert<M: Machine>(&mut self, supply: &Supply<'_, M>, sum: u64, location: Location) {
-        let (place, first) = self.bucket(sum);
-        let Some(frame) = self.frames.get_mut(place) else { return };
-        if frame.is_none() && has_room(supply.pool) {
+        let buckets = self.buckets(sum);
+        buckets.iter().for_each(|(place, _)| self.make_room(supply, *place));
+        let live = |word: &Word| self.is_live(supply.machine.load(*word));
+        let emptier = buckets.into_iter().filter(|bucket| self.entries(*bucket).next().is_some());
+        let Some(bucket) = emptier.min_by_key(|bucket| self.entries(*bucket).filter(live).count()) else { return };
+        // Bits of the sum that choose neither frame nor bucket.
+        let other = usize::from((sum >> 16) as u16 % ENTRIES);
+        let word = self.entries(bucket).find(|word| !live(word)).or_else(|| self.entries(bucket).nth(other));
+        if let Some(word) = word {
+            self.replace(supply.machine, Found { word, location, wanted: false }, sum, location);
+        }
+    }
+
+    /// A frame for the buckets of number `place`, if there is room for one more.
+    fn make_room<M: Machine>(&mut self, supply: &Supply<'_, M>, place: usize) {
+        let Some(frame @ None) = self.frames.get_mut(place) else { return };
+        if has_room(supply.pool) {
             *frame = supply.pool.take(supply.cpu, Order::PAGE).ok();
             frame.iter().for_each(|pfn| supply.machine.zero(PfnRange::single(*pfn)));
         }
-        let Some(pfn) = *frame else { return };
-        let mut entries = (0..ENTRIES).map(|entry| first + 2 * entry);
-        let free = entries.find(|at| !self.is_live(supply.machine.load(Word::new(pfn, *at))));
-        // Bits of the sum that choose neither frame nor bucket.
-        let at = free.unwrap_or(first + 2 * ((sum >> 16) as u16 % ENTRIES));
-        self.replace(supply.machine, Found { word: Word::new(pfn, at), location, wanted: false }, sum, location);
     }
 
     /// Forgets everything.

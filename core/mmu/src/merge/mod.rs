@@ -14,8 +14,8 @@
 //! is left alone: it would soon part again. A sum that nobody has is put into the index. A sum that another page has makes
 //! that one *wanted*; when the scan comes by the wanted page and finds its sum unchanged, it is *offered*: never written
 //! again, so that others may join it. A page whose sum is that of an offered one joins it. So two equal pages that stay as
-//! they are become one within two rounds after they were first seen, and each is invalidated once. A page of zeros becomes
-//! vacant, which reads the same.
+//! they are become one within two rounds after they were first seen, as long as the index has room, and each is invalidated
+//! once. A page of zeros becomes vacant, which reads the same.
 //!
 //! Sums decide nothing. Whether pages are equal is found by comparing all bytes, and tags where there are some, while no translation reaches the page
 //! that joins and none can come ([`apply`](self), steps there), and the offered one cannot change any more. A write that comes

@@ -12,6 +12,7 @@ use entresol_machine::flat::FlatMachine;
 use entresol_slot::{Hint, SlotFlags};
 use proptest::prelude::*;
 
+use super::index::{Index, Location};
 use super::{BREAK_AT, Scan};
 use crate::fork_tests::{FRAMES, access, end, gpa, leaf, load, settled, store, with_memory};
 use crate::tests::{CPU, RAM, TestVm, coherent, fault, host, host_with, memory, slot, vm};
@@ -445,6 +446,42 @@ proptest! {
         all.into_iter().for_each(|member| end(member.0));
         prop_assert_eq!(settled(&host), 0);
     }
+}
+
+/// An index that is half full has lost no entry, and one that is nearly full few: no sum is left out because others have its bucket.
+#[test]
+fn an_index_with_room_loses_nothing() {
+    let host = host(4096);
+    let (machine, mut index) = (&host.machine, Index::new());
+    index.reserve(4096).unwrap();
+    // A counter through an odd factor and back through shifts (Vigna's splitmix64): every sum is another.
+    let sum = |number: u64| {
+        let mut sum = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        sum = (sum ^ sum >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        sum = (sum ^ sum >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        sum ^ sum >> 31
+    };
+    let here = |frame| Location { object: ObjectHandle::from_raw(0x1_0001), frame };
+    let found = |index: &Index, numbers: core::ops::Range<u64>| {
+        let right =
+            |number: &u64| index.find(machine, sum(*number)).is_some_and(|found| found.location == here(*number));
+        numbers.filter(right).count()
+    };
+    for number in 1..=3584 {
+        index.insert(&host.supply(CPU), sum(number), here(number));
+        if number == 2048 {
+            assert_eq!(found(&index, 1..2049), 2048, "half full");
+        }
+    }
+    assert!(found(&index, 1..3585) >= 3584 - 64, "seven eighths full: {}", found(&index, 1..3585));
+    assert_eq!(index.frames(), 16);
+    // What nobody found true for a round and another is none, and gives its place.
+    (0..2).for_each(|_| index.next_round());
+    assert_eq!(found(&index, 1..3585), 0);
+    (5000..7048).for_each(|number| index.insert(&host.supply(CPU), sum(number), here(number)));
+    assert_eq!(found(&index, 5000..7048), 2048);
+    index.clear(&mut |pfn| host.pool.give(CPU, pfn, Order::PAGE));
+    assert_eq!(settled(&host), 0);
 }
 
 /// Machines without memory, or with devices only, take part in nothing.

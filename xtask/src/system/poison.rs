@@ -1,6 +1,7 @@
 //! Frames that turn out to be bad: who has one is aborted where it is, everybody goes on, and no frame of them comes back.
 
 use anyhow::{Context as _, Result, bail, ensure};
+use entresol_cli::client::ClientError;
 use entresol_wire::config::{Console, WrittenVm};
 use entresol_wire::control::{Answer, Audit, Code, Op, Poisoned};
 
@@ -75,6 +76,21 @@ impl Owner {
         self.0.refused(Op::Poison { vm: vm.to_owned().into(), gpa }, Code::BadField)
     }
 
+    /// A snapshot is refused for its bad page, and for nothing else.
+    fn no_snapshot(&mut self, vm: &str) -> Result<()> {
+        let snapshot = Op::Snapshot { vm: vm.to_owned().into(), file: "one".into(), base: None };
+        let answer = self.0.ask(snapshot);
+        let refused = answer.as_ref().err().and_then(|error| error.downcast_ref());
+        match refused {
+            Some(ClientError::Refused(error))
+                if error.code == Code::StoreFailed && error.message.contains("is poisoned") =>
+            {
+                Ok(())
+            }
+            _ => bail!("a snapshot with a bad page should be refused, but: {answer:?}"),
+        }
+    }
+
     fn audit(&mut self) -> Result<Audit> {
         match self.0.ask(Op::Audit)? {
             Answer::Audit(audit) if audit.wrong + audit.stuck == 0 => Ok(audit),
@@ -107,6 +123,8 @@ impl Owner {
 /// ended, the bad frames are missing, and nothing else is.
 pub fn poisoned_page_aborts_and_rest_goes_on(context: &Context) -> Result<()> {
     let mut machine = start(context)?;
+    // While the directory of the store is read, a frame is its buffer: it would be missing from what is counted first.
+    machine.expect("store: 0 files")?;
     machine.expect("VERIFIED 8 MiB")?;
     let mut owner = Owner(Listener::attach(machine.control()?, BYSTANDER)?);
     let before = owner.audit()?;
@@ -178,8 +196,7 @@ fn bad_pages_of_relatives(owner: &mut Owner, base: u64) -> Result<()> {
         ensure!(stats.faults.poisoned >= least && stats.poisoned_frames == BAD.len() as u64, "{vm}: {stats:?}");
         owner.0.expect_running(vm)?;
     }
-    let snapshot = Op::Snapshot { vm: PLAIN.into(), file: "one".into(), base: None };
-    owner.0.refused(snapshot, Code::StoreFailed)?;
+    owner.no_snapshot(PLAIN)?;
     // Bad still, never touched, no memory, no address.
     for gpa in [base, base + (8 << 20), 0x0a00_0000, 0x3000_0000, u64::MAX] {
         owner.refused(PLAIN, gpa)?;

@@ -322,6 +322,7 @@ pub fn private_machines_fork_and_are_saved(context: &Context) -> Result<()> {
     sharer.autostart = Some(false);
     // Somebody must be left when all of them have ended.
     let mut machine = builder.store(&store).boot(vec![vm, sharer, guest("witness")?])?;
+    machine.expect("store: 0 files")?;
     let (mut told, mut asked) = (Listener::attach(machine.control()?, first)?, 0);
     let built = audited(&mut told)?;
     told.done(Op::Resume { vm: first.into() })?;

@@ -140,6 +140,12 @@ fn start_guests(info: &'static BootInfo) {
         let (wanted, ours) = (bundle.config().outer.arch, arch::ARCH);
         refuse(format_args!("outer.arch = {wanted:?}: must be this machine's, {ours:?}"));
     }
+    let own = bundle.config().outer.housekeeping_cpus as usize;
+    if own >= cpu::count() {
+        let most = cpu::count() - 1;
+        refuse(format_args!("outer.housekeeping_cpus = {own}: must be from 0 to {most} on this machine"));
+    }
+    sched::set_aside(own);
     vm::rom::init(&bytes[..bundle.total() as usize]);
     // The bundle was checked against the machine that its owner had in mind.
     let ram: u64 = info.ram.iter().map(|region| region.size()).sum();

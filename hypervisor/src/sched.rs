@@ -8,6 +8,8 @@
 //! it looks for work. A vCPU goes to wait only if, under the lock, nothing is deliverable to it: whoever makes an
 //! interrupt pending does so first and takes the lock after. The same holds for one that waits for a page.
 //!
+//! The first CPUs may be set aside for the hypervisor's own work ([`set_aside`]): no vCPU is picked there, and none of them counts as idle.
+//!
 //! Invariants: a vCPU is in at most one place: the ready queue, the waiting list, one CPU, or none. The queue and the
 //! list have room for every vCPU that exists ([`reserve`]), so nothing here allocates while guests run.
 //! Lock order: a vCPU's own state → scheduler; nothing is taken under the scheduler but the interrupt controller's
@@ -105,9 +107,17 @@ struct Queues {
     waiting: Vec<Waiter>,
     idle: u64,
     vcpus: usize,
+    /// CPUs, the first ones, that run no vCPU.
+    aside: usize,
 }
 
-static QUEUES: Mutex<Queues> = Mutex::new(Queues { ready: VecDeque::new(), waiting: Vec::new(), idle: 0, vcpus: 0 });
+static QUEUES: Mutex<Queues> =
+    Mutex::new(Queues { ready: VecDeque::new(), waiting: Vec::new(), idle: 0, vcpus: 0, aside: 0 });
+
+/// Keeps vCPUs off the first `aside` CPUs. Before any is made ready.
+pub fn set_aside(aside: usize) {
+    QUEUES.lock().aside = aside;
+}
 
 /// Makes room for `vcpus` more vCPUs.
 ///
@@ -161,9 +171,12 @@ pub fn power_on(vcpu: VcpuRef, prepare: impl FnOnce()) -> bool {
     true
 }
 
-/// The next vCPU for CPU `cpu`, now running there; or `None`, and the CPU counts as idle.
+/// The next vCPU for CPU `cpu`, now running there; or `None`, and the CPU counts as idle unless it is set aside.
 pub fn pick(cpu: usize) -> Option<VcpuRef> {
     let mut queues = QUEUES.lock();
+    if cpu < queues.aside {
+        return None;
+    }
     while let Some(vcpu) = queues.ready.pop_front() {
         let slot = vcpu.vm.vcpu(vcpu.index);
         if vcpu.vm.may_run() {
@@ -305,7 +318,7 @@ pub fn next_expiry(cpu: usize) -> Option<u64> {
 /// Whether no vCPU but the one on CPU `cpu` runs, or could.
 pub fn is_alone(cpu: usize) -> bool {
     let queues = QUEUES.lock();
-    let others = (0..cpu::count()).filter(|other| *other != cpu);
+    let others = (queues.aside..cpu::count()).filter(|other| *other != cpu);
     queues.ready.is_empty() && others.into_iter().all(|other| queues.idle & 1 << other != 0)
 }
 

@@ -51,8 +51,9 @@ impl<F: fmt::Display> Config<F> {
 }
 
 fn outer(outer: Outer) -> Result<(), Refusal> {
-    let Outer { memory, cpus, merge_pages_per_second, .. } = outer;
+    let Outer { memory, cpus, housekeeping_cpus, merge_pages_per_second, .. } = outer;
     outer_cpus(i64::from(cpus))?;
+    self::housekeeping_cpus(i64::from(housekeeping_cpus), cpus)?;
     merge_rate(i64::from(merge_pages_per_second))?;
     let rule = if memory < MIN_OUTER_MEMORY {
         format!("must be at least {}", format_size(MIN_OUTER_MEMORY))
@@ -70,6 +71,12 @@ fn outer(outer: Outer) -> Result<(), Refusal> {
 pub(super) fn outer_cpus(cpus: i64) -> Result<u32, Refusal> {
     within(cpus, MAX_OUTER_CPUS)
         .ok_or_else(|| Refusal::new("outer.cpus", cpus, format!("must be from 1 to {MAX_OUTER_CPUS}")))
+}
+
+/// The CPUs that run no guest, if there may be so many of `cpus`: one at least does.
+pub(super) fn housekeeping_cpus(own: i64, cpus: u32) -> Result<u32, Refusal> {
+    let allowed = u32::try_from(own).ok().filter(|own| *own < cpus);
+    allowed.ok_or_else(|| Refusal::new("outer.housekeeping_cpus", own, format!("must be from 0 to {}", cpus - 1)))
 }
 
 /// What the scanner reads in a second, if it may be so much.

@@ -110,6 +110,9 @@ pub struct Outer {
     pub memory: u64,
     /// CPUs.
     pub cpus: u32,
+    /// CPUs, the first ones, that run no guest: they only look after the hypervisor's own work. Fewer than [`Outer::cpus`].
+    #[serde(default)]
+    pub housekeeping_cpus: u32,
     /// Its architecture.
     #[serde(default)]
     pub arch: Arch,
@@ -124,7 +127,13 @@ const fn merge_rate() -> u32 {
 
 impl Default for Outer {
     fn default() -> Self {
-        Self { memory: 4 << 30, cpus: 2, arch: Arch::Arm64, merge_pages_per_second: MERGE_PAGES_PER_SECOND }
+        Self {
+            memory: 4 << 30,
+            cpus: 2,
+            housekeeping_cpus: 0,
+            arch: Arch::Arm64,
+            merge_pages_per_second: MERGE_PAGES_PER_SECOND,
+        }
     }
 }
 

@@ -84,7 +84,13 @@ fn defaults_are_as_documented() {
     assert_eq!(
         config,
         Config {
-            outer: Outer { memory: 4 << 30, cpus: 2, arch: Arch::Arm64, merge_pages_per_second: 5_000 },
+            outer: Outer {
+                memory: 4 << 30,
+                cpus: 2,
+                housekeeping_cpus: 0,
+                arch: Arch::Arm64,
+                merge_pages_per_second: 5_000
+            },
             vms: [expected].into()
         }
     );
@@ -113,6 +119,8 @@ fn each_broken_rule_names_field_value_and_rule() {
         (json!({ "outer": { "memory": "513M" }, "vms": [vm(json!({}))] }), "outer.memory = 513M: must be a multiple of 2M"),
         (json!({ "outer": { "cpus": 0 }, "vms": [vm(json!({}))] }), "outer.cpus = 0: must be from 1 to 64"),
         (json!({ "outer": { "cpus": 65 }, "vms": [vm(json!({}))] }), "outer.cpus = 65: must be from 1 to 64"),
+        (json!({ "outer": { "cpus": 3, "housekeeping_cpus": 3 }, "vms": [vm(json!({}))] }), "outer.housekeeping_cpus = 3: must be from 0 to 2"),
+        (json!({ "outer": { "housekeeping_cpus": -1 }, "vms": [vm(json!({}))] }), "outer.housekeeping_cpus = -1: must be from 0 to 1"),
         (one(json!({ "name": "" })), "vms[0].name = \"\": must be 1 to 32 of the characters a-z, 0-9 and '-', and not start with '-'"),
         (one(json!({ "name": "Web" })), "vms[0].name = \"Web\": must be 1 to 32 of the characters a-z, 0-9 and '-', and not start with '-'"),
         (one(json!({ "name": "-a" })), "vms[0].name = \"-a\": must be 1 to 32 of the characters a-z, 0-9 and '-', and not start with '-'"),

@@ -35,6 +35,8 @@ pub struct WrittenOuter {
     pub memory: Option<String>,
     /// CPUs; 2 if absent.
     pub cpus: Option<i64>,
+    /// See [`Outer::housekeeping_cpus`]; none if absent.
+    pub housekeeping_cpus: Option<i64>,
     /// Architecture; arm64 if absent.
     pub arch: Option<Arch>,
     /// See [`Outer::merge_pages_per_second`]; 5000 if absent.
@@ -171,9 +173,12 @@ impl Written {
 impl WrittenOuter {
     fn convert(self) -> Result<Outer, Refusal> {
         let default = Outer::default();
+        let memory = self.memory.map_or(Ok(default.memory), |text| memory("outer.memory", &text))?;
+        let cpus = self.cpus.map_or(Ok(default.cpus), check::outer_cpus)?;
         Ok(Outer {
-            memory: self.memory.map_or(Ok(default.memory), |text| memory("outer.memory", &text))?,
-            cpus: self.cpus.map_or(Ok(default.cpus), check::outer_cpus)?,
+            memory,
+            cpus,
+            housekeeping_cpus: check::housekeeping_cpus(self.housekeeping_cpus.unwrap_or(0), cpus)?,
             arch: self.arch.unwrap_or_default(),
             merge_pages_per_second: self
                 .merge_pages_per_second

@@ -58,6 +58,18 @@ pub fn written(outer_memory: &str, outer_cpus: u32, vms: Vec<WrittenVm>) -> Writ
     }
 }
 
+/// Makes the outer machine one of x86-64 under QEMU: its guests have as many CPUs as before, and never the first.
+///
+/// What TCG knows of SVM's state is in a word of each CPU, of which every CPU that loads x87 state writes the first's again, without a
+/// lock (QEMU 10.0, target/i386/tcg/system/fpu_helper.c, `cpu_clear_ignne`). An entry or an exit of the first at that moment is half
+/// undone: it ends in a triple fault, of the guest or of the machine.
+pub fn on_x86(written: &mut Written) {
+    written.outer.arch = Some(Arch::X86);
+    if let Some(cpus) = written.outer.cpus.filter(|cpus| *cpus > 1) {
+        (written.outer.cpus, written.outer.housekeeping_cpus) = (Some(cpus + 1), Some(1));
+    }
+}
+
 /// Checks a configuration that a command put together; paths in it are absolute.
 ///
 /// # Errors

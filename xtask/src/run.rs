@@ -138,7 +138,9 @@ fn prepare(options: &Options) -> Result<(Outer, Option<String>)> {
         }
         let vm = request(options, &files)?;
         let mut written = bundle::written(options.outer_memory(), options.cpus, vec![vm]);
-        written.outer.arch = Some(options.arch());
+        if options.arch() == Arch::X86 {
+            bundle::on_x86(&mut written);
+        }
         (bundle::check(written)?, files.ready)
     };
     let size = loaded.config().outer;

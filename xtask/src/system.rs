@@ -70,6 +70,11 @@ pub const TESTS: &[SystemTest] = &[
         run: linux::linux_works_its_memory_and_disk,
     },
     SystemTest {
+        name: "x86_linux_works_its_memory_and_disk",
+        about: "the same under SVM",
+        run: linux::x86_linux_works_its_memory_and_disk,
+    },
+    SystemTest {
         name: "live_forks_answer_diverge_and_end",
         about: "a working guest is forked ten times: all answer, diverge, and give every frame back in any order",
         run: fork::live_forks_answer_diverge_and_end,
@@ -243,6 +248,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "two_guests_run_side_by_side",
         about: "two Linux guests with a disk each; both run their scripts and power off",
         run: boot::two_guests_run_side_by_side,
+    },
+    SystemTest {
+        name: "x86_two_guests_run_side_by_side",
+        about: "the same under SVM",
+        run: boot::x86_two_guests_run_side_by_side,
     },
     SystemTest {
         name: "owner_pauses_resumes_and_kills",

@@ -1,6 +1,7 @@
 //! Linux boots: on the hypervisor, and on the bare machine to prove that what was fetched and packed is good.
 
 use anyhow::{Result, ensure};
+use entresol_wire::config::Arch;
 
 use super::Context;
 use super::machine::{Builder, Machine};
@@ -38,7 +39,15 @@ fn use_the_shell(mut machine: Machine) -> Result<()> {
 
 /// Two guests, each with a disk of its own; each reads its own and nothing else.
 pub fn two_guests_run_side_by_side(context: &Context) -> Result<()> {
-    let builder = Builder::new(context, "two_guests_run_side_by_side")?;
+    side_by_side(Builder::new(context, "two_guests_run_side_by_side")?)
+}
+
+/// The same on x86-64, each with two CPUs.
+pub fn x86_two_guests_run_side_by_side(context: &Context) -> Result<()> {
+    side_by_side(Builder::new(context, "x86_two_guests_run_side_by_side")?.on(Arch::X86))
+}
+
+fn side_by_side(builder: Builder<'_>) -> Result<()> {
     let mut vms = Vec::new();
     for name in ["one", "two"] {
         let script = "set -e\ncd /tmp\nhead -c 3 /dev/vda > name\necho \"disk of $(cat name)\"\n\
@@ -48,7 +57,8 @@ pub fn two_guests_run_side_by_side(context: &Context) -> Result<()> {
         let initrd = builder.initrd(&format!("{name}.cpio"), &Initrd::scripted(script))?;
         let mut disk = name.as_bytes().to_vec();
         disk.resize(17 << 20, 0);
-        let mut vm = linux(name, &context.guest.kernel()?, &initrd);
+        let mut vm = builder.linux(name, &initrd)?;
+        vm.vcpus = Some(2);
         vm.disks.push(bundle::disk(&builder.file(&format!("{name}.img"), &disk)?));
         vms.push(vm);
     }

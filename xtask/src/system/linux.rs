@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use entresol_wire::config::LargestEntry;
+use entresol_wire::config::{Arch, LargestEntry};
 use entresol_wire::control::State;
 
 use super::Context;
@@ -18,8 +18,16 @@ const KNOWN: usize = 12 << 14;
 
 /// 4 vCPUs on 2 CPUs write 400 MiB and a disk, and every byte is read back; the tables hold what was touched.
 pub fn linux_works_its_memory_and_disk(context: &Context) -> Result<()> {
+    works_its_memory_and_disk(Builder::new(context, "linux_works_its_memory_and_disk")?.outer("2G", 2))
+}
+
+/// The same on x86-64.
+pub fn x86_linux_works_its_memory_and_disk(context: &Context) -> Result<()> {
+    works_its_memory_and_disk(Builder::new(context, "x86_linux_works_its_memory_and_disk")?.on(Arch::X86))
+}
+
+fn works_its_memory_and_disk(builder: Builder<'_>) -> Result<()> {
     const TOUCHED: u64 = 400 * MIB;
-    let builder = Builder::new(context, "linux_works_its_memory_and_disk")?.outer("2G", 2);
     let mut vm = builder.linux("debian", &builder.initrd("initrd.cpio", &Initrd::interactive())?)?;
     vm.vcpus = Some(4);
     // The guest makes the same lines with `yes`.

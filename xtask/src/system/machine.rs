@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use entresol_cli::client::Client;
 use entresol_cli::config::Loaded;
-use entresol_wire::config::{Arch, WrittenVm, parse_size};
+use entresol_wire::config::{self, Arch, Written, WrittenVm, parse_size};
 
 use super::Context;
 use super::transcript::Transcript;
@@ -155,7 +155,9 @@ impl<'a> Builder<'a> {
     }
 
     fn boot_x86_from(self, cpu: &str, vms: Vec<WrittenVm>, disk: bool) -> Result<Machine> {
-        let (memory, packed) = self.pack_x86(vms)?;
+        let mut written = bundle::written(&self.outer_memory, self.outer_cpus, vms);
+        bundle::on_x86(&mut written);
+        let (size, packed) = self.pack_x86(written)?;
         let x86 = self.context.x86()?;
         let write = || boot_disk::write(self.context.bochs()?, &x86.hypervisor, &packed, &self.folder);
         let disk = disk.then(write).transpose()?;
@@ -166,8 +168,8 @@ impl<'a> Builder<'a> {
             None => Model::Microvm { cpu },
         };
         let outer = Outer {
-            cpus: self.outer_cpus,
-            memory,
+            cpus: size.cpus,
+            memory: size.memory,
             initrd: Some(packed),
             control: Some(socket.clone()),
             store: self.store,
@@ -182,23 +184,23 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// As [`Builder::boot`].
     pub fn boot_bochs(self, cpu: &str, vms: Vec<WrittenVm>) -> Result<Machine> {
-        let (memory, bundle) = self.pack_x86(vms)?;
+        let mut written = bundle::written(&self.outer_memory, 1, vms);
+        written.outer.arch = Some(Arch::X86);
+        let (size, bundle) = self.pack_x86(written)?;
         let (hypervisor, bochs) = (&self.context.x86()?.hypervisor, self.context.bochs()?);
-        let outer = OuterBochs { cpu, memory, hypervisor, bundle: &bundle };
+        let outer = OuterBochs { cpu, memory: size.memory, hypervisor, bundle: &bundle };
         let command = outer.command(bochs, &self.folder)?;
         let sockets = tempfile::tempdir().context("cannot make a folder")?;
         let socket = sockets.path().join("ctl.sock");
         Machine::spawn(self.folder, command, socket, sockets)
     }
 
-    /// The boot bundle of these virtual machines, and the outer machine's memory.
-    fn pack_x86(&self, vms: Vec<WrittenVm>) -> Result<(u64, PathBuf)> {
-        let mut written = bundle::written(&self.outer_memory, self.outer_cpus, vms);
-        written.outer.arch = Some(Arch::X86);
+    /// The boot bundle of this configuration, and the outer machine that it is for.
+    fn pack_x86(&self, written: Written) -> Result<(config::Outer, PathBuf)> {
         let loaded = bundle::check(written)?;
         let packed = self.folder.join("bundle.img");
         bundle::pack(&loaded, &packed)?;
-        Ok((loaded.config().outer.memory, packed))
+        Ok((loaded.config().outer, packed))
     }
 
     /// Starts a kernel on the bare machine, without the hypervisor.

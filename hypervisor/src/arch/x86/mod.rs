@@ -6,9 +6,6 @@
 //! | [`guest`](Guest) | how does it start? |
 //! | [`state`](State) | what is a vCPU? |
 //! | `turn`, `exit` | what happens between two entries? |
-//!
-//! Known hole: a guest of several vCPUs that faults memory in on several CPUs at once has ended by a triple fault after minutes of it, and the
-//! machine with it once: a walk of its tables finds its interrupt table absent. The cause is not found.
 
 mod board;
 pub mod exit;

@@ -381,6 +381,13 @@ impl Guest {
         (self.control().virtual_interrupts & 0xf) as u8
     }
 
+    /// Its CR8, as its controller has it.
+    #[inline]
+    pub fn set_task_priority(&mut self, priority: u8) {
+        let control = self.control();
+        control.virtual_interrupts = control.virtual_interrupts & !TPR | u64::from(priority & 0xf);
+    }
+
     /// Its CR8, and whether it comes back as soon as it is open to interrupts, whatever that says.
     #[inline]
     pub fn set_priority(&mut self, priority: u8, window: bool) {

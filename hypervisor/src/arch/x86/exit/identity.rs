@@ -92,7 +92,11 @@ pub fn write_register(cpu: usize, vcpu: &VcpuRef, state: &mut State) -> Next {
             super::clock::refresh(cpu, vcpu, state);
             Some(())
         }
-        Rule::Emulate(Part::Apic) => pc.write_msr(vcpu.index, register, value, &now).ok(),
+        Rule::Emulate(Part::Apic) => {
+            let written = pc.write_msr(vcpu.index, register, value, &now);
+            super::interrupts::lead(vcpu, state);
+            written.ok()
+        }
         Rule::Pass if register == PAT => is_pat(value).then(|| *guest.pat() = value),
         Rule::Emulate(Part::SystemTime) => super::clock::set_system_time(cpu, vcpu, state, value).ok(),
         Rule::Emulate(Part::WallClock) => super::clock::set_wall_clock(cpu, vcpu, state, value).ok(),

@@ -32,6 +32,12 @@ pub fn follow(vcpu: &VcpuRef, state: &mut State) {
     }
 }
 
+/// The guest has stored to its controller: its CR8 is what that says.
+pub fn lead(vcpu: &VcpuRef, state: &mut State) {
+    let tpr = vcpu.vm.board.pc().apic().tpr(vcpu.index);
+    state.guest.set_task_priority(tpr >> 4);
+}
+
 /// What is due is injected, or asked for as soon as it can be. Or why the vCPU does not run.
 #[inline(never)]
 pub fn settle(vcpu: &VcpuRef, state: &mut State) -> Option<Leave> {

@@ -75,15 +75,30 @@ pub fn access(cpu: usize, vcpu: &VcpuRef, state: &mut State, fault: &Fault) -> N
     }
     interrupts::begin(vcpu, state);
     let mut registers = registers(&mut state.guest);
-    let (done, looks) = {
+    let (done, looks, controls) = {
         let State { guest, code, hint, mmio, regime, .. } = state;
         let (place, by_leave) = (place(guest), *guest.rflags() & RFLAGS_AC != 0);
         let now = Now { offset: guest.time() };
         let shadow = *regime;
-        let mut view =
-            View { cpu, vcpu, mmio, hint, now, pin: None, place, shadow, by_leave, known: None, looks: false };
-        (carry_out(&mut view, code, &mut registers, fault.gpa), view.looks)
+        let mut view = View {
+            cpu,
+            vcpu,
+            mmio,
+            hint,
+            now,
+            pin: None,
+            place,
+            shadow,
+            by_leave,
+            known: None,
+            looks: false,
+            controls: false,
+        };
+        (carry_out(&mut view, code, &mut registers, fault.gpa), view.looks, view.controls)
     };
+    if controls {
+        interrupts::lead(vcpu, state);
+    }
     match done {
         Ok(Ok(progress)) => {
             write_back(&mut state.guest, &registers);
@@ -130,7 +145,20 @@ pub fn privileged(
     let State { guest, hint, mmio, regime, .. } = state;
     let (place, by_leave) = (place(guest), *guest.rflags() & RFLAGS_AC != 0);
     let (now, shadow) = (Now { offset: guest.time() }, *regime);
-    let mut view = View { cpu, vcpu, mmio, hint, now, pin: None, place, shadow, by_leave, known: None, looks: false };
+    let mut view = View {
+        cpu,
+        vcpu,
+        mmio,
+        hint,
+        now,
+        pin: None,
+        place,
+        shadow,
+        by_leave,
+        known: None,
+        looks: false,
+        controls: false,
+    };
     let size = code_size(&view.place);
     let at = code_at(&view.place);
     let bytes = emulate::fetch(at, |at, to| view.read_code(at, to).map(|_| ()))?;
@@ -254,6 +282,8 @@ struct View<'v> {
     known: Option<Gpa>,
     /// The vCPU has to look up afterwards.
     looks: bool,
+    /// It has stored to an interrupt controller.
+    controls: bool,
 }
 
 impl View<'_> {
@@ -399,7 +429,10 @@ impl View<'_> {
             Claim::Again => return Err(Stop::Again),
             Claim::Look => self.looks = true,
             // The controllers' timer may be due at another moment.
-            Claim::Done => self.looks |= before.is_some_and(|before| before != deadline()),
+            Claim::Done => {
+                self.controls |= before.is_some();
+                self.looks |= before.is_some_and(|before| before != deadline());
+            }
             // Nobody is there: nothing happens.
             Claim::Value(_) | Claim::Abort => {}
         }

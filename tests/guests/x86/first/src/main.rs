@@ -40,6 +40,7 @@ fn main(machine: &Machine) {
     tally.check("a register that does not exist is refused", refused_register());
     tally.check("EFER keeps what it must", efer());
     tally.check("CR0.NE reads as it was written", error_reporting());
+    tally.check("CR8 is its controller's task priority", task_priority());
     // QEMU's TCG takes the bit on AMD's processors, which have no such bit.
     if is_intel() {
         tally.check("CR4.VMXE is refused", vmxe());
@@ -182,6 +183,58 @@ fn error_reporting() -> bool {
     });
     write(before);
     kept && read() == before
+}
+
+/// CR8 is bits 7:4 of the local APIC's task priority, whichever of the two is written, in memory and as x2APIC; exits between them lose neither.
+fn task_priority() -> bool {
+    const APIC_BASE: u32 = 0x1b;
+    const X2APIC_ENABLED: u64 = 1 << 10;
+    const TPR: u32 = 0x808;
+    let in_memory = 0xfee0_0080 as *mut u32;
+    let cr8 = || {
+        let cr8: u64;
+        // SAFETY: reads a register.
+        unsafe { asm!("mov {}, cr8", out(reg) cr8, options(nomem, nostack, preserves_flags)) };
+        cr8
+    };
+    // SAFETY: no interrupt is enabled here.
+    let set_cr8 = |value: u64| unsafe { asm!("mov cr8, {}", in(reg) value, options(nostack, preserves_flags)) };
+    let leave = || in8(0x5555) == 0xff;
+    let follows = |write: &dyn Fn(u32), read: &dyn Fn() -> u32| {
+        write(0x5a);
+        let led = leave() && cr8() == 5 && read() == 0x5a;
+        set_cr8(3);
+        let followed = leave() && read() == 0x30 && cr8() == 3;
+        write(0);
+        led && followed && cr8() == 0
+    };
+    // SAFETY: the local APIC's registers are there, and mapped.
+    let memory = follows(&|tpr| unsafe { in_memory.write_volatile(tpr) }, &|| unsafe { in_memory.read_volatile() });
+    // SAFETY: the processor says that it has x2APIC, and nothing uses the APIC.
+    unsafe { write_register(APIC_BASE, read_register(APIC_BASE) | X2APIC_ENABLED) };
+    // SAFETY: x2APIC has just been enabled.
+    let register = follows(&|tpr| unsafe { write_register(TPR, tpr.into()) }, &|| unsafe { read_register(TPR) as u32 });
+    memory && register
+}
+
+/// # Safety
+///
+/// The register exists.
+unsafe fn read_register(register: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: as the caller promises.
+    unsafe { asm!("rdmsr", in("ecx") register, out("eax") low, out("edx") high, options(nostack)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// # Safety
+///
+/// The register exists, the value is one that it may have, and nobody relies on what it had.
+unsafe fn write_register(register: u32, value: u64) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!("wrmsr", in("ecx") register, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack))
+    };
 }
 
 /// CR4.VMXE of a processor that says it has no VMX.

@@ -120,6 +120,11 @@ pub const TESTS: &[SystemTest] = &[
         run: private::private_memory_is_nowhere_else,
     },
     SystemTest {
+        name: "x86_private_memory_is_nowhere_else",
+        about: "the same under SVM",
+        run: private::x86_private_memory_is_nowhere_else,
+    },
+    SystemTest {
         name: "private_memory_bounces",
         about: "private Linux whose devices reach a window of its memory only: the disk works, nothing else is mapped",
         run: private::private_memory_bounces,
@@ -133,6 +138,11 @@ pub const TESTS: &[SystemTest] = &[
         name: "swap_takes_and_brings_back",
         about: "a guest's memory goes to the swap device and comes back, through an error of the disk and a fork; frames exact",
         run: swap::swap_takes_and_brings_back,
+    },
+    SystemTest {
+        name: "x86_swap_takes_and_brings_back",
+        about: "the same under SVM",
+        run: swap::x86_swap_takes_and_brings_back,
     },
     SystemTest {
         name: "replaced_memory_is_never_stale",

@@ -34,6 +34,7 @@ pub struct Builder<'a> {
     outer_cpus: u32,
     store: Option<PathBuf>,
     extra: Vec<String>,
+    merge_rate: Option<u64>,
     arch: Arch,
 }
 
@@ -46,7 +47,16 @@ impl<'a> Builder<'a> {
         let folder = context.work.join(name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let outer_memory = usual_memory(Arch::Arm64).to_owned();
-        Ok(Self { context, folder, outer_memory, outer_cpus: 2, store: None, extra: Vec::new(), arch: Arch::Arm64 })
+        Ok(Self {
+            context,
+            folder,
+            outer_memory,
+            outer_cpus: 2,
+            store: None,
+            extra: Vec::new(),
+            merge_rate: None,
+            arch: Arch::Arm64,
+        })
     }
 
     /// The machine, and its guests, are of this architecture, with its usual memory; before files are asked for.
@@ -66,6 +76,12 @@ impl<'a> Builder<'a> {
     /// Gives the hypervisor a store.
     pub fn store(mut self, image: &Path) -> Self {
         self.store = Some(image.to_owned());
+        self
+    }
+
+    /// Has the search for equal pages read so many a second while nobody asks for more.
+    pub fn merge_pages_per_second(mut self, rate: u64) -> Self {
+        self.merge_rate = Some(rate);
         self
     }
 
@@ -108,8 +124,15 @@ impl<'a> Builder<'a> {
         if self.arch == Arch::X86 {
             return self.boot_x86(EPYC, vms);
         }
-        let loaded = bundle::check(bundle::written(&self.outer_memory, self.outer_cpus, vms))?;
+        let loaded = bundle::check(self.written(vms))?;
         self.boot_loaded(&loaded)
+    }
+
+    /// A configuration of these virtual machines.
+    fn written(&self, vms: Vec<WrittenVm>) -> Written {
+        let mut written = bundle::written(&self.outer_memory, self.outer_cpus, vms);
+        written.outer.merge_pages_per_second = self.merge_rate.map(|rate| rate as i64);
+        written
     }
 
     /// Starts the hypervisor with a checked configuration.
@@ -155,7 +178,7 @@ impl<'a> Builder<'a> {
     }
 
     fn boot_x86_from(self, cpu: &str, vms: Vec<WrittenVm>, disk: bool) -> Result<Machine> {
-        let mut written = bundle::written(&self.outer_memory, self.outer_cpus, vms);
+        let mut written = self.written(vms);
         bundle::on_x86(&mut written);
         let (size, packed) = self.pack_x86(written)?;
         let x86 = self.context.x86()?;

@@ -1,7 +1,7 @@
 //! Private memory: absent from the hypervisor's own mapping whatever the guest does, and zero for whoever comes next.
 
 use anyhow::{Result, bail, ensure};
-use entresol_wire::config::{Console, PrivateIo, WrittenMemory, WrittenRom, WrittenVm};
+use entresol_wire::config::{Arch, Console, PrivateIo, WrittenMemory, WrittenRom, WrittenVm};
 use entresol_wire::control::{Answer, Audit, Op, State};
 
 use super::Context;
@@ -23,11 +23,21 @@ const RINGS: u64 = 4 * 3;
 const LEASED: u64 = RINGS + 1;
 /// Exception class of a data abort taken from EL2 itself (Arm DDI 0487 D24.2.40).
 const DATA_ABORT_SAME_LEVEL: u64 = 0x25;
+/// Error code of a page fault of a supervisor's read where no entry is present (APM volume 2, 8.4.2).
+const NOT_PRESENT: u64 = 0;
+
+/// A page of Linux, wherever it puts itself: its loader wrote it.
+const fn kernel_page(arch: Arch) -> u64 {
+    match arch {
+        Arch::Arm64 => 0x4020_0000,
+        Arch::X86 => 0x0100_0000,
+    }
+}
 
 /// Disk and console under load until it is told to stop.
 const LOAD: &str = "(while test ! -e /run/stop; do dd if=/dev/vda bs=64k count=64 2>/dev/null | md5sum; \
      head -c 2097152 /dev/urandom | dd of=/dev/vda bs=64k seek=64 conv=fsync 2>/dev/null; \
-     echo 3 > /proc/sys/vm/drop_caches; done; echo > /run/stopped) > /dev/ttyAMA0 & true";
+     echo 3 > /proc/sys/vm/drop_caches; done; echo > /run/stopped) > /dev/console & true";
 
 pub(super) fn private(mut vm: WrittenVm, size: &str) -> WrittenVm {
     vm.memory = WrittenMemory { size: size.to_owned(), private: true, ..Default::default() };
@@ -37,12 +47,24 @@ pub(super) fn private(mut vm: WrittenVm, size: &str) -> WrittenVm {
 /// Linux with private memory works, and at no moment is a frame of it mapped; a stray read of one faults, is told, and harms
 /// nobody; a killed machine leaves zeroes, to private and to other machines.
 pub fn private_memory_is_nowhere_else(context: &Context) -> Result<()> {
-    let builder = Builder::new(context, "private_memory_is_nowhere_else")?.outer("1G", 2);
+    nowhere_else(context, "private_memory_is_nowhere_else", Arch::Arm64)
+}
+
+/// The same on x86-64.
+pub fn x86_private_memory_is_nowhere_else(context: &Context) -> Result<()> {
+    nowhere_else(context, "x86_private_memory_is_nowhere_else", Arch::X86)
+}
+
+fn nowhere_else(context: &Context, name: &str, arch: Arch) -> Result<()> {
+    let builder = Builder::new(context, name)?.on(arch).outer("1G", 2);
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
-    let mut secret = private(linux("secret", &context.guest.kernel()?, &initrd), "384M");
+    let mut secret = private(builder.linux("secret", &initrd)?, "384M");
     secret.vcpus = Some(2);
     secret.disks.push(disk(&builder.file("disk.img", &[0xd5; 16 << 20])?));
-    let toucher = guests::flat("toucher")?;
+    let toucher = match arch {
+        Arch::Arm64 => guests::flat("toucher")?,
+        Arch::X86 => guests::x86("guest-x86-toucher")?,
+    };
     let victim = private(program("victim", &toucher, "mib=240 seed=5 hold"), "384M");
     let mut heir = program("heir", &toucher, "mib=240 seed=6 zero hold");
     heir.memory = "384M".into();
@@ -63,10 +85,14 @@ pub fn private_memory_is_nowhere_else(context: &Context) -> Result<()> {
     ensure!(leased > 3, "at most {leased} frames were ever leased: rings or records are not remembered");
     ensure!(most > (240 << 8), "only {most} pages of private memory were ever seen");
 
-    let kernel_page = 0x4020_0000;
-    let probe = owner.probe("secret", kernel_page)?;
-    let class = probe.fault.map(|fault| (fault.syndrome >> 26, fault.address >> 12));
-    ensure!(probe.private && class == Some((DATA_ABORT_SAME_LEVEL, probe.frame)), "a stray read met {probe:x?}");
+    let probe = owner.probe("secret", kernel_page(arch))?;
+    let met = probe.fault.map(|fault| (fault.syndrome, fault.address >> 12));
+    let is_absent = |syndrome: u64| match arch {
+        Arch::Arm64 => syndrome >> 26 == DATA_ABORT_SAME_LEVEL,
+        Arch::X86 => syndrome == NOT_PRESENT,
+    };
+    let stopped = met.is_some_and(|(syndrome, page)| is_absent(syndrome) && page == probe.frame);
+    ensure!(probe.private && stopped, "a stray read met {probe:x?}");
     machine.shell("touch /run/stop; while test ! -e /run/stopped; do sleep 1; done; dmesg | tail -n 1")?;
 
     let before = owner.audit()?;
@@ -122,8 +148,7 @@ pub fn private_memory_bounces(context: &Context) -> Result<()> {
         most = most.max(audit.open);
     }
     ensure!(most > 0, "nothing of the window was ever touched");
-    let kernel_page = 0x4020_0000;
-    let probe = owner.probe("secret", kernel_page)?;
+    let probe = owner.probe("secret", kernel_page(Arch::Arm64))?;
     ensure!(probe.private && probe.fault.is_some(), "a stray read met {probe:x?}");
     machine.shell("touch /run/stop; while test ! -e /run/stopped; do sleep 1; done")?;
     let own = "head -c 1048576 /dev/urandom > /run/own; dd if=/run/own of=/dev/vda bs=64k conv=fsync 2>/dev/null; \

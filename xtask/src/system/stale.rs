@@ -10,7 +10,7 @@ use super::Context;
 use super::control::Listener;
 use super::machine::Builder;
 use super::merge::traps;
-use crate::bundle::{self, program};
+use crate::bundle::program;
 use crate::guests;
 
 /// The guests: the same program with the same memory.
@@ -44,9 +44,8 @@ fn rounds(context: &Context, folder: &str, cpu: &[&str]) -> Result<()> {
     let kernel = guests::flat("stale")?;
     let arguments = format!("change=owner rounds={} windows={}", WINDOWS.end, WINDOWS.start);
     let twin = |name| WrittenVm { merge: true, autostart: Some(false), ..program(name, &kernel, &arguments) };
-    let mut written = bundle::written("4G", 2, TWINS.map(twin).into());
-    written.outer.merge_pages_per_second = Some(0);
-    let mut machine = Builder::new(context, folder)?.qemu(cpu).boot_loaded(&bundle::check(written)?)?;
+    let builder = Builder::new(context, folder)?.qemu(cpu).merge_pages_per_second(0);
+    let mut machine = builder.boot(TWINS.map(twin).into())?;
     let mut owner = Owner { told: Listener::attach(machine.control()?, TWINS[0])?, memory: 0..0 };
     for twin in TWINS {
         owner.told.turn_to(twin)?;

@@ -4,13 +4,13 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
-use entresol_wire::config::{WrittenMemory, WrittenVm};
+use entresol_wire::config::{Arch, WrittenMemory, WrittenVm};
 use entresol_wire::control::{Answer, Code, Op, State};
 
 use super::Context;
 use super::control::Listener;
 use super::machine::{ANSWER, Builder, Machine};
-use crate::bundle::{linux, program};
+use crate::bundle::program;
 use crate::guests;
 use crate::initrd::{self, Initrd};
 
@@ -40,7 +40,16 @@ const ONE_ERROR: &str = "[set-state]\nevent = \"write_aio\"\nstate = \"1\"\nnew_
 /// What a guest does not use leaves and comes back the same; a read that fails pauses it, and it goes on when it is let; a copy and its
 /// parent share what is out; frames are exact in the end.
 pub fn swap_takes_and_brings_back(context: &Context) -> Result<()> {
-    let mut machine = start(context)?;
+    takes_and_brings_back(context, "swap_takes_and_brings_back", Arch::Arm64)
+}
+
+/// The same on x86-64.
+pub fn x86_swap_takes_and_brings_back(context: &Context) -> Result<()> {
+    takes_and_brings_back(context, "x86_swap_takes_and_brings_back", Arch::X86)
+}
+
+fn takes_and_brings_back(context: &Context, name: &str, arch: Arch) -> Result<()> {
+    let mut machine = start(context, name, arch)?;
     machine.expect("swap: 512 MiB")?;
     let mut told = Listener::attach(machine.control()?, GUEST)?;
     refusals(&mut told)?;
@@ -86,14 +95,14 @@ pub fn swap_takes_and_brings_back(context: &Context) -> Result<()> {
     machine.expect_power_off().map(drop)
 }
 
-fn start(context: &Context) -> Result<Machine> {
-    let builder = Builder::new(context, "swap_takes_and_brings_back")?;
+fn start(context: &Context, name: &str, arch: Arch) -> Result<Machine> {
+    let builder = Builder::new(context, name)?.on(arch);
     let initrd = builder.initrd("initrd.cpio", &Initrd::interactive())?;
-    let kernel = context.guest.kernel()?;
     let vm = |name: &str| {
-        let vm = linux(name, &kernel, &initrd);
-        WrittenVm { memory: "256M".to_owned().into(), vcpus: Some(2), autostart: Some(false), ..vm }
+        let vm = builder.linux(name, &initrd)?;
+        Ok(WrittenVm { memory: "256M".into(), vcpus: Some(2), autostart: Some(false), ..vm })
     };
+    let vms = [GUEST, TWIN, WITNESS].map(vm).into_iter().collect::<Result<Vec<_>>>()?;
     let image = builder.file("swap.img", &[])?;
     std::fs::File::options().write(true).open(&image)?.set_len(DISK)?;
     let rules = builder.file("errors", ONE_ERROR.as_bytes())?;
@@ -104,7 +113,7 @@ fn start(context: &Context) -> Result<Machine> {
         image.display()
     );
     let device = "virtio-blk-device,drive=swap,serial=entresol-swap";
-    builder.qemu(&["-drive", &drive, "-device", device]).boot(vec![vm(GUEST), vm(TWIN), vm(WITNESS)])
+    builder.qemu(&["-drive", &drive, "-device", device]).boot(vms)
 }
 
 /// Guests that keep tags, one of which never changes what it has, one of which always does, and one without tags: their memory leaves as often as

@@ -9,6 +9,7 @@
 #![no_std]
 
 mod entry;
+pub mod memory;
 #[path = "../../../rt/src/rng.rs"]
 pub mod rng;
 pub mod trap;
@@ -27,6 +28,8 @@ const OFF: u8 = 1 << 5 | 5 << 2;
 /// What the loader said.
 pub struct Machine {
     cmdline: &'static str,
+    /// Where the memory that the image is in ends.
+    end: u64,
 }
 
 impl Machine {
@@ -46,14 +49,11 @@ impl Machine {
             None => text.parse().ok(),
         }
     }
-}
 
-/// One past the image's last byte.
-pub fn image_end() -> u64 {
-    unsafe extern "C" {
-        static guest_image_end: u8;
+    /// Memory behind the image, from the next 2 MiB on: what the loader left lies before it.
+    pub fn free(&self) -> core::ops::Range<u64> {
+        memory::image().end.next_multiple_of(2 << 20)..self.end
     }
-    &raw const guest_image_end as u64
 }
 
 /// OUT of a byte.
@@ -164,8 +164,15 @@ extern "C" fn guest_boot(start_info: *const u64) -> ! {
         let text = start_info.add(3).read() as *const core::ffi::c_char;
         if text.is_null() { "" } else { core::ffi::CStr::from_ptr(text).to_str().unwrap_or("") }
     };
+    // SAFETY: memmap_paddr and memmap_entries are the sixth word and half of the seventh; a range has three words: address, size, type.
+    let ranges = unsafe {
+        let (first, count) = (start_info.add(5).read(), start_info.add(6).read() as u32);
+        core::slice::from_raw_parts(first as *const [u64; 3], count as usize)
+    };
+    let own = |range: &&[u64; 3]| (range[0]..range[0] + range[1]).contains(&memory::image().start);
+    let end = ranges.iter().find(own).map_or(memory::image().end, |range| range[0] + range[1]);
     // SAFETY: `guest!` defines it with this type.
-    unsafe { guest_main(&Machine { cmdline }) };
+    unsafe { guest_main(&Machine { cmdline, end }) };
     power_off()
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use entresol_wire::config::Arch;
 
 use crate::fetch::toolchain::{self, METAL_TARGET, METAL_X86_TARGET};
 use crate::image;
@@ -13,6 +14,9 @@ use crate::workspace;
 
 /// Static programs need no library of any machine.
 pub const LINUX_TARGET: &str = "aarch64-unknown-linux-musl";
+
+/// The same for guests of x86-64.
+const LINUX_X86_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// The flat image of the guest `name`, built; its file ends in `.bin`, which a configuration takes for a flat kernel.
 ///
@@ -43,12 +47,16 @@ pub fn x86(name: &str) -> Result<PathBuf> {
     build("tests/guests/x86", METAL_X86_TARGET, name)
 }
 
-/// The program `name` for arm64 Linux, built.
+/// The program `name` for Linux on `arch`, built.
 ///
 /// # Errors
 /// When it does not build.
-pub fn linux(name: &str) -> Result<PathBuf> {
-    build("tests/guests/linux", LINUX_TARGET, name)
+pub fn linux(name: &str, arch: Arch) -> Result<PathBuf> {
+    let target = match arch {
+        Arch::Arm64 => LINUX_TARGET,
+        Arch::X86 => LINUX_X86_TARGET,
+    };
+    build("tests/guests/linux", target, name)
 }
 
 /// Builds a package of a workspace of its own, whose folder holds its flags.
@@ -57,7 +65,7 @@ fn build(folder: &str, target: &str, name: &str) -> Result<PathBuf> {
     let _step = Step::start(&format!("building {name}"));
     let mut cargo: Command = workspace::cargo();
     cargo.current_dir(workspace::root().join(folder));
-    cargo.args(["build", "--release", "--quiet", "--package", name]);
+    cargo.args(["build", "--release", "--quiet", "--package", name, "--target", target]);
     // Flags of ours would replace the folder's.
     cargo.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("CARGO_BUILD_TARGET");
     cargo.env("CARGO_TARGET_DIR", workspace::target_dir());

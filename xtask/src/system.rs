@@ -110,6 +110,11 @@ pub const TESTS: &[SystemTest] = &[
         run: merge::equal_guests_give_memory_back,
     },
     SystemTest {
+        name: "x86_equal_guests_give_memory_back",
+        about: "the same under SVM",
+        run: merge::x86_equal_guests_give_memory_back,
+    },
+    SystemTest {
         name: "changed_memory_is_never_stale",
         about: "every byte through every mapping after forks and copies on write",
         run: fork::changed_memory_is_never_stale,

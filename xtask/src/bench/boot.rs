@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use entresol_wire::config::{LargestEntry, WrittenPolicies, WrittenVm};
+use entresol_wire::config::{Arch, LargestEntry, WrittenPolicies, WrittenVm};
 
 use super::machine::{self, Run};
 use super::operations::GUEST;
@@ -61,7 +61,7 @@ impl Files {
         let image = fs::read(&kernel).with_context(|| format!("cannot read {}", kernel.display()))?;
         ensure!(image.get(56..60) == Some(b"ARM\x64"), "{} is not a plain arm64 Image", kernel.display());
         let start = u32::from_le_bytes([image[0], image[1], image[2], image[3]]);
-        let init = guests::linux("bootinit")?;
+        let init = guests::linux("bootinit", Arch::Arm64)?;
         let mut archive = Archive::default();
         archive.directory("dev");
         archive.character_device("dev/console", 5, 1);

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use entresol_wire::config::Arch;
 
 use super::boot::{self, Files};
 use super::machine::{self, Run};
@@ -64,7 +65,7 @@ fn pack(bench: &Bench, name: &str, parts: &[(&str, &Path)]) -> Result<PathBuf> {
         archive.directory(directory);
     }
     archive.character_device("dev/console", 5, 1);
-    archive.file("init", 0o755, &read(&guests::linux("kvm-peer")?)?);
+    archive.file("init", 0o755, &read(&guests::linux("kvm-peer", Arch::Arm64)?)?);
     for (part, path) in parts {
         archive.file(&format!("guest/{part}"), 0o644, &read(path)?);
     }

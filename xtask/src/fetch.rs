@@ -112,14 +112,14 @@ pub fn browser() -> Result<Browser> {
     browser::ensure_browser(&cache)
 }
 
-/// Programs of Debian's for a guest.
+/// Programs of Debian's for a guest of `arch`.
 ///
 /// # Errors
 /// As [`everything`].
-pub fn programs(package: programs::Package) -> Result<Programs> {
+pub fn programs(package: programs::Package, arch: Arch) -> Result<Programs> {
     let cache = workspace::cache_dir()?;
     let _lock = lock(&cache)?;
-    programs::ensure(&cache, package)
+    programs::ensure(&cache, package, arch)
 }
 
 /// Held while the cache is read or changed; the operating system lets go of it however we end.

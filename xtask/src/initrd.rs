@@ -71,6 +71,8 @@ impl Initrd {
         archive.character_device("dev/console", 5, 1);
         archive.file("bin/busybox", 0o755, &read(&guest.busybox())?);
         archive.symlink("bin/sh", "busybox");
+        // Where amd64's programs look for their loader.
+        archive.symlink("lib64", "lib");
         archive.file("init", 0o755, INIT.as_bytes());
         let mut list = String::new();
         for file in Modules::list(&guest.modules()?)?.load_order(&MODULES)? {

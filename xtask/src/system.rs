@@ -80,6 +80,11 @@ pub const TESTS: &[SystemTest] = &[
         run: fork::live_forks_answer_diverge_and_end,
     },
     SystemTest {
+        name: "x86_live_forks_answer_diverge_and_end",
+        about: "the same under SVM",
+        run: fork::x86_live_forks_answer_diverge_and_end,
+    },
+    SystemTest {
         name: "balloon_gives_memory_back",
         about: "a guest's free pages come back by reports and by its balloon, and go again; a copy has its own; frames exact",
         run: balloon::balloon_gives_memory_back,

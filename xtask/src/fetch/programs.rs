@@ -1,12 +1,14 @@
 //! Programs of Debian's for guests, with the libraries that they are linked with.
 //!
-//! Only packages for arm64 are taken out of what Debian would install, and of their files only the programs and what these are linked with.
+//! Only packages of the guest's architecture are taken out of what Debian would install, and of their files only the programs and what these
+//! are linked with.
 
 use std::collections::VecDeque;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use entresol_wire::config::Arch;
 use object::LittleEndian;
 use object::read::elf::{Dyn as _, ElfFile64, FileHeader as _};
 
@@ -19,52 +21,77 @@ use crate::progress::Step;
 pub struct Package {
     /// As Debian calls it.
     name: &'static str,
-    /// As in [`super::qemu`].
-    folder: &'static str,
+    /// As in [`super::qemu`], for arm64 and for amd64.
+    folders: [&'static str; 2],
     /// What a guest gets in `/bin`.
     programs: &'static [&'static str],
 }
 
 /// An in-memory store, and the load that is put on it.
-pub const REDIS: Package =
-    Package { name: "redis-server", folder: "redis-1", programs: &["redis-server", "redis-cli", "redis-benchmark"] };
+pub const REDIS: Package = Package {
+    name: "redis-server",
+    folders: ["redis-1", "redis-x86-1"],
+    programs: &["redis-server", "redis-cli", "redis-benchmark"],
+};
 
 /// An interpreter that takes addresses apart and puts them together.
-pub const PERL: Package = Package { name: "perl-base", folder: "perl-1", programs: &["perl"] };
+pub const PERL: Package = Package { name: "perl-base", folders: ["perl-1", "perl-x86-1"], programs: &["perl"] };
 
-/// The loader that every program names.
-const LOADER: &str = "ld-linux-aarch64.so.1";
-/// Most of Debian's shared libraries lie in one of these.
-const LIBRARIES: [&str; 3] = ["lib/aarch64-linux-gnu", "usr/lib/aarch64-linux-gnu", "lib"];
+/// What Debian calls an architecture, and where it puts things.
+#[derive(Debug)]
+struct Port {
+    arch: &'static str,
+    /// The loader that every program names.
+    loader: &'static str,
+    /// The shared libraries, and the loader, lie in one of these.
+    libraries: &'static [&'static str],
+}
+
+const ARM64: Port = Port {
+    arch: "arm64",
+    loader: "ld-linux-aarch64.so.1",
+    libraries: &["lib/aarch64-linux-gnu", "usr/lib/aarch64-linux-gnu", "lib"],
+};
+const AMD64: Port = Port {
+    arch: "amd64",
+    loader: "ld-linux-x86-64.so.2",
+    libraries: &["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64"],
+};
 
 /// The fetched files.
 #[derive(Clone, Debug)]
 pub struct Programs {
     package: Package,
+    port: &'static Port,
     folder: PathBuf,
 }
 
-/// A package's programs for a guest, fetched when they have to be.
+/// A package's programs for a guest of `arch`, fetched when they have to be.
 ///
 /// # Errors
 /// When it cannot be fetched: the error says what to type.
-pub fn ensure(cache: &Path, package: Package) -> Result<Programs> {
-    let folder = cache.join(package.folder);
+pub fn ensure(cache: &Path, package: Package, arch: Arch) -> Result<Programs> {
+    let (port, folder) = match arch {
+        Arch::Arm64 => (&ARM64, package.folders[0]),
+        Arch::X86 => (&AMD64, package.folders[1]),
+    };
+    let folder = cache.join(folder);
     if !folder.is_dir() {
-        fetch(cache, package.name, &folder)?;
+        fetch(cache, package.name, port.arch, &folder)?;
     }
-    Ok(Programs { package, folder })
+    Ok(Programs { package, port, folder })
 }
 
-fn fetch(cache: &Path, name: &str, folder: &Path) -> Result<()> {
-    let text = format!("fetching Debian's arm64 {name}");
+fn fetch(cache: &Path, name: &str, arch: &str, folder: &Path) -> Result<()> {
+    let text = format!("fetching Debian's {arch} {name}");
     let step = Step::start(&text);
     let debian = host::debian(&Os::here(), cache)?;
     let root = Root::open(cache, Suite::Bookworm, &debian.architecture, &debian.mirrors, &debian.keyring, &step)?;
     step.say(&text);
-    let mut packages = root.closure(&[&format!("{name}:arm64")])?;
+    let mut packages = root.closure(&[&format!("{name}:{arch}")])?;
     // What a whole Debian has besides is for its scripts of installation.
-    packages.retain(|package| package.contains(":arm64="));
+    let of_arch = format!(":{arch}=");
+    packages.retain(|package| package.contains(&of_arch));
     let work = tempfile::tempdir_in(cache).context("cannot make a work folder")?;
     let (packed, tree) = (work.path().join("packed"), work.path().join("tree"));
     fs::create_dir(&packed).and_then(|()| fs::create_dir(&tree)).context("cannot make a work folder")?;
@@ -81,7 +108,7 @@ impl Programs {
     /// When a file is missing or not what it should be.
     pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut files = Vec::new();
-        let mut wanted = VecDeque::from([LOADER.to_owned()]);
+        let mut wanted = VecDeque::from([self.port.loader.to_owned()]);
         for program in self.package.programs {
             let bytes = self.read(&self.folder.join("usr/bin").join(program))?;
             wanted.extend(needed(&bytes).with_context(|| format!("{program} is no program"))?);
@@ -100,8 +127,8 @@ impl Programs {
     }
 
     fn library(&self, name: &str) -> Result<PathBuf> {
-        let places = LIBRARIES.map(|place| self.folder.join(place).join(name));
-        let found = places.into_iter().find(|path| path.is_file());
+        let mut places = self.port.libraries.iter().map(|place| self.folder.join(place).join(name));
+        let found = places.find(|path| path.is_file());
         found.with_context(|| format!("{} holds no {name}: remove it and try again", self.folder.display()))
     }
 

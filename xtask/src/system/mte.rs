@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use entresol_wire::config::WrittenVm;
+use entresol_wire::config::{Arch, WrittenVm};
 use entresol_wire::control::{Answer, Bytes, Code, Op, TAGGED_PER_ANSWER};
 
 use super::Context;
@@ -32,7 +32,8 @@ const TIMES: u32 = 12;
 /// machine with `mte = true`, and on no other.
 pub fn tagged_heap_finds_what_was_freed(context: &Context) -> Result<()> {
     let builder = Builder::new(context, "tagged_heap_finds_what_was_freed")?;
-    let initrd = builder.initrd("initrd.cpio", &Initrd::interactive().with(fetch::programs(PERL)?.files()?))?;
+    let initrd =
+        builder.initrd("initrd.cpio", &Initrd::interactive().with(fetch::programs(PERL, Arch::Arm64)?.files()?))?;
     let kernel = context.guest.kernel()?;
     let vm = |name: &str, mte| {
         let vm = linux(name, &kernel, &initrd);

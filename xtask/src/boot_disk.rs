@@ -11,6 +11,7 @@
 //! Sources: POSIX.1-2017, pax ("ustar interchange format"); the classic master boot record (a table of four entries at 1BEh).
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -46,6 +47,12 @@ pub fn write(bochs: &Bochs, hypervisor: &Path, bundle: &Path, folder: &Path) -> 
     let disk = disk(&read(&bochs.first_sector())?, &read(&grub)?, &files)?;
     let path = folder.join("disk.img");
     image::write_new(&path, &disk)?;
+    // Bochs leaves its lock behind when it is killed, and refuses a disk that has one.
+    if let Err(error) = fs::remove_file(folder.join("disk.img.lock"))
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(error).context("cannot remove the lock of a disk that was left behind");
+    }
     Ok(path)
 }
 

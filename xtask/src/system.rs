@@ -200,6 +200,11 @@ pub const TESTS: &[SystemTest] = &[
         run: swap::guests_share_less_than_they_use,
     },
     SystemTest {
+        name: "x86_guests_share_less_than_they_use",
+        about: "the same under SVM",
+        run: swap::x86_guests_share_less_than_they_use,
+    },
+    SystemTest {
         name: "poisoned_page_aborts_and_rest_goes_on",
         about: "frames of a guest, its copy and a private guest are found to be bad: aborts, new pages, no frame comes back",
         run: poison::poisoned_page_aborts_and_rest_goes_on,

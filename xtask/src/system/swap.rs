@@ -197,17 +197,29 @@ pub fn tags_come_back_from_the_disk(context: &Context) -> Result<()> {
 }
 
 /// Three guests of 512 MiB, each of which works on 400 MiB, where there are about 800 MiB for all of them: memory is reclaimed unasked,
-/// all of them finish, and find what they wrote.
+/// all of them finish, and find what they wrote, tags too where there are any.
 pub fn guests_share_less_than_they_use(context: &Context) -> Result<()> {
+    share_less_than_they_use(context, "guests_share_less_than_they_use", Arch::Arm64)
+}
+
+/// The same on x86-64.
+pub fn x86_guests_share_less_than_they_use(context: &Context) -> Result<()> {
+    share_less_than_they_use(context, "x86_guests_share_less_than_they_use", Arch::X86)
+}
+
+fn share_less_than_they_use(context: &Context, name: &str, arch: Arch) -> Result<()> {
     const ALL: [&str; 3] = ["one", "two", "three"];
-    let kernel = guests::flat("toucher")?;
+    let (kernel, mte, tags) = match arch {
+        Arch::Arm64 => (guests::flat("toucher")?, true, "tags"),
+        Arch::X86 => (guests::x86("guest-x86-toucher")?, false, ""),
+    };
     let mut vms = Vec::new();
     for (seed, name) in (1..).zip(ALL) {
-        let vm = program(name, &kernel, &format!("mib=400 seed={seed} whole tags"));
-        vms.push(WrittenVm { memory: "512M".to_owned().into(), mte: true, autostart: Some(false), ..vm });
+        let vm = program(name, &kernel, &format!("mib=400 seed={seed} whole {tags}"));
+        vms.push(WrittenVm { memory: "512M".to_owned().into(), mte, autostart: Some(false), ..vm });
     }
     vms.push(WrittenVm { autostart: Some(false), ..program(WITNESS, &kernel, "mib=1") });
-    let builder = Builder::new(context, "guests_share_less_than_they_use")?.outer("864M", 2);
+    let builder = Builder::new(context, name)?.on(arch).outer("864M", 2);
     let image = builder.file("swap.img", &[])?;
     std::fs::File::options().write(true).open(&image)?.set_len(2 * DISK)?;
     let drive = format!("file={},if=none,id=swap,format=raw", image.display());

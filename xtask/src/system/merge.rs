@@ -1,6 +1,7 @@
 //! Two guests with the same memory: merging gives most of one back, nobody reads anything else, and writes are private.
 
 use std::fs;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -19,6 +20,8 @@ const TWINS: [&str; 2] = ["castor", "pollux"];
 const WITNESS: &str = "witness";
 /// Pages that each guest fills: 400 MiB.
 const PAGES: u64 = 400 << 8;
+/// Pages that one command fills or checks: 50 MiB.
+const PART: u64 = 50 << 8;
 /// What both fill them with, and with what one of them writes some again.
 const SEED: u64 = 1;
 const OTHER: u64 = 2;
@@ -99,7 +102,7 @@ fn fill(owner: &mut Owner) -> Result<()> {
         owner.told.done(Op::Resume { vm: twin.into() })?;
         owner.told.hear(initrd::READY)?;
         owner.ask("dmesg -n 1; mkdir /fill && mount -t tmpfs -o size=430m tmpfs /fill")?;
-        owner.ask(&format!("pages fill /fill/pages {SEED} 0 {PAGES}"))?;
+        owner.pages("fill", SEED, 0..PAGES)?;
     }
     let scanned = owner.status(None)?.scanned - began.scanned;
     let allowed = (clock.elapsed().as_secs_f64() * RATE as f64) as u64 + STEP;
@@ -201,7 +204,15 @@ impl Owner {
 
     /// These pages of the attached guest hold what was written.
     fn holds(&mut self, seed: u64, first: u64, count: u64) -> Result<()> {
-        self.ask(&format!("pages check /fill/pages {seed} {first} {count}")).map(drop)
+        self.pages("check", seed, first..first + count)
+    }
+
+    /// Has the attached guest fill or check pages, a few at a time: a host that is busy is waited for as long as a part is done.
+    fn pages(&mut self, what: &str, seed: u64, pages: Range<u64>) -> Result<()> {
+        pages.clone().step_by(PART as usize).try_for_each(|first| {
+            let count = PART.min(pages.end - first);
+            self.ask(&format!("pages {what} /fill/pages {seed} {first} {count}")).map(drop)
+        })
     }
 
     /// Frames that a grace period keeps come back with the host's next work: each question is some.

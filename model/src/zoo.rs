@@ -9,8 +9,8 @@
 //!
 //! Of Z-D6 the half that shows is here: a hole's lease that is released is released in vain, because a lease knows its frame's life.
 //!
-//! Z-C1 and Z-C8 are here twice too: in second-stage entries, and in shadow tables. Z-C2, Z-C3 and Z-C7 have no place in shadow tables: their
-//! generations do not repeat, and no entry of theirs becomes another without the lock and a flush.
+//! Bugs of Z-C are here for second-stage entries and for shadow tables, but for those that have one place only: shadow tables have no short way of a
+//! write (Z-C7) and report nothing as malformed (Z-C4), and a second stage knows no INVLPG (Z-C5).
 
 use std::time::Duration;
 
@@ -51,7 +51,7 @@ macro_rules! exhibit {
 }
 
 /// All of them.
-pub const ZOO: [Exhibit; 67] = {
+pub const ZOO: [Exhibit; 80] = {
     use Check::{
         Coalesced, Completion, Forbidden, Inv1, Inv2, Inv3, Inv4, Inv5, Inv6, Inv7, Inv8, Inv9, Inv10, Inv11, Inv12,
         Inv13, Inv14, Inv15, Maintenance, Panic, Shadow, Slots, Written,
@@ -131,6 +131,8 @@ pub const ZOO: [Exhibit; 67] = {
         ),
         exhibit!("Z-B6", ZB6, "coalesced.toml", &[Coalesced], "a ring of 170 entries counts modulo 2^32"),
         exhibit!("Z-C1", ZC1, "mmio-create.toml", &[Inv9], "a slot is created, and MMIO entries of before count"),
+        exhibit!("Z-C1-ept", ZC1, "mmio-create-ept.toml", &[Inv9], "the same in extended tables"),
+        exhibit!("Z-C1-move", ZC1, "mmio-move.toml", &[Inv9], "the same where a slot moves"),
         exhibit!("Z-C2", ZC2, "mmio-wrap.toml", &[Inv9], "generations begin anew, and MMIO entries stay"),
         exhibit!("Z-C3", ZC3, "mmio-delete.toml", STALE, "an MMIO entry takes the place of a leaf that is not flushed"),
         exhibit!("Z-C4", ZC4, "mmio-zap.toml", &[Forbidden], "an entry that was zapped counts as a bug of ours"),
@@ -250,7 +252,22 @@ pub const ZOO: [Exhibit; 67] = {
         exhibit!("Z-X3", ZX3, "cache-hole.toml", &[Inv10, Inv7, Inv11], "a page-frame cache is on no list"),
         exhibit!("Z-X4", ZX4, "kept-hole.toml", &[Forbidden, Inv7], "a frame is kept whatever has moved"),
         exhibit!("Z-C1-shadow", ZC1, "shadow-create.toml", &[Inv9, Inv8, Shadow], "the same by shadow tables"),
+        exhibit!("Z-C2-shadow", ZC2, "shadow-wrap.toml", &[Inv9], "what a word keeps of a generation is compared"),
+        exhibit!(
+            "Z-C3-shadow",
+            ZC3,
+            "shadow-replace.toml",
+            &[Shadow, Forbidden],
+            "an MMIO entry takes the place of a shadow entry that is not flushed"
+        ),
         exhibit!("Z-C5", ZC5, "shadow-invlpg.toml", &[Shadow, Forbidden], "INVLPG leaves an MMIO entry"),
+        exhibit!(
+            "Z-C6-shadow",
+            ZC6,
+            "shadow-room.toml",
+            &[Inv7],
+            "the frames of shadow tables are used again under a walk"
+        ),
         exhibit!("Z-C8-shadow", ZC8, "shadow-create.toml", &[Inv8, Inv9], "the same by shadow tables"),
         exhibit!(
             "Z-X5",
@@ -262,6 +279,38 @@ pub const ZOO: [Exhibit; 67] = {
         exhibit!("Z-X6", ZX6, "shadow-cr3.toml", &[Shadow, Forbidden], "shadow tables are compared before the flush"),
         exhibit!("Z-X7", ZX7, "shadow-delete.toml", STALE_SHADOW, "shadow entries outlive an invalidation"),
         exhibit!("Z-X8", ZX8, "shadow-again.toml", &[Shadow, Forbidden], "a fault's second try believes its first"),
+        exhibit!("Z-X7-move", ZX7, "shadow-move.toml", STALE_SHADOW, "the same where a slot moves"),
+        exhibit!("Z-X7-zap", ZX7, "shadow-zap.toml", STALE_SHADOW, "the same where the owner takes a page away"),
+        exhibit!("Z-X7-log", ZX7, "shadow-log.toml", STALE_SHADOW, "the same where a log is fetched"),
+        exhibit!("Z-X7-fork", ZX7, "shadow-fork.toml", STALE_SHADOW, "the same where a machine is forked"),
+        exhibit!(
+            "Z-X12",
+            ZX12,
+            "shadow-roots.toml",
+            &[Shadow, Forbidden],
+            "a root that was loaded before is not compared when it is loaded again"
+        ),
+        exhibit!(
+            "Z-X9",
+            ZX9,
+            "shadow-link.toml",
+            &[Shadow, Forbidden],
+            "a way comes to a shadow table that is there, and it is not compared"
+        ),
+        exhibit!(
+            "Z-X10",
+            ZX10,
+            "shadow-fill.toml",
+            &[Shadow, Forbidden],
+            "a walk counts that was made before the flush of what it read"
+        ),
+        exhibit!(
+            "Z-X11",
+            ZX11,
+            "shadow-device.toml",
+            &[Shadow],
+            "a load of CR3 leaves what the vCPU knows to be no memory"
+        ),
     ]
 };
 

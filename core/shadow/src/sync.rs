@@ -15,8 +15,12 @@ impl<F: ShadowFormat> Shadow<F> {
     pub fn load<M: Machine, G: GuestTables>(&mut self, machine: &M, vmid: Vmid, vcpu: usize, guest: &mut G) {
         let key = guest.root();
         self.count_change();
-        self.vcpus[vcpu].mmio = None;
-        self.sync_all(machine, vmid, guest);
+        if !planted!(ZX11) {
+            self.vcpus[vcpu].mmio = None;
+        }
+        if !planted!(ZX12) || self.find(&key).is_none() {
+            self.sync_all(machine, vmid, guest);
+        }
         self.vcpus[vcpu].root = None;
         let root = self.find(&key).or_else(|| self.make(machine, &key));
         let root = root.unwrap_or_else(|| {

@@ -136,21 +136,29 @@ pub enum Bug {
     ZX7,
     /// Z-X8, in no specification: the second try of a shadow fault goes by what the first has read, whatever has changed since.
     ZX8,
+    /// Z-X9, in no specification: a way comes to a shadow table that is there, and what the guest has changed in it meanwhile stays.
+    ZX9,
+    /// Z-X10, in no specification: a walk counts that was made before the flush which keeps other CPUs from storing to what it read.
+    ZX10,
+    /// Z-X11, in no specification: a load of the root leaves what the vCPU knows to be no memory.
+    ZX11,
+    /// Z-X12, in no specification: a root whose shadow is there is loaded without comparing what hangs from it.
+    ZX12,
 }
 
 std::thread_local! {
-    static PLANTED: Cell<u64> = const { Cell::new(0) };
+    static PLANTED: Cell<u128> = const { Cell::new(0) };
 }
 
 /// Switches exactly these bugs on, on this thread.
 pub fn plant(bugs: &[Bug]) {
-    PLANTED.set(bugs.iter().fold(0, |set, bug| set | 1u64 << *bug as u8));
+    PLANTED.set(bugs.iter().fold(0, |set, bug| set | 1u128 << *bug as u8));
 }
 
 /// Whether `bug` is switched on, on this thread.
 #[inline]
 pub fn is_planted(bug: Bug) -> bool {
-    PLANTED.get() & 1u64 << bug as u8 != 0
+    PLANTED.get() & 1u128 << bug as u8 != 0
 }
 
 #[cfg(test)]

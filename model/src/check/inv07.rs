@@ -1,10 +1,10 @@
 //! INV-7: every frame reference and every lease is released exactly once, on every path; and nobody reaches a frame that is free.
 //!
-//! Watches the pool giving a frame back (no translation, in a table or in a cache, may lead to it), each store of an
+//! Watches the pool giving a frame back, and a table's frame that is zeroed for another (no translation, in a table or in a cache, may lead to it), each store of an
 //! entry (what it points to is given out), each access of the hypervisor (not to what is free), and the end of a schedule (every frame is accounted for). That a frame is
 //! not given back twice the pool itself asserts.
 
-use entresol_addr::{GfnRange, PfnRange};
+use entresol_addr::{GfnRange, Pfn, PfnRange};
 use entresol_backing::Audit;
 
 use crate::machine::descriptor::Descriptor;
@@ -27,6 +27,18 @@ pub fn freed(world: &World, frames: PfnRange) -> Option<String> {
     world.tables.each_pointer(&world.tlb, frames.start(), |at| level = Some(at));
     level.map(|level| {
         format!("table page {:#x} is freed, and a walk may still follow a level {level} entry to it", frames.start())
+    })
+}
+
+/// A frame is about to begin anew, and whoever has it keeps it: as another table, if it was one.
+pub fn renewed(world: &World, pfn: Pfn) -> Option<String> {
+    if world.frame(pfn)?.tables.is_empty() {
+        return None;
+    }
+    let mut level = None;
+    world.tables.each_pointer(&world.tlb, pfn, |at| level = Some(at));
+    level.map(|level| {
+        format!("table page {pfn:#x} is used again, and a walk may still follow a level {level} entry to it")
     })
 }
 

@@ -89,6 +89,7 @@ pub fn run(stage: &Stage<'_>, actor: &mut Actor, step: &Step) {
         }
         Step::Guest { .. }
         | Step::Invlpg { .. }
+        | Step::Cr3 { .. }
         | Step::Mmu { .. }
         | Step::Tlbi
         | Step::Post { .. }

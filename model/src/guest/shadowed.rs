@@ -5,13 +5,15 @@
 //! that a processor with a second stage could use. A frame, a permission, a device or a page fault that no pair of them gives is a
 //! finding ("shadow"); an access that they do give goes on as everywhere, with its guest address, under all other checkers.
 //!
-//! Known holes: one root for all vCPUs of a machine, [`ROOT`]; a fork's child does not run.
+//! A vCPU begins on the tables at [`ROOT`]; a load of CR3 takes it to others, and flushes what its CPU keeps of shadow tables, as metal does.
+//!
+//! Known holes: a fork's child does not run.
 
 use entresol_addr::{Gpa, Pfn};
 use entresol_arch_x86::paging::{Controls, Kind, Mode, Regime, Request};
 use entresol_arch_x86::shadow::Shadow;
 use entresol_fault::Access;
-use entresol_machine::Word;
+use entresol_machine::{Vmid, Word};
 use entresol_mmu::{Outcome, Reason, ShadowOutcome};
 
 use super::operation::Operation;
@@ -22,38 +24,40 @@ use super::{memory, swap};
 use crate::check::{Check, inv08, inv09, inv15};
 use crate::lab::{self, Lab};
 use crate::litmus::outcome::Value;
-use crate::machine::linear::{Led, SHADOWS};
+use crate::machine::linear::{Led, shadow};
 use crate::machine::tlb::Stamp;
 use crate::machine::walk::{Path, Translated, Walker};
 
-/// Where every guest has its table of level 4.
-pub const ROOT: u64 = 0x1000;
+/// Where every vCPU finds its table of level 4 when it begins.
+pub const ROOT: Gpa = Gpa::new(0x1000);
 /// Shadow tables of a machine: a root for each CPU, a way, and one more.
 pub const TABLES: usize = 10;
 
-/// What every vCPU's registers say.
-const REGIME: Regime = Regime {
-    mode: Mode::Level4,
-    root: ROOT,
-    pointers: [0; 4],
-    controls: Controls::WRITE_PROTECT.union(Controls::NO_EXECUTE),
-    pkru: 0,
-    physical_bits: 40,
-};
+/// What the registers of a vCPU say whose root is there.
+fn regime(root: Gpa) -> Regime {
+    let controls = Controls::WRITE_PROTECT | Controls::NO_EXECUTE;
+    Regime { mode: Mode::Level4, root: root.get(), pointers: [0; 4], controls, pkru: 0, physical_bits: 40 }
+}
+
+/// The root of the tables that the vCPU of `cpu` runs on.
+pub fn root(cpu: usize) -> Gpa {
+    lab::with(|lab| lab.linear.roots[cpu])
+}
 
 /// The words of shadow tables on a machine with so many address bits.
 pub fn words(physical_bits: u8) -> Box<Shadow> {
     Box::new(Shadow::new(physical_bits, None))
 }
 
-/// The vCPU of `actor` loads its root: everything is flushed.
-pub fn load(stage: &Stage<'_>, actor: &Actor, vm: usize) {
+/// The vCPU of `cpu` loads CR3 with `root`: everything is flushed.
+pub fn load(stage: &Stage<'_>, cpu: usize, vm: usize, vmid: Vmid, root: Gpa) {
     let began = lab::with(|lab| lab.world.moment());
-    let root = stage.vm(vm).shadow_load(&stage.host.epoch.pin(actor.cpu), actor.cpu, &REGIME);
+    let shown = stage.vm(vm).shadow_load(&stage.host.epoch.pin(cpu), cpu, &regime(root));
     lab::with(|lab| {
-        lab.world.add_shadow_root(vm, root);
-        lab.linear.flush(actor.cpu, None, began);
-        lab.log(None, || "guest loads CR3".to_owned());
+        lab.world.load_shadow(cpu, shadow(vm, root), vmid, shown);
+        lab.linear.roots[cpu] = root;
+        lab.linear.flush(cpu, None, began);
+        lab.log(None, || format!("guest loads CR3 with {root:#x}"));
     });
     lab::settle();
 }
@@ -65,7 +69,8 @@ pub fn invlpg(stage: &Stage<'_>, actor: &Actor, vm: usize, linear: u64) {
         lab.log(None, || format!("guest INVLPG {linear:#x}"));
         lab.world.moment()
     });
-    stage.vm(vm).shadow_invalidate_page(&stage.host.epoch.pin(actor.cpu), actor.cpu, &REGIME, linear);
+    let regime = regime(root(actor.cpu));
+    stage.vm(vm).shadow_invalidate_page(&stage.host.epoch.pin(actor.cpu), actor.cpu, &regime, linear);
     lab::with(|lab| lab.linear.flush(actor.cpu, Some(linear), began));
     lab::settle();
 }
@@ -125,7 +130,7 @@ fn perform(stage: &Stage<'_>, actor: &mut Actor, vm: usize, access: Attempt) -> 
                 return Value::Abort;
             }
             ShadowOutcome::Unloaded => {
-                load(stage, actor, vm);
+                load(stage, actor.cpu, vm, access.walker.vmid, root(actor.cpu));
                 continue;
             }
         };
@@ -172,7 +177,8 @@ fn ask(
     let pin = stage.host.epoch.pin(actor.cpu);
     let looked = || memory.shadow_mmio_counts(actor.cpu).map(|counts| counts.cached + counts.walked);
     let (known, before) = (looked(), memory.slots().generation());
-    let outcome = memory.shadow_fault(&pin, &actor.hint, actor.cpu, &REGIME, access.gpa.get(), request, refused);
+    let regime = regime(root(actor.cpu));
+    let outcome = memory.shadow_fault(&pin, &actor.hint, actor.cpu, &regime, access.gpa.get(), request, refused);
     if looked() != known {
         let wrong = inv08::hit(before, memory.slots().generation(), access.gpa.get());
         lab::with(|lab| {
@@ -209,13 +215,10 @@ fn judge(lab: &mut Lab, access: &Attempt, since: Stamp, outcome: Outcome, gpa: G
 
 /// Where the guest's tables may still lead the access, and whether they permit it.
 fn ways(lab: &Lab, access: &Attempt) -> Vec<(Gpa, bool)> {
-    let Attempt { walker, gpa: linear, what, .. } = *access;
-    let floor = lab.linear.floor(walker.cpu, linear.get());
-    let ways = lab.linear.ways(walker.vm, Gpa::new(ROOT), linear.get(), floor);
-    let permitted = ways.into_iter().filter_map(|way| match way {
+    let permitted = ends(lab, access).into_iter().filter_map(|way| match way {
         Led::To { gpa, write, execute } => Some((
             gpa,
-            match what.needs() {
+            match access.what.needs() {
                 Access::Read => true,
                 Access::Write => write,
                 Access::Fetch => execute,
@@ -226,19 +229,24 @@ fn ways(lab: &Lab, access: &Attempt) -> Vec<(Gpa, bool)> {
     permitted.collect()
 }
 
-/// The guest got a page fault: some way must end in one.
-fn page_fault(lab: &Lab, access: &Attempt) -> Option<String> {
+/// Where a walk of the guest's tables may still end.
+fn ends(lab: &Lab, access: &Attempt) -> Vec<Led> {
     let Attempt { walker, gpa: linear, .. } = *access;
     let floor = lab.linear.floor(walker.cpu, linear.get());
-    let ways = lab.linear.ways(walker.vm, Gpa::new(ROOT), linear.get(), floor);
-    let faults = ways.contains(&Led::Nowhere) || self::ways(lab, access).iter().any(|(_, permits)| !permits);
+    lab.linear.ways(walker.vm, lab.linear.roots[walker.cpu], linear.get(), floor)
+}
+
+/// The guest got a page fault: some way must end in one.
+fn page_fault(lab: &Lab, access: &Attempt) -> Option<String> {
+    let linear = access.gpa;
+    let faults = ends(lab, access).contains(&Led::Nowhere) || ways(lab, access).iter().any(|(_, permits)| !permits);
     (!faults).then(|| format!("{linear:#x} was a page fault, and the guest's tables permit the access since its flush"))
 }
 
 /// The access as the hardware makes it, whole.
 fn attempt(lab: &mut Lab, access: &Attempt) -> Answer {
     let Attempt { walker, gpa: linear, what, .. } = *access;
-    let shadow = Walker { vm: walker.vm + SHADOWS, ..walker };
+    let shadow = Walker { vm: shadow(walker.vm, lab.linear.roots[walker.cpu]), ..walker };
     let mut path = Path::new();
     let walked = lab.machine(|world, pick| world.walk(shadow, linear.frame(), &mut path, pick));
     let found = walked.ok().filter(|found| match what.needs() {

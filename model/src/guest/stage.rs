@@ -25,7 +25,6 @@ use crate::litmus::step::Step;
 use crate::litmus::{GuestPolicy, Object, Scenario};
 use crate::machine::FIRST;
 use crate::machine::content::Content;
-use crate::machine::linear::SHADOWS;
 use crate::machine::tlb::NEVER;
 use crate::machine::walk::Walker;
 
@@ -259,9 +258,13 @@ impl<'h> Stage<'h> {
             Step::Mmu { on } => actor.mmu_off = !on,
             // See `operation`: nothing that the second stage keeps goes by it.
             Step::Tlbi if self.shadowed => {
-                if let Some((vm, _)) = actor.runs {
-                    shadowed::load(self, actor, vm);
+                if let Some((vm, vmid)) = actor.runs {
+                    shadowed::load(self, actor.cpu, vm, vmid, shadowed::root(actor.cpu));
                 }
+            }
+            Step::Cr3 { vm, root } => {
+                let vmid = self.enter(actor, *vm);
+                shadowed::load(self, actor.cpu, *vm, vmid, *root);
             }
             Step::Tlbi => lab::with(|lab| lab.log(None, || "guest TLBI: stage 1 only".to_owned())),
             Step::Invlpg { vm, linear } => {
@@ -300,14 +303,11 @@ impl<'h> Stage<'h> {
             let wrong = inv14::load(&lab.world, vm, vmid);
             lab.found(Check::Inv14, wrong);
             lab.world.load_vm(actor.cpu, vm, vmid);
-            if self.shadowed {
-                lab.world.load_vm(actor.cpu, vm + SHADOWS, vmid);
-            }
             lab.log(None, || format!("VM {vm} runs under VMID {}", vmid.get()));
         });
         lab::settle();
         if self.shadowed {
-            shadowed::load(self, actor, vm);
+            shadowed::load(self, actor.cpu, vm, vmid, shadowed::ROOT);
         }
         actor.runs = Some((vm, vmid));
         vmid
@@ -375,7 +375,7 @@ impl<'h> Stage<'h> {
                 let wrong = vm.audit_shadow();
                 lab::with(|lab| {
                     lab.world.tables.uproot(number);
-                    lab.world.tables.uproot(number + SHADOWS);
+                    lab.world.tables.uproot_shadows(number);
                     lab.found(Check::Shadow, wrong.err().map(str::to_owned));
                 });
                 vm.destroy(0);

@@ -12,7 +12,7 @@ use entresol_machine::{Features, Tags, TlbOp, Word};
 use entresol_sync::lab::Site;
 
 use super::{Lab, TLB, own_key, page_key, range, settle, step, with, word_key};
-use crate::check::{Check, inv04};
+use crate::check::{Check, inv04, inv07};
 use crate::machine::content::Content;
 use crate::report::Event;
 
@@ -129,7 +129,13 @@ impl Model for Hardware {
     #[track_caller]
     fn zero(&self, frames: PfnRange) {
         Self::pages(Location::caller(), frames, "zero", |lab, _| {
-            each(frames).for_each(|pfn| lab.world.replace(pfn, Content::filled(0)));
+            for pfn in each(frames) {
+                if lab.checks.has(Check::Inv7) {
+                    let reached = inv07::renewed(&lab.world, pfn);
+                    lab.found(Check::Inv7, reached);
+                }
+                lab.world.replace(pfn, Content::filled(0));
+            }
         });
     }
 

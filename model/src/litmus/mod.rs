@@ -307,9 +307,13 @@ impl Scenario {
             Step::Mmu { .. } => Some("mmu"),
             _ => None,
         });
-        let invlpg = self.steps().any(|step| matches!(step, Step::Invlpg { .. }));
-        if invlpg && !self.machine.is_shadowed() {
-            return Err(field("step", "invlpg", "must be on a machine with shadow tables"));
+        let linear = self.steps().find_map(|step| match step {
+            Step::Invlpg { .. } => Some("invlpg"),
+            Step::Cr3 { .. } => Some("cr3"),
+            _ => None,
+        });
+        if let Some(name) = linear.filter(|_| !self.machine.is_shadowed()) {
+            return Err(field("step", name, "must be on a machine with shadow tables"));
         }
         match foreign.filter(|_| self.machine.format.is_x86()) {
             Some(name) => Err(field("step", name, "must be load, store or fetch on an x86")),

@@ -59,8 +59,8 @@ pub struct Frame {
     pub taken: bool,
     /// It is read-only memory from the beginning.
     pub rom: bool,
-    /// Which second-stage table it is.
-    pub table: Option<usize>,
+    /// Which tables it is: one of the second stage, or a shadow table, once for each way to it.
+    pub tables: Vec<usize>,
 }
 
 /// A clean and invalidate that has begun.
@@ -92,7 +92,7 @@ impl Frame {
             icache_clean: 0,
             taken: false,
             rom: false,
-            table: None,
+            tables: Vec::new(),
         }
     }
 
@@ -255,7 +255,7 @@ impl Frame {
         self.stores += 1;
         self.taken = false;
         self.tags = POISON_TAGS;
-        self.table = None;
+        self.tables.clear();
     }
 
     fn changed(&mut self, host: bool, now: u64) {

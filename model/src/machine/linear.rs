@@ -2,18 +2,25 @@
 //!
 //! Purpose: the reference that shadow tables are held against. Each word of the guest's tables keeps its history. A walk of a vCPU may use
 //! any value that stood since the vCPU flushed the page (INVLPG) or everything (a load of CR3); what was overwritten before is gone for
-//! it, whatever other vCPUs flushed (AMD APM volume 2, 5.5.2; Intel SDM volume 3, 4.10.4). An entry that is not present is kept nowhere:
-//! a walk that ends there has read it since the access began.
+//! it, whatever other vCPUs flushed (AMD APM volume 2, 5.5.2; Intel SDM volume 3, 4.10.4). It comes to a table by an entry that stood no later
+//! than the one that it uses there: what was overwritten before a table was linked is seen on no way through that link. An entry that is not present
+//! is kept nowhere: a walk that ends there has read it since the access began.
 //!
 //! Four levels, pages of 4 KiB. Known holes: the accessed and dirty flags, which scenarios set ahead; entries that the owner
 //! writes while vCPUs run.
 
 use entresol_addr::Gpa;
 
+use super::config::MAX_CPUS;
 use super::tlb::{NEVER, Stamp};
 
-/// Distance of the number of a virtual machine's shadow tables from its own, among [`Tables`](super::tables::Tables).
+/// Numbers from here on are of shadow tables, among [`Tables`](super::tables::Tables); the rest of division by it is their virtual machine's.
 pub const SHADOWS: usize = 1 << 16;
+
+/// The number of the shadow tables that `vm` has for the guest's root at `root`, among [`Tables`](super::tables::Tables).
+pub const fn shadow(vm: usize, root: Gpa) -> usize {
+    vm + SHADOWS * (root.get() >> 12) as usize
+}
 
 /// P of an entry.
 const PRESENT: u64 = 1;
@@ -46,6 +53,8 @@ pub enum Led {
 /// The words of the guests' tables, and who flushed what.
 #[derive(Debug, Default)]
 pub struct Linear {
+    /// Where the root of the tables is that each CPU's vCPU runs on.
+    pub roots: [Gpa; MAX_CPUS],
     words: Vec<(usize, Gpa, Vec<Past>)>,
     /// (CPU, linear page or everything, when), for each vCPU that runs on shadow tables.
     flushed: Vec<(usize, Option<u64>, Stamp)>,
@@ -72,15 +81,16 @@ impl Linear {
         ours.map(|(.., when)| *when).max().unwrap_or(0)
     }
 
-    /// Every way that a walk for `linear` from the table at `root` may end, if entries are as old as `floor`, the newest first.
+    /// Every way that a walk for `linear` from the table at `root` may end, if entries are as old as `floor`, the newest first. Each entry was read
+    /// after the one that leads to it.
     pub fn ways(&self, vm: usize, root: Gpa, linear: u64, floor: Stamp) -> Vec<Led> {
-        let mut tables = vec![(root, true, true)];
+        let mut tables = vec![(root, true, true, floor)];
         let mut ends = Vec::new();
         for level in (0..4).rev() {
             let index = linear >> (12 + 9 * level) & 511;
             let mut below = Vec::new();
-            for (table, write, execute) in tables {
-                for raw in self.values(vm, Gpa::new(table.get() + index * 8), floor) {
+            for (table, write, execute, since) in tables {
+                for (from, raw) in self.values(vm, Gpa::new(table.get() + index * 8), since) {
                     let next = Gpa::new(raw & ADDRESS);
                     let (write, execute) = (write && raw & WRITABLE != 0, execute && raw & NO_EXECUTE == 0);
                     match raw & PRESENT {
@@ -89,7 +99,7 @@ impl Linear {
                             let gpa = Gpa::new(next.get() | linear & 0xfff);
                             ends.push(Led::To { gpa, write, execute });
                         }
-                        _ => below.push((next, write, execute)),
+                        _ => below.push((next, write, execute, since.max(from))),
                     }
                 }
             }
@@ -98,12 +108,13 @@ impl Linear {
         ends
     }
 
-    fn values(&self, vm: usize, at: Gpa, floor: Stamp) -> Vec<u64> {
+    /// What a word said since `floor`, each from when on.
+    fn values(&self, vm: usize, at: Gpa, floor: Stamp) -> Vec<Past> {
         let Some((.., history)) = self.words.iter().find(|(of, place, _)| (*of, *place) == (vm, at)) else {
-            return vec![0];
+            return vec![(0, 0)];
         };
         let until = |place: usize| history.get(place + 1).map_or(NEVER, |(when, _)| *when);
-        (0..history.len()).rev().filter(|place| until(*place) > floor).map(|place| history[place].1).collect()
+        (0..history.len()).rev().filter(|place| until(*place) > floor).map(|place| history[place]).collect()
     }
 }
 
@@ -131,5 +142,30 @@ mod tests {
         assert_eq!(ways(&linear, 0), [Led::Nowhere, to(0x8010, true)]);
         linear.flush(0, None, 6);
         assert_eq!(ways(&linear, 0), [Led::Nowhere]);
+    }
+
+    #[test]
+    fn what_was_overwritten_before_its_table_was_linked_is_on_no_way_through_the_link() {
+        let mut linear = Linear::default();
+        for (at, value, when) in [(0x1000, 0x2067, 1), (0x2000, 0x3067, 1), (0x4008, 0x9067, 1), (0x4008, 0x8067, 4)] {
+            linear.wrote(0, Gpa::new(at), value, when);
+        }
+        let ends = |linear: &Linear| linear.ways(0, Gpa::new(0x1000), 0x1000, 2);
+        let to = |gpa| Led::To { gpa: Gpa::new(gpa), write: true, execute: true };
+        linear.wrote(0, Gpa::new(0x3000), 0x4067, 5);
+        assert_eq!(ends(&linear), [Led::Nowhere, to(0x8000)], "linked after it was overwritten");
+        let early = Linear {
+            words: linear
+                .words
+                .iter()
+                .cloned()
+                .map(|(vm, at, mut history)| {
+                    history.iter_mut().filter(|(when, _)| *when == 5).for_each(|(when, _)| *when = 3);
+                    (vm, at, history)
+                })
+                .collect(),
+            ..Linear::default()
+        };
+        assert_eq!(ends(&early), [Led::Nowhere, to(0x8000), to(0x9000)], "linked before");
     }
 }

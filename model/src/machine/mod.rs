@@ -128,10 +128,8 @@ impl World {
         let now = self.tick();
         let frame = self.frame_mut(word.frame());
         frame.write(word.index(), value, true, now, pick);
-        match frame.table {
-            Some(table) => self.entry(table, word.index(), value),
-            None => Vec::new(),
-        }
+        let tables = frame.tables.clone();
+        tables.into_iter().flat_map(|table| self.entry(table, word.index(), value)).collect()
     }
 
     /// Word `index` of a reachable table now holds `raw`.
@@ -154,15 +152,20 @@ impl World {
 
     /// The table in `frame` becomes reachable, with all that stands in it.
     fn link(&mut self, vm: usize, level: u8, base: Gfn, frame: Pfn, writes: &mut Vec<EntryWrite>) -> Option<usize> {
-        let known = self.frame(frame)?.table;
-        if let Some(known) = known.filter(|known| {
+        let known = self.frame(frame)?.tables.iter().copied().find(|known| {
             let table = self.tables.get(*known);
             (table.vm, table.level, table.base) == (vm, level, base)
-        }) {
-            return Some(known);
+        });
+        if known.is_some() {
+            return known;
         }
         let table = self.tables.add(vm, level, base, frame, false);
-        self.frame_mut(frame).table = Some(table);
+        let tables = &mut self.frame_mut(frame).tables;
+        if vm < SHADOWS {
+            // One of the second stage has one way to it.
+            tables.clear();
+        }
+        tables.push(table);
         let words = self.frame_mut(frame).line().other_than(0);
         for (index, raw) in words {
             writes.extend(self.entry(table, index, raw));
@@ -176,15 +179,21 @@ impl World {
             let frame = root.start().offset(number);
             let base = Gfn::new(number << (entresol_table::shift(level) + 9));
             let table = self.tables.add(vm, level, base, frame, true);
-            self.frame_mut(frame).table = Some(table);
+            self.frame_mut(frame).tables = vec![table];
         }
     }
 
-    /// `vm` runs on the shadow tables whose root is `root`. It has one root all the time.
-    pub fn add_shadow_root(&mut self, vm: usize, root: Pfn) {
-        if self.tables.root(vm + SHADOWS, Gfn::new(0)).is_none() {
-            self.add_root(vm + SHADOWS, 0, PfnRange::single(root));
+    /// `cpu` runs `vm` on the shadow tables from `root` on, which are those of [`shadow`](linear::shadow) number `number`, and has flushed what it knew of
+    /// others.
+    pub fn load_shadow(&mut self, cpu: usize, number: usize, vmid: Vmid, root: Pfn) {
+        let known = self.tables.root(number, Gfn::new(0)).map(|table| self.tables.get(table).frame);
+        if known != Some(root) {
+            // It stood elsewhere before all tables were dropped.
+            self.tables.uproot(number);
+            self.add_root(number, 0, PfnRange::single(root));
         }
+        let now = self.tick();
+        self.tlb.load_shadow(cpu, number, vmid, now);
     }
 
     /// A moment of its own: what happened before is older than what comes.
@@ -222,7 +231,7 @@ impl World {
     }
 
     fn forget_table(&mut self, pfn: Pfn, now: Stamp) {
-        if let Some(table) = self.frame_mut(pfn).table.take() {
+        for table in std::mem::take(&mut self.frame_mut(pfn).tables) {
             self.tables.retire(table, now);
         }
     }

@@ -8,6 +8,7 @@ use entresol_addr::{Gfn, GfnRange, Pfn};
 use entresol_table::{index, shift};
 
 use super::descriptor::{Descriptor, Leaf};
+use super::linear::SHADOWS;
 use super::tlb::{NEVER, Stamp, Standing, Tlb};
 
 /// A value of a word, and since when.
@@ -105,6 +106,12 @@ impl Tables {
     /// No base register will point to the tables of `vm` any more.
     pub fn uproot(&mut self, vm: usize) {
         self.tables.iter_mut().filter(|table| table.vm == vm).for_each(|table| table.root = false);
+    }
+
+    /// Nor to those of its shadow tables, whatever their roots show.
+    pub fn uproot_shadows(&mut self, vm: usize) {
+        let shadows = self.tables.iter_mut().filter(|table| table.vm >= SHADOWS && table.vm % SHADOWS == vm);
+        shadows.for_each(|table| table.root = false);
     }
 
     /// The root table of `vm` that translates `gfn`.

@@ -93,6 +93,12 @@ impl Tlb {
         self.residences.push(Residence { cpu, vmid, vm, from: now, until: NEVER });
     }
 
+    /// `cpu` runs on the shadow tables `vm` under `vmid` from now on, and keeps nothing of any shadow tables from before.
+    pub fn load_shadow(&mut self, cpu: usize, vm: usize, vmid: Vmid, now: Stamp) {
+        self.residences.retain(|one| one.cpu != cpu || one.vmid != vmid || one.vm < SHADOWS);
+        self.load(cpu, vm, vmid, now);
+    }
+
     /// `cpu` runs no virtual machine from now on.
     pub fn put(&mut self, cpu: usize, now: Stamp) {
         for residence in self.residences.iter_mut().filter(|one| one.cpu == cpu && one.until == NEVER) {

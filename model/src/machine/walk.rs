@@ -75,7 +75,7 @@ impl World {
         let mut vms = Vec::new();
         for one in self.tlb.residences() {
             let shared = one.cpu == walker.cpu && one.vmid == walker.vmid && one.until > floor;
-            // A machine and its shadow tables have one VMID.
+            // A machine and its shadow tables have one VMID, and who loads another root flushes.
             let shared = shared && one.vm % SHADOWS != walker.vm % SHADOWS;
             if shared && !vms.contains(&one.vm) {
                 vms.push(one.vm);

@@ -15,7 +15,7 @@ use crate::guest::operation::Operation;
 pub use words::number;
 
 /// What a verb looks like and does, for errors and for the documentation.
-pub const VERBS: [(&str, &str); 64] = [
+pub const VERBS: [(&str, &str); 65] = [
     ("load GPA", "the vCPU loads the word at GPA"),
     ("store GPA VALUE", "the vCPU stores a word"),
     ("fetch GPA", "the vCPU fetches the instruction word at GPA"),
@@ -29,6 +29,7 @@ pub const VERBS: [(&str, &str); 64] = [
     ("ic ivau GPA", "the same for instruction caches"),
     ("tlbi", "the vCPU's own TLB invalidation, which promises nothing about the second stage"),
     ("invlpg GPA", "with shadow tables: the vCPU flushes the page at this linear address; tlbi is its load of CR3"),
+    ("cr3 GPA", "with shadow tables: the vCPU loads CR3 with another root; every CPU begins with 0x1000"),
     ("mmu on|off", "the vCPU's own translation: off makes its accesses Non-cacheable"),
     ("post COUNT", "the vCPU stores to a coalesced zone; the result is how many stores the ring took"),
     ("drain", "the owner takes the coalesced stores that wait; the result is how many"),
@@ -115,6 +116,13 @@ pub enum Step {
         vm: usize,
         /// The address.
         linear: u64,
+    },
+    /// The vCPU's load of CR3 with the root of other tables.
+    Cr3 {
+        /// Whose.
+        vm: usize,
+        /// Where the root is.
+        root: Gpa,
     },
     /// Stores to a coalesced zone.
     Post {
@@ -492,6 +500,7 @@ impl Step {
         match self {
             Self::Guest { vm, .. }
             | Self::Invlpg { vm, .. }
+            | Self::Cr3 { vm, .. }
             | Self::Write { vm, .. }
             | Self::Read { vm, .. }
             | Self::Range { vm, .. }

@@ -93,6 +93,7 @@ impl Said<'_> {
         Ok(Some(match self.verb {
             "tlbi" => Step::Tlbi,
             "invlpg" => Step::Invlpg { vm: self.vm, linear: self.words.gpa()?.get() },
+            "cr3" => Step::Cr3 { vm: self.vm, root: self.words.frame()?.base() },
             "post" => Step::Post { count: self.words.number("COUNT")?, to: self.to.clone() },
             "mmu" => Step::Mmu { on: self.words.choice(["on", "off"])? },
             "leave" => Step::Leave,

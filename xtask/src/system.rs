@@ -391,7 +391,7 @@ pub const TESTS: &[SystemTest] = &[
     },
     SystemTest {
         name: "x86_linux_on_shadow_tables",
-        about: "x86-64: Debian's amd64 kernel boots under SVM without nested paging to user space, and powers off",
+        about: "x86-64: Debian's amd64 kernel boots on two vCPUs under SVM without nested paging, works on memory of both, and powers off",
         run: x86::x86_linux_on_shadow_tables,
     },
     SystemTest {

@@ -52,18 +52,11 @@ fn by_second_stage<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
 
 /// What a guest on shadow tables cannot have.
 fn shadow<F>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {
-    let asked = [
-        (vm.private, "memory.private", "false", "tables in private memory cannot be read"),
-        (vm.vcpus != 1, "vcpus", "1", "its other vCPUs start without paging, which is not tried yet"),
-    ];
-    match asked.into_iter().find(|(asked, ..)| *asked && vm.policies.paging == Paging::Shadow) {
-        Some((_, name, instead, reason)) => {
-            let value = if vm.private { format!("{}", vm.private) } else { format!("{}", vm.vcpus) };
-            let rule = format!("must be {instead} where policies.paging = \"shadow\": {reason}");
-            Err(Refusal::new(format!("{at}.{name}"), value, rule))
-        }
-        None => Ok(()),
+    if vm.private && vm.policies.paging == Paging::Shadow {
+        let rule = "must be false where policies.paging = \"shadow\": tables in private memory cannot be read";
+        return Err(Refusal::new(format!("{at}.memory.private"), "true", rule));
     }
+    Ok(())
 }
 
 fn features<F: fmt::Display>(at: &str, vm: &Vm<F>) -> Result<(), Refusal> {

@@ -120,21 +120,29 @@ pub fn x86_mmio_entries(context: &Context) -> Result<()> {
 /// Debian's amd64 kernel, unmodified, boots to user space: a script works on memory, sleeps, and powers off by the register that ACPI's
 /// tables name.
 pub fn x86_linux_runs_a_script(context: &Context) -> Result<()> {
-    linux_runs_a_script(context, "x86_linux_runs_a_script", Paging::Nested)
-}
-
-/// The same on shadow tables.
-pub fn x86_linux_on_shadow_tables(context: &Context) -> Result<()> {
-    linux_runs_a_script(context, "x86_linux_on_shadow_tables", Paging::Shadow)
-}
-
-fn linux_runs_a_script(context: &Context, name: &'static str, paging: Paging) -> Result<()> {
-    let guest = fetch::guest_x86()?;
     let script = "set -e\nuname -m\ncd /tmp\ndd if=/dev/urandom of=random bs=1M count=8 2>/dev/null\n\
                   cp random copy && cmp random copy && echo intact\nsleep 1\nexit 7\n";
+    linux_runs_a_script(context, "x86_linux_runs_a_script", Paging::Nested, 1, script)
+}
+
+/// The same on shadow tables, with two vCPUs: each works on memory of its own, then on what the other has written, and programs come and go on both.
+pub fn x86_linux_on_shadow_tables(context: &Context) -> Result<()> {
+    let script = "set -e\nuname -m\ntest $(nproc) = 2\ncd /tmp\n\
+                  fill() { dd if=/dev/urandom of=$1 bs=1M count=4 2>/dev/null && cp $1 $1.copy && cmp $1 $1.copy; }\n\
+                  fill one & first=$!\nfill two & second=$!\nwait $first && wait $second\n\
+                  (cmp two two.copy; for i in 1 2 3 4 5 6 7 8; do cat one two | md5sum; done >sums1) & first=$!\n\
+                  (cmp one one.copy; for i in 1 2 3 4 5 6 7 8; do cat one two | md5sum; done >sums2) & second=$!\n\
+                  wait $first && wait $second\n\
+                  cmp sums1 sums2 && test $(sort -u sums1 | wc -l) = 1 && echo intact\nsleep 1\nexit 7\n";
+    linux_runs_a_script(context, "x86_linux_on_shadow_tables", Paging::Shadow, 2, script)
+}
+
+fn linux_runs_a_script(context: &Context, name: &'static str, paging: Paging, vcpus: i64, script: &str) -> Result<()> {
+    let guest = fetch::guest_x86()?;
     let builder = Builder::new(context, name)?.outer("2G", 2);
     let initrd = builder.file("initrd.cpio", &Initrd::scripted(script).pack(&guest)?)?;
     let vm = WrittenVm {
+        vcpus: Some(vcpus),
         cmdline: "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=acpi".into(),
         policies: WrittenPolicies { paging, ..WrittenPolicies::default() },
         ..bundle::linux("linux", &guest.kernel()?, &initrd)

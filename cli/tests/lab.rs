@@ -134,7 +134,7 @@ fn one_exhibit_of_the_zoo_is_a_row() {
 #[test]
 fn mistakes_are_named() {
     for (arguments, part) in [
-        (&["run", "lab/mmu-off.toml", "--plant", "Z-X9"][..], "bug \"Z-X9\": must be one of Z-A1"),
+        (&["run", "lab/mmu-off.toml", "--plant", "Z-Q9"][..], "bug \"Z-Q9\": must be one of Z-A1"),
         (&["run", "lab/mmu-off.toml", "--only", "INV-99"], "checker \"INV-99\": must be one of INV-1"),
         (&["run", "lab/absent.toml"], "lab/absent.toml"),
         (&["run", "Cargo.toml"], "unknown field"),

@@ -172,7 +172,9 @@ fn regime(mode: Mode, controls: Controls, pkru: u32) -> Regime {
     let unseen = Controls::NO_SUPERVISOR_ACCESS | Controls::PROTECTION_KEYS;
     let controls = if controls.contains(Controls::WRITE_PROTECT) { controls } else { controls - unseen };
     let pointers = [0x2001, 0x3001, 0, 0x4001];
-    Regime { mode, root: 0x1000, pointers, controls: controls | Controls::LARGE_PAGES, pkru, physical_bits: BITS }
+    // CR4.PSE says something in 32-bit paging only.
+    let controls = if mode == Mode::Bits32 { controls } else { controls | Controls::LARGE_PAGES };
+    Regime { mode, root: 0x1000, pointers, controls, pkru, physical_bits: BITS }
 }
 
 impl Machinery {

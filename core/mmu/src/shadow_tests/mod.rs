@@ -109,7 +109,9 @@ enum End {
 fn regime(mode: Mode, controls: Controls) -> Regime {
     let unseen = Controls::NO_SUPERVISOR_ACCESS | Controls::PROTECTION_KEYS;
     let controls = if controls.contains(Controls::WRITE_PROTECT) { controls } else { controls - unseen };
-    let controls = (controls - Controls::PROTECTION_KEYS) | Controls::LARGE_PAGES;
+    let controls = controls - Controls::PROTECTION_KEYS;
+    // CR4.PSE says something in 32-bit paging only.
+    let controls = if mode == Mode::Bits32 { controls } else { controls | Controls::LARGE_PAGES };
     Regime { mode, root: 0x1000, pointers: [0x2001, 0x3001, 0, 0x4001], controls, pkru: 0, physical_bits: 40 }
 }
 

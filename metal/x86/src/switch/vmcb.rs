@@ -89,6 +89,11 @@ pub mod second {
 
 /// Machine checks are the machine's.
 pub const MACHINE_CHECK: u32 = 1 << 18;
+/// Those that a guest can arrange to meet again in their own delivery, which would never end by itself and lets no interrupt in between: #DB
+/// and #AC. They come back, and are injected.
+pub const DEBUG: u32 = 1 << 1;
+/// As above.
+pub const ALIGNMENT_CHECK: u32 = 1 << 17;
 /// V_INTR_MASKING: RFLAGS.IF of a guest masks its virtual interrupts only (15.21.1).
 pub const VIRTUAL_MASKING: u64 = 1 << 24;
 /// NP_ENABLE (15.25.3).
@@ -109,7 +114,7 @@ pub const PENDING: u64 = 1 << 8;
 pub const CONFINED: Intercepts = Intercepts {
     control_registers: 0,
     debug_registers: 0,
-    exceptions: MACHINE_CHECK,
+    exceptions: MACHINE_CHECK | DEBUG | ALIGNMENT_CHECK,
     first: first::INTR
         | first::NMI
         | first::SMI

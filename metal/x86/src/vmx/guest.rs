@@ -27,7 +27,7 @@ use super::fields::{self, Field};
 use super::instructions::{clear, make_current, read, write};
 use crate::features;
 use crate::switch::Segment;
-use crate::switch::vmcb::{EFER_SVME, MACHINE_CHECK, PENDING, SaveArea, TPR, VALID, Vmcb};
+use crate::switch::vmcb::{ALIGNMENT_CHECK, EFER_SVME, MACHINE_CHECK, PENDING, SaveArea, TPR, VALID, Vmcb};
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_NE: u64 = 1 << 5;
@@ -201,7 +201,8 @@ impl Part {
                 (fields::SECONDARY_CONTROLS, controls.secondary.into()),
                 (fields::EXIT_CONTROLS, controls.exit.into()),
                 (fields::ENTRY_CONTROLS, entry_controls(state.efer)),
-                (fields::EXCEPTIONS, MACHINE_CHECK.into()),
+                // Not #DB: an exit for it leaves DR6 as it was (SDM 28.1).
+                (fields::EXCEPTIONS, (MACHINE_CHECK | ALIGNMENT_CHECK).into()),
                 (fields::MSR_BITMAP, REGISTERS.address()),
                 (fields::VIRTUAL_APIC, self.apic.address()),
                 (fields::TPR_THRESHOLD, 0),

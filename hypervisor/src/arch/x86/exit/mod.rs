@@ -36,9 +36,11 @@ use crate::sched::VcpuRef;
 use crate::vm::Crash;
 
 /// Exceptions (APM 8.2).
+pub const DEBUG: u8 = 1;
 pub const UNDEFINED: u8 = 6;
 pub const GENERAL_PROTECTION: u8 = 13;
 pub const PAGE_FAULT: u8 = 14;
+pub const ALIGNMENT_CHECK: u8 = 17;
 
 /// Answers the exit that the vCPU came back with.
 #[inline(always)]
@@ -123,6 +125,8 @@ fn rare(cpu: usize, vcpu: &VcpuRef, state: &mut State, exit: Exit) -> Next {
         Exit::InvalidState => crash(vcpu, Crash::InvalidState),
         // The CPU has taken it by now: another's question about the own mapping, or the end.
         Exit::NonMaskable => Next::Again,
+        Exit::Exception { vector: DEBUG, .. } => inject(state, DEBUG, None),
+        Exit::Exception { vector: ALIGNMENT_CHECK, .. } => inject(state, ALIGNMENT_CHECK, Some(0)),
         Exit::Exception { vector, error, .. } => panic!("the machine's exception {vector}, error code {error:#x}"),
         Exit::Virtualisation | Exit::Monitor | Exit::MonitorWait | Exit::SetExtended => {
             vcpu.vm.counters.bump(Reason::Undefined);

@@ -26,6 +26,7 @@ const UNKNOWN: u32 = 0xc600_00ff;
 const INVALID: u64 = -2i64 as u64;
 const NOT_SUPPORTED: u64 = -1i64 as u64;
 
+const DEBUG: u64 = 1;
 const UNDEFINED: u64 = 6;
 const GENERAL_PROTECTION: u64 = 13;
 
@@ -45,6 +46,7 @@ fn main(machine: &Machine) {
     if is_intel() {
         tally.check("CR4.VMXE is refused", vmxe());
     }
+    tally.check("a debug exception comes to the guest", debug_exception());
     tally.check("SVM's own instructions are undefined", undefined_instruction());
     if services {
         tally.check("nobody answers: loads read ones, stores are ignored", nobody());
@@ -136,6 +138,19 @@ fn undefined_instruction() -> bool {
             );
         }
     }) == Some(UNDEFINED)
+}
+
+/// INT1: #DB, which the hypervisor may see first.
+fn debug_exception() -> bool {
+    trap::around(|resume| {
+        // SAFETY: the exception goes on behind the instruction.
+        unsafe {
+            asm!(
+                "lea {at}, [rip + 2f]", "mov [{resume}], {at}", ".byte 0xf1", "2:",
+                at = out(reg) _, resume = in(reg) resume, options(nostack)
+            );
+        }
+    }) == Some(DEBUG)
 }
 
 fn no_services() -> bool {
